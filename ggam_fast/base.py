@@ -1,0 +1,222 @@
+"""What the head and its eager reference share: constructor, parameters, state, timm's surface."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+
+
+class GGAMOutput(NamedTuple):
+    """What a head returns for features and a target.
+
+    Maps have the spatial shape of the input: (N, H, W), or (N, L) for `input_fmt="NLC"`.
+    """
+
+    logits: Tensor
+    """(N, K) class scores"""
+    channel_attention: Tensor
+    """(N, C) S, positive, sums to 1 over channels"""
+    spatial_attention: Tensor
+    """(N, H, W) T; sums to 1 over positions for "softmax", in (0, 1) for "sigmoid" """
+    cam_weights: Tensor
+    """(N, C) beta, mean over positions of the class score's gradient, before `cam_norm`"""
+    guidance_loss: Tensor
+    """() L_GGAM, non-negative for "symmetric" """
+
+
+class GGAMHeadBase(nn.Module):
+    """Constructor, parameters and state of a GGAM head; see `GGAMHead` for what each option does."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        attention: str = "channel_spatial",
+        spatial_norm: str = "softmax",
+        rd_ratio: float = 1 / 16,
+        rd_channels: int | None = None,
+        pool_type: str = "avg",
+        hidden_size: int | None = 512,
+        classifier: nn.Module | None = None,
+        cam_at: str = "features",
+        cam_class: str = "label",
+        cam_detach: bool = True,
+        cam_norm: str = "sigmoid",
+        cam_temperature: float = 1.0,
+        divergence: str = "symmetric",
+        guidance_reduction: str = "mean",
+        drop_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm1d,
+        act_layer: Callable[..., nn.Module] = nn.ELU,
+        input_fmt: str = "NCHW",
+        feat_size: int | tuple[int, int] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = checks.positive_int("in_features", in_features)
+        self.num_classes = checks.positive_int("num_classes", num_classes, minimum=0)
+        self.attention = checks.one_of("attention", attention, checks.ATTENTION)
+        self.spatial_norm = checks.one_of("spatial_norm", spatial_norm, checks.SPATIAL_NORM)
+        self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
+        self.hidden_size = checks.positive_int("hidden_size", hidden_size or 0, minimum=0)
+        self.cam_at = checks.one_of("cam_at", cam_at, checks.CAM_AT)
+        self.cam_class = checks.one_of("cam_class", cam_class, checks.CAM_CLASS)
+        self.cam_detach = bool(cam_detach)
+        self.cam_norm = checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
+        self.cam_temperature = checks.temperature(cam_temperature)
+        self.divergence = checks.one_of("divergence", divergence, checks.DIVERGENCE)
+        self.guidance_reduction = checks.one_of("guidance_reduction", guidance_reduction, checks.REDUCTION)
+        if not 0.0 <= drop_rate < 1.0:
+            raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate!r}")
+        self.input_fmt = checks.one_of("input_fmt", input_fmt, checks.INPUT_FMT)
+        self.feat_size = checks.feat_size(feat_size)
+        self.backend = checks.one_of("backend", backend, checks.BACKEND)
+        self._norm_layer, self._act_layer = norm_layer, act_layer
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        self.rd_channels = 0
+        if self.attention in ("channel_spatial", "channel"):
+            self.rd_channels = self._reduced_channels(rd_ratio, rd_channels)
+            self.fc1 = nn.Linear(in_features, self.rd_channels, **factory)
+            self.fc2 = nn.Linear(self.rd_channels, in_features, **factory)
+        self.drop = nn.Dropout(drop_rate)
+        self.classifier = self._build_classifier(factory) if classifier is None else classifier
+
+    def _reduced_channels(self, rd_ratio: float, rd_channels: int | None) -> int:
+        if rd_channels is None:
+            if not 0.0 < rd_ratio <= 1.0:
+                raise ValueError(f"rd_ratio must be in (0, 1]; got {rd_ratio!r}")
+            rd_channels = int(self.in_features * rd_ratio)
+            if rd_channels < 1:
+                raise ValueError(
+                    f"rd_ratio={rd_ratio:g} leaves no hidden channel of {self.in_features}: "
+                    f"it must be at least 1/{self.in_features}, or give rd_channels"
+                )
+        if not 1 <= checks.positive_int("rd_channels", rd_channels) <= self.in_features:
+            raise ValueError(
+                f"rd_channels must be between 1 and in_features={self.in_features}; got {rd_channels}"
+            )
+        return rd_channels
+
+    @property
+    def pooled_features(self) -> int:
+        """Width of the vector the classifier sees: C, or C*H*W for `pool_type="flatten"`."""
+        if self.pool_type != "flatten":
+            return self.in_features
+        if self.feat_size is None:
+            raise ValueError('pool_type="flatten" needs feat_size=(H, W), the size of the maps')
+        return self.in_features * self.feat_size[0] * self.feat_size[1]
+
+    @property
+    def num_features(self) -> int:
+        """Width of what `forward(..., pre_logits=True)` returns (timm's name)."""
+        return self.hidden_size or self.pooled_features
+
+    def _build_classifier(self, factory: dict[str, Any]) -> nn.Module:
+        if self.pool_type == "":
+            if self.num_classes == 0:
+                return nn.Identity()
+            raise ValueError(
+                'pool_type="" hands the attended map to your own module: give classifier=, '
+                "or num_classes=0 for the map itself"
+            )
+        last = self._last_linear(factory)
+        if not self.hidden_size:
+            return last
+        return nn.Sequential(
+            self._norm_layer(self.pooled_features).to(**factory),
+            nn.Linear(self.pooled_features, self.hidden_size, **factory),
+            self._norm_layer(self.hidden_size).to(**factory),
+            self._act_layer(),
+            last,
+        )
+
+    def _last_linear(self, factory: dict[str, Any]) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.num_features, self.num_classes, **factory)
+
+    def reset(self, num_classes: int, pool_type: str | None = None, reset_other: bool = False) -> None:
+        """Replace the last layer for `num_classes` (0: none), as timm's classifier heads do.
+
+        A new `pool_type` that changes the pooled width, or `reset_other=True` (which also drops the
+        hidden layer), rebuilds the whole classifier; a custom classifier is replaced by the default one.
+        """
+        self.num_classes = checks.positive_int("num_classes", num_classes, minimum=0)
+        width = self.pooled_features
+        if pool_type is not None:
+            self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
+        if reset_other:
+            self.hidden_size = 0
+        like = next(self.parameters(), torch.empty(0))
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        kept = self.classifier if self.hidden_size and width == self.pooled_features else None
+        if isinstance(kept, nn.Sequential) and len(kept) == 5:
+            kept[4] = self._last_linear(factory)
+        else:
+            self.classifier = self._build_classifier(factory)
+
+    def load_release_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the head of a state dict saved by the authors' script (cars_sp_CAM.py).
+
+        `se_module.fc1/fc2` come as 1x1 convolutions, `classifier.{0,1,2,4}` as they are, all possibly
+        behind DataParallel's `module.`; the second copy `s_se_module.*` and the backbone's
+        `features.*` are left out.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape; nothing is loaded then.
+        """
+        found = {
+            ".".join(part for part in key.split(".") if part != "module"): value
+            for key, value in state_dict.items()
+        }
+        source = "se_module." if any(k.startswith("se_module.") for k in found) else "s_se_module."
+        own = self.state_dict()
+        converted: dict[str, Tensor] = {}
+        for key, value in found.items():
+            if key.startswith(source):
+                name = key.removeprefix(source)
+                converted[name] = value.flatten(1) if value.dim() == 4 else value
+            elif not key.startswith(("features.", "se_module.", "s_se_module.")):
+                converted[key] = value
+        problems = [f"missing {key}" for key in own if key not in converted]
+        problems += [f"unexpected {key}" for key in converted if key not in own]
+        problems += [
+            f"{key} is {tuple(converted[key].shape)}, expected {tuple(own[key].shape)}"
+            for key in own
+            if key in converted and converted[key].shape != own[key].shape
+        ]
+        if problems:
+            raise ValueError(f"state_dict does not fit this head: {'; '.join(problems)}")
+        self.load_state_dict(converted)
+
+    def _check_request(self, target: Tensor | None, pre_logits: bool) -> None:
+        if target is None:
+            return
+        if pre_logits:
+            raise ValueError("pre_logits=True returns features, not scores: call it without target")
+        if self.num_classes == 0:
+            raise ValueError("target was given, but num_classes=0: there is no class score to explain")
+
+    def _check_positions(self, spatial_shape: tuple[int, ...]) -> None:
+        if self.pool_type != "flatten" or self.feat_size is None:
+            return
+        height, width = self.feat_size
+        expected = (height, width) if len(spatial_shape) == 2 else (height * width,)
+        if spatial_shape != expected:
+            raise ValueError(
+                f'features must have the size feat_size={expected} for pool_type="flatten"; '
+                f"got {spatial_shape}"
+            )
+
+    def extra_repr(self) -> str:
+        names = ("attention", "spatial_norm", "pool_type", "cam_at", "cam_class", "cam_detach",
+                 "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend")  # fmt: skip
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{self.in_features}, {self.num_classes}, {options}"

@@ -1,0 +1,187 @@
+"""What comes in: options, shapes, layouts and types, each refused with one sentence that names the
+argument, what came and what is expected."""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ATTENTION = ("channel_spatial", "channel", "spatial", "none")
+SPATIAL_NORM = ("softmax", "sum", "sigmoid")
+POOL_TYPE = ("avg", "max", "flatten", "")
+CAM_AT = ("features", "attended")
+CAM_CLASS = ("label", "predicted")
+CAM_NORM = ("sigmoid", "softmax", "standardized")
+DIVERGENCE = ("symmetric", "forward")
+REDUCTION = ("mean", "sum")
+INPUT_FMT = ("NCHW", "NHWC", "NLC")
+BACKEND = ("auto", "triton", "torch")
+
+
+def one_of(argument: str, value: object, allowed: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `allowed`, else raise ValueError."""
+    value = getattr(value, "value", value)  # timm's Format is an Enum of these strings
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    return value
+
+
+def positive_int(argument: str, value: object, minimum: int = 1) -> int:
+    """Return `value` if it is an int of at least `minimum`, else raise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an int; got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{argument} must be at least {minimum}; got {value}")
+    return value
+
+
+def temperature(value: float) -> float:
+    """Return a finite cam_temperature > 0, else raise ValueError."""
+    if not 0.0 < float(value) < float("inf"):
+        raise ValueError(f"cam_temperature must be positive and finite; got {value!r}")
+    return float(value)
+
+
+def feat_size(value: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return (H, W) of ints of at least 1, from an int or a pair, else raise."""
+    if value is None:
+        return None
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"feat_size must be (H, W); got {value!r}")
+    return positive_int("feat_size", pair[0]), positive_int("feat_size", pair[1])
+
+
+class FeatureMap(NamedTuple):
+    """Features seen as (N, C, L), and the spatial shape to give maps back in."""
+
+    features: Tensor
+    spatial_shape: tuple[int, ...]
+
+
+def feature_map(features: Tensor, input_fmt: str = "NCHW", in_features: int | None = None) -> FeatureMap:
+    """View `features` as (N, C, L) with one dense inner dimension.
+
+    NCHW memory and channels-last memory (also NHWC and NLC tensors) are views; anything else is
+    copied once.
+    """
+    one_of("input_fmt", input_fmt, INPUT_FMT)
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a tensor; got {type(features).__name__}")
+    if features.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"features must be float32, bfloat16, float16 or float64; got {features.dtype}")
+    rank = 3 if input_fmt == "NLC" else 4
+    if features.dim() != rank:
+        raise ValueError(
+            f"features must be ({', '.join(input_fmt)}), {rank}-dimensional; "
+            f"got shape {tuple(features.shape)}"
+        )
+    if input_fmt == "NCHW":
+        spatial_shape = tuple(features.shape[2:])
+        x = features.flatten(2)
+    else:
+        spatial_shape = tuple(features.shape[1:-1])
+        x = features.flatten(1, -2).transpose(1, 2)
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(f"features must have channels and positions; got shape {tuple(features.shape)}")
+    if in_features is not None and x.shape[1] != in_features:
+        raise ValueError(
+            f"features must have {in_features} channels ({input_fmt}); "
+            f"got {x.shape[1]} in shape {tuple(features.shape)}"
+        )
+    if 1 not in (x.stride(1), x.stride(2)):
+        x = x.contiguous()
+    return FeatureMap(x, spatial_shape)
+
+
+def like_input(x: Tensor, spatial_shape: tuple[int, ...], input_fmt: str) -> Tensor:
+    """The inverse of `feature_map` for an (N, C, L) tensor."""
+    if input_fmt == "NCHW":
+        return x.unflatten(2, spatial_shape)
+    return x.transpose(1, 2).unflatten(1, spatial_shape)
+
+
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """float32 for half precision and float32 features, float64 for float64."""
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def small(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> Tensor:
+    """Return the float tensor `value` if it has `shape`, else raise naming what is expected."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{argument} must be a floating-point tensor {names}; got {got}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{argument} must be {names} = {shape}; got {tuple(value.shape)}")
+    return value
+
+
+def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
+    """Check class indices (N,) or class probabilities (N, K) and return them.
+
+    Whether indices are in range is checked on the CPU, and on other devices by a device-side assertion
+    that needs no synchronisation; `GGAM_FAST_CHECKS=1` makes it an immediate ValueError there too.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"target must be a tensor; got {type(value).__name__}")
+    if value.is_floating_point():
+        if tuple(value.shape) != (batch, num_classes):
+            raise ValueError(
+                f"target with class probabilities must be (N, K) = ({batch}, {num_classes}); "
+                f"got {tuple(value.shape)}"
+            )
+        return value
+    if value.dtype != torch.int64:
+        raise TypeError(
+            f"target must be int64 class indices (N,) or float class probabilities (N, K); got {value.dtype}"
+        )
+    if tuple(value.shape) != (batch,):
+        raise ValueError(f"target with class indices must be (N,) = ({batch},); got {tuple(value.shape)}")
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or value.is_meta:
+        return value
+    in_range = ((value >= 0) & (value < num_classes)).all()
+    if value.device.type == "cpu" or os.environ.get("GGAM_FAST_CHECKS") == "1":
+        if not in_range:
+            raise ValueError(
+                f"target must be in [0, {num_classes}); got values from "
+                f"{int(value.min())} to {int(value.max())}"
+            )
+    else:
+        torch._assert_async(in_range, f"target must be in [0, {num_classes})")
+    return value
+
+
+def backend(value: str, features: Tensor) -> str:
+    """Resolve `backend` for these features: "triton" or "torch".
+
+    `GGAM_FAST_BACKEND` overrides "auto".  "auto" is Triton on a GPU tensor of a type the kernels take.
+    """
+    choice = one_of("backend", value, BACKEND)
+    if choice == "auto":
+        choice = one_of("GGAM_FAST_BACKEND", os.environ.get("GGAM_FAST_BACKEND", "auto"), BACKEND)
+    device = features.device.type
+    if choice == "auto":
+        usable = device in ("cuda", "xpu") and features.dtype != torch.float64 and TRITON_AVAILABLE
+        return "triton" if usable else "torch"
+    if choice == "triton":
+        if not TRITON_AVAILABLE:
+            raise RuntimeError('backend="triton" needs the package triton, which is not installed')
+        if features.dtype == torch.float64:
+            raise TypeError('backend="triton" takes float32, bfloat16 and float16 features; got float64')
+        if device == "cpu" and not TRITON_INTERPRETED:
+            raise ValueError(
+                'backend="triton" needs features on a GPU (or TRITON_INTERPRET=1 in the environment '
+                "before ggam_fast is imported); got a CPU tensor"
+            )
+    return choice
+
+
+def _triton_available() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+TRITON_AVAILABLE = _triton_available()
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -1,0 +1,162 @@
+"""The classifier and v = d y / d pooled, the gradient of its class scores.
+
+For the default classifiers, a chain of Linear, BatchNorm1d, ELU, ReLU, Dropout and Identity, v is
+written out layer by layer: ordinary tensor code that `torch.compile` traces and autograd can go through
+again. For any other module v comes from `torch.autograd.grad`, which a compiled step can only trace with
+`torch._dynamo.config.trace_autograd_ops = True`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pullback = Callable[[Tensor], Tensor]
+
+
+class Scores(NamedTuple):
+    """Logits, and the map from d y / d logits to v = d y / d pooled."""
+
+    logits: Tensor
+    pull_back: Pullback
+
+
+def closed_form_layers(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | None:
+    """The layers in order, dropout before the last one; None if any has no closed form here."""
+    layers = list(classifier) if type(classifier) is nn.Sequential else [classifier]
+    layers.insert(len(layers) - 1, drop)
+    plain = all(type(m) in _RULES and not m._forward_hooks and not m._forward_pre_hooks
+                for m in layers)  # fmt: skip
+    return layers if plain else None
+
+
+def run(layers: list[nn.Module], x: Tensor) -> Tensor:
+    """The layers' output, in the type of x whatever the parameters' type."""
+    for layer in layers:
+        x, _ = _RULES[type(layer)](layer, x)
+    return x
+
+
+def scores(layers: list[nn.Module], x: Tensor, detach: bool) -> Scores:
+    """Run each layer once (batch statistics move once, one dropout mask) and remember its pullback."""
+    pullbacks: list[Pullback] = []
+    for layer in layers:
+        x, pull = _RULES[type(layer)](layer, x)
+        pullbacks.append(pull)
+
+    def pull_back(v: Tensor) -> Tensor:
+        for pull in reversed(pullbacks):
+            v = pull(v)
+        return v
+
+    def detached(v: Tensor) -> Tensor:
+        with torch.no_grad():
+            return pull_back(v)
+
+    return Scores(x, detached if detach else pull_back)
+
+
+def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
+    """The same for any module: its forward runs once, v is autograd's."""
+    needs_graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if x.is_inference():
+            x = x.clone()
+        if not (needs_graph and x.requires_grad):
+            x = x.detach().requires_grad_()
+        logits = classifier(x)
+
+    def pull_back(seed: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            (v,) = torch.autograd.grad(
+                logits,
+                x,
+                seed.to(logits.dtype),
+                retain_graph=needs_graph,
+                create_graph=needs_graph and not detach,
+            )
+        return v.detach() if detach else v
+
+    return Scores(logits if needs_graph else logits.detach(), pull_back)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pullback]:
+    weight = layer.weight.to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, weight, bias), lambda v: v @ weight
+
+
+def _identity(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
+    return x, lambda v: v
+
+
+def _dropout(layer: nn.Dropout, x: Tensor) -> tuple[Tensor, Pullback]:
+    if not layer.training or layer.p == 0.0:
+        return _identity(layer, x)
+    mask = F.dropout(torch.ones_like(x), layer.p)
+    return x * mask, lambda v: v * mask
+
+
+def _relu(layer: nn.ReLU, x: Tensor) -> tuple[Tensor, Pullback]:
+    return torch.relu(x), lambda v: v * (x > 0)
+
+
+def _elu(layer: nn.ELU, x: Tensor) -> tuple[Tensor, Pullback]:
+    def pull(v: Tensor) -> Tensor:
+        return v * torch.where(x > 0, 1.0, layer.alpha * x.clamp(max=0).exp())
+
+    return F.elu(x, layer.alpha), pull
+
+
+def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
+    dtype = x.dtype
+    gamma = None if layer.weight is None else layer.weight.to(dtype)
+    beta = None if layer.bias is None else layer.bias.to(dtype)
+    if x.shape[0] == 0:
+        # No statistics to take or to move; the parameters stay in the graph.
+        scale = 1.0 if gamma is None else gamma
+        return x * scale + (0.0 if beta is None else beta), lambda v: v * scale
+    from_batch = layer.training or layer.running_mean is None
+    y = _normalise(layer, x, gamma, beta, from_batch)
+
+    def pull(v: Tensor) -> Tensor:
+        v = v if gamma is None else v * gamma
+        if not from_batch:
+            assert layer.running_var is not None
+            return v * torch.rsqrt(layer.running_var.to(dtype) + layer.eps)
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        scale = torch.rsqrt(variance + layer.eps)
+        normed = (x - mean) * scale
+        return scale * (v - v.mean(0) - normed * (v * normed).mean(0))
+
+    return y, pull
+
+
+def _normalise(
+    layer: nn.BatchNorm1d, x: Tensor, gamma: Tensor | None, beta: Tensor | None, from_batch: bool
+) -> Tensor:
+    if layer.running_mean is None or layer.running_var is None:
+        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, layer.eps)
+    momentum = layer.momentum
+    if layer.training and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if momentum is None:  # the cumulative average of torch's BatchNorm
+            momentum = 1.0 / float(layer.num_batches_tracked)
+    mean, var = layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype)
+    y = F.batch_norm(x, mean, var, gamma, beta, from_batch, momentum or 0.0, layer.eps)
+    if layer.training and mean is not layer.running_mean:  # statistics of another type: move the copy
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+    return y
+
+
+_RULES: dict[type, Callable[..., tuple[Tensor, Pullback]]] = {
+    nn.Linear: _linear,
+    nn.BatchNorm1d: _batch_norm,
+    nn.ELU: _elu,
+    nn.ReLU: _relu,
+    nn.Dropout: _dropout,
+    nn.Identity: _identity,
+}

@@ -1,0 +1,239 @@
+"""The stateless API: what the head is made of, one validated function each.
+
+Features are (N, C, H, W) ("NCHW", in NCHW or channels-last memory), (N, H, W, C) ("NHWC") or tokens
+(N, L, C) ("NLC"); maps come back as (N, H, W), or (N, L) for tokens. Types: float32, bfloat16, float16,
+and float64 on the torch backend; small tensors are float32 (float64 for float64 features).
+All raise ValueError or TypeError naming the argument, what came and what is expected.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import attention as _attention
+from . import checks, gradcam, losses
+from .attention import ChannelMLP, Options
+from .contractions import ChannelSum, SpatialSum, get_stages
+
+
+class GGAMAttention(NamedTuple):
+    """What `ggam_attention` returns."""
+
+    attended: Tensor
+    """(N, C) pooled, (N, C*L) flattened in C, H, W order, or the map in the input's format for "" """
+    channel_attention: Tensor
+    """(N, C) S"""
+    spatial_attention: Tensor
+    """(N, H, W) T"""
+
+
+class GradCamMeans(NamedTuple):
+    """What `grad_cam_means` returns."""
+
+    cam_weights: Tensor
+    """(N, C) 1/L sum_l T_l G_cl"""
+    grad_map: Tensor
+    """(N, H, W) sum_c G_cl A_cl"""
+
+
+def _weights(argument: str, value: Tensor, shape: tuple[int, ...], names: str, like: Tensor) -> Tensor:
+    return checks.small(argument, value, shape, names).to(checks.compute_dtype(like))
+
+
+def channel_sum(
+    features: Tensor, channel_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto"
+) -> Tensor:
+    """out[n, l] = sum_c channel_weights[n, c] * A[n, c, l], a map (N, H, W). Differentiable to any order.
+
+    F_cm and F_fa without the norm; with beta as weights, the class activation map before its ReLU.
+    Reads A once. `channel_weights` is (N, C), any range.
+    """
+    x, shape = checks.feature_map(features, input_fmt)
+    weights = _weights("channel_weights", channel_weights, tuple(x.shape[:2]), "(N, C)", x)
+    with torch.autocast(x.device.type, enabled=False):
+        return ChannelSum.apply(x, weights, checks.backend(backend, x)).unflatten(1, shape)
+
+
+def spatial_sum(
+    features: Tensor, spatial_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto"
+) -> Tensor:
+    """out[n, c] = sum_l spatial_weights[n, l] * A[n, c, l], (N, C). Differentiable to any order.
+
+    With weights T / L, the attended average pool; with 1 / L, global average pooling.
+    Reads A once. `spatial_weights` is (N, H, W) ((N, L) for tokens), any range.
+    """
+    x, shape = checks.feature_map(features, input_fmt)
+    weights = _weights("spatial_weights", spatial_weights, (x.shape[0], *shape), "(N, H, W)", x)
+    with torch.autocast(x.device.type, enabled=False):
+        return SpatialSum.apply(x, weights.flatten(1), checks.backend(backend, x))
+
+
+def _mlp(
+    x: Tensor,
+    options: Options,
+    fc1_weight: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor | None,
+    fc2_bias: Tensor | None,
+) -> ChannelMLP:
+    if not options.uses_channel:
+        return ChannelMLP(None, None, None, None)
+    if fc1_weight is None or fc1_bias is None or fc2_weight is None or fc2_bias is None:
+        raise ValueError(
+            f"attention={options.attention!r} needs fc1_weight, fc1_bias, fc2_weight and fc2_bias"
+        )
+    channels = x.shape[1]
+    hidden = fc1_weight.shape[0] if fc1_weight.dim() else 0
+    checks.small("fc1_weight", fc1_weight, (hidden, channels), "(C/r, C)")
+    checks.small("fc1_bias", fc1_bias, (hidden,), "(C/r,)")
+    checks.small("fc2_weight", fc2_weight, (channels, hidden), "(C, C/r)")
+    checks.small("fc2_bias", fc2_bias, (channels,), "(C,)")
+    return ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+
+
+def _options(attention: str, spatial_norm: str, pool_type: str) -> Options:
+    return Options(
+        checks.one_of("attention", attention, checks.ATTENTION),
+        checks.one_of("spatial_norm", spatial_norm, checks.SPATIAL_NORM),
+        checks.one_of("pool_type", pool_type, checks.POOL_TYPE),
+    )
+
+
+def ggam_attention(
+    features: Tensor,
+    fc1_weight: Tensor | None = None,
+    fc1_bias: Tensor | None = None,
+    fc2_weight: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    *,
+    attention: str = "channel_spatial",
+    spatial_norm: str = "softmax",
+    pool_type: str = "avg",
+    input_fmt: str = "NCHW",
+    backend: str = "auto",
+) -> GGAMAttention:
+    """Channel-spatial attention and pooling as one autograd node (equations in `ggam_fast.attention`).
+
+        g = mean_l A;  S = softmax(fc2(relu(fc1(g))));  T = norm(sum_c S_c A_c);  D = A T
+
+    fc1 is (C/r, C), (C/r,) and fc2 (C, C/r), (C,), None for "spatial" and "none". Second and higher
+    derivatives (`create_graph=True`) work too; they go through the two contractions.
+    """
+    x, shape = checks.feature_map(features, input_fmt)
+    options = _options(attention, spatial_norm, pool_type)
+    mlp = _mlp(x, options, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    out = _attention.ggam_attention(x, mlp, options, checks.backend(backend, x))
+    pooled = out.pooled
+    if pool_type == "flatten":
+        pooled = pooled.flatten(1)
+    elif pool_type == "":
+        pooled = checks.like_input(pooled, shape, input_fmt)
+    return GGAMAttention(pooled, torch.softmax(out.channel_logits, -1), out.spatial.unflatten(1, shape))
+
+
+def grad_cam_weights(
+    features: Tensor,
+    grad_attended: Tensor,
+    fc1_weight: Tensor | None = None,
+    fc1_bias: Tensor | None = None,
+    fc2_weight: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    *,
+    attention: str = "channel_spatial",
+    spatial_norm: str = "softmax",
+    pool_type: str = "avg",
+    cam_at: str = "features",
+    input_fmt: str = "NCHW",
+    backend: str = "auto",
+    differentiable: bool = False,
+) -> Tensor:
+    """beta (N, C) = mean over positions of d y / d A, in closed form (equations in `ggam_fast.gradcam`).
+
+    `grad_attended` is d y / d attended, in the shape `ggam_attention` gives: (N, C) for "avg" and "max",
+    (N, C*L) for "flatten", the map's shape for "". No backward pass runs. beta is detached unless
+    `differentiable`, which keeps a graph of every order.
+    """
+    x, _ = checks.feature_map(features, input_fmt)
+    options = _options(attention, spatial_norm, pool_type)
+    checks.one_of("cam_at", cam_at, checks.CAM_AT)
+    mlp = _mlp(x, options, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    batch, channels, positions = x.shape
+    if pool_type == "":
+        checks.small("grad_attended", grad_attended, tuple(features.shape), "the map's shape")
+        v = checks.feature_map(grad_attended, input_fmt).features
+    elif pool_type == "flatten":
+        width = (batch, channels * positions)
+        v = checks.small("grad_attended", grad_attended, width, "(N, C*L)").view(x.shape)
+    else:
+        v = _weights("grad_attended", grad_attended, (batch, channels), "(N, C)", x)
+    resolved = checks.backend(backend, x)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        out = _attention.ggam_attention(x, mlp, options, resolved, differentiable)
+        return gradcam.grad_cam_weights(x, mlp, options, out, v, cam_at, resolved, differentiable)
+
+
+def grad_cam_means(
+    features: Tensor,
+    grad: Tensor,
+    spatial_attention: Tensor | None = None,
+    *,
+    input_fmt: str = "NCHW",
+    backend: str = "auto",
+) -> GradCamMeans:
+    """Both reductions Grad-CAM takes of a dense gradient G, in one pass over (A, G):
+
+        cam_weights[n, c] = 1/L sum_l T_l G_cl        grad_map[n, l] = sum_c G_cl A_cl
+
+    `grad` has the shape of `features`; `spatial_attention` is T (N, H, W), 1 if None, for which
+    cam_weights are Grad-CAM's channel means of G. Detached.
+    """
+    x, shape = checks.feature_map(features, input_fmt)
+    checks.small("grad", grad, tuple(features.shape), "the shape of features")
+    g = checks.feature_map(grad, input_fmt).features
+    t = None
+    if spatial_attention is not None:
+        expected = (x.shape[0], *shape)
+        t = _weights("spatial_attention", spatial_attention, expected, "(N, H, W)", x).flatten(1)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        means, _, grad_map = get_stages(checks.backend(backend, x)).grad_cam_means(x, g, t)
+        if grad_map.dim() == 3:
+            grad_map = grad_map.sum(1)
+    return GradCamMeans(means, grad_map.unflatten(1, shape))
+
+
+def guidance_loss(
+    channel_attention: Tensor,
+    cam_weights: Tensor,
+    *,
+    cam_norm: str = "sigmoid",
+    cam_temperature: float = 1.0,
+    divergence: str = "symmetric",
+    reduction: str = "mean",
+) -> Tensor:
+    """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.losses`).
+
+    `channel_attention` is S (N, C), non-negative, rows summing to 1; `cam_weights` is beta (N, C), any
+    range. Returns a scalar, the "mean" or "sum" over the batch. S is clamped to the smallest normal
+    number before its logarithm; the head works from the logits of S and needs no clamp.
+    """
+    checks.small("channel_attention", channel_attention, tuple(channel_attention.shape), "(N, C)")
+    if channel_attention.dim() != 2:
+        raise ValueError(f"channel_attention must be (N, C); got {tuple(channel_attention.shape)}")
+    checks.small("cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)")
+    checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
+    checks.one_of("divergence", divergence, checks.DIVERGENCE)
+    checks.one_of("reduction", reduction, checks.REDUCTION)
+    s = channel_attention.to(checks.compute_dtype(channel_attention))
+    log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
+    temperature = checks.temperature(cam_temperature)
+    per_image = losses.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
+    return losses.reduce_batch(per_image, reduction)
+
+
+def cam(features: Tensor, cam_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto") -> Tensor:
+    """Grad-CAM's heat map (N, H, W): relu(sum_c beta_c A_c), not scaled.
+
+    Source: Selvaraju et al. (arXiv 1610.02391), eq. 2.
+    """
+    return torch.relu(channel_sum(features, cam_weights, input_fmt=input_fmt, backend=backend))

@@ -1,0 +1,140 @@
+"""GGAMHead: the paper's attention and classifier, with Grad-CAM guidance, as one drop-in module."""
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .attention import ChannelMLP, Options, ggam_attention
+from .base import GGAMHeadBase, GGAMOutput
+from .classifier import Scores, closed_form_layers, run, scores, scores_by_autograd
+from .gradcam import grad_cam_weights
+from .losses import kl_guidance, reduce_batch
+
+
+def score_gradient(logits: Tensor, target: Tensor, cam_class: str) -> Tensor:
+    """d y / d logits (N, K): one-hot of the label or of the predicted class, or the soft target."""
+    if cam_class == "label" and target.is_floating_point():
+        return target.detach().to(logits.dtype)
+    index = logits.detach().argmax(-1) if cam_class == "predicted" else target
+    return torch.zeros_like(logits).scatter(1, index.unsqueeze(1), 1.0).detach()
+
+
+class GGAMHead(GGAMHeadBase):
+    """Grad-CAM guided channel-spatial attention and classifier (arXiv 2101.09666).
+
+        g = mean_l A;  S = softmax(FC2(relu(FC1(g))));  U = sum_c S_c A_c;  T = norm(U);  D = A T
+        logits = classifier(pool(D));  beta = mean_l d y / d A;  L = divergence(S, norm(beta))
+
+    `head(features)` returns logits (N, K): a drop-in for pooling and a linear layer; beta is never
+    computed. `head(features, target)` returns a `GGAMOutput`. Nothing is stashed on the module.
+
+    Args:
+        in_features: C, channels of the features.
+        num_classes: K; 0 for no classifier (timm's convention).
+        attention: "channel_spatial"; "channel" (D = S A); "spatial" (S = 1/C); "none" (D = A).
+        spatial_norm: "softmax" over positions; "sum" (U / sum U, uniform where that is 0); "sigmoid".
+        rd_ratio: hidden width of the channel MLP as a share of C, in (0, 1]; `rd_channels` sets it outright.
+        pool_type: "avg", "max" (ties to the first position), "flatten" (needs `feat_size`), or "" to hand
+            the attended map to `classifier`.
+        hidden_size: width of the default BN-FC-BN-ELU-FC classifier; 0 or None for one linear layer.
+        classifier: your own module on the pooled vector (N, C), or on the map for `pool_type=""`.
+            Its class-score gradient is autograd's (see `classifier` for compiling it).
+        cam_at: beta at the "features" A or at the "attended" map D.
+        cam_class: y is the score of the "label" (or of a soft target), or of the "predicted" class.
+        cam_detach: False differentiates the guidance loss through beta too (second order).
+        cam_norm, cam_temperature, divergence: the guidance loss, see `losses`.
+        guidance_reduction: "mean" over the batch, or "sum" (the authors' script).
+        drop_rate: dropout before the last linear layer (before all of a custom classifier), in [0, 1).
+        norm_layer, act_layer: layers of the hidden classifier.
+        input_fmt: "NCHW" (any memory order; NCHW and channels-last are read in place), "NHWC" or "NLC".
+        feat_size: (H, W) for "flatten", whose features are ordered C, H, W for every input format.
+        backend: "auto" (Triton on a GPU tensor, torch elsewhere), "triton" or "torch".
+        device, dtype: of the parameters.
+
+    Features are float32, bfloat16, float16, or float64 (torch backend). Everything small, logits of the
+    default classifiers included, is computed and returned in float32 (float64 for float64), under
+    autocast too; a custom classifier runs under the caller's autocast, or in its parameters' type.
+    In training mode with batch norm, beta is the gradient of the batch's summed score, coupling included.
+
+    Raises:
+        ValueError, TypeError: an option, shape, type or target that does not fit, named in the message.
+
+    Example:
+        >>> head = GGAMHead(512, 10)
+        >>> out = head(torch.randn(4, 512, 7, 7), torch.tensor([1, 2, 3, 4]))
+        >>> out.logits.shape, out.cam_weights.shape
+        (torch.Size([4, 10]), torch.Size([4, 512]))
+    """
+
+    def forward(
+        self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
+    ) -> Tensor | GGAMOutput:
+        """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
+        self._check_request(target, pre_logits)
+        x, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
+        self._check_positions(spatial_shape)
+        backend = checks.backend(self.backend, x)
+        options = Options(self.attention, self.spatial_norm, self.pool_type)
+        mlp = ChannelMLP(None, None, None, None)
+        if options.uses_channel:
+            mlp = ChannelMLP(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        second_order = target is not None and not self.cam_detach and torch.is_grad_enabled()
+
+        attended = ggam_attention(x, mlp, options, backend, differentiable=second_order)
+        if target is None:
+            return self._classify(attended.pooled, spatial_shape, pre_logits)
+
+        target = checks.target(target, x.shape[0], self.num_classes)
+        logits, pull_back = self._score(attended.pooled, spatial_shape, detach=not second_order)
+        v = pull_back(score_gradient(logits, target, self.cam_class))
+        with torch.autocast(x.device.type, enabled=False):
+            beta = grad_cam_weights(
+                x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
+            )
+            log_s = torch.log_softmax(attended.channel_logits, -1)
+            guidance = kl_guidance(log_s, beta, self.cam_norm, self.cam_temperature, self.divergence)
+        return GGAMOutput(
+            logits,
+            log_s.exp(),
+            attended.spatial.unflatten(1, spatial_shape),
+            beta,
+            reduce_batch(guidance, self.guidance_reduction),
+        )
+
+    def _classify(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool) -> Tensor:
+        layers = closed_form_layers(self.classifier, self.drop)
+        if self.pool_type == "":
+            mapped = checks.like_input(pooled, spatial_shape, self.input_fmt)
+            return mapped if pre_logits else self._custom(mapped)
+        flat = pooled.flatten(1)
+        if layers is None:
+            return flat if pre_logits else self._custom(flat)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return run(layers[:-1] if pre_logits else layers, flat)
+
+    def _custom(self, pooled: Tensor) -> Tensor:
+        """Run a classifier of unknown layers in its parameters' type, or under the caller's autocast."""
+        parameter = next((p for p in self.classifier.parameters() if p.is_floating_point()), None)
+        if parameter is not None and not torch.is_autocast_enabled(pooled.device.type):
+            pooled = pooled.to(parameter.dtype)
+        return self.classifier(self.drop(pooled))
+
+    def _score(self, pooled: Tensor, spatial_shape: tuple[int, ...], detach: bool) -> Scores:
+        """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
+        layers = closed_form_layers(self.classifier, self.drop)
+        if layers is None or self.pool_type == "":
+
+            def classify(x: Tensor) -> Tensor:
+                if self.pool_type == "":
+                    return self._custom(checks.like_input(x, spatial_shape, self.input_fmt))
+                return self._custom(x.flatten(1))
+
+            return scores_by_autograd(classify, pooled, detach)
+        with torch.autocast(pooled.device.type, enabled=False):
+            result = scores(layers, pooled.flatten(1), detach)
+
+        def pull_back(seed: Tensor) -> Tensor:
+            with torch.autocast(pooled.device.type, enabled=False):
+                return result.pull_back(seed).view(pooled.shape)
+
+        return Scores(result.logits, pull_back)

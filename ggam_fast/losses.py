@@ -1,0 +1,96 @@
+"""The guidance loss: how far channel attention S is from the normalised Grad-CAM weights b~.
+
+    b~ = sigmoid(beta / tau)                        cam_norm="sigmoid" (the paper)
+       | softmax over channels (beta / tau)         "softmax" (the authors' script)
+       | sigmoid(zscore over channels(beta) / tau)  "standardized" (ours)
+    L = 1/2 (KL(S, b~) + KL(b~, S)) = 1/2 sum_c (S - b~)(log S - log b~)    divergence="symmetric"
+      | KL(S, b~) = sum_c S (log S - log b~)                                "forward"
+
+Logarithms are log-softmax and log-sigmoid, never the log of a softmax.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks
+from .base import GGAMOutput
+
+
+def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tensor:
+    """log b~ (N, C) from beta (N, C)."""
+    beta = cam_weights
+    if cam_norm == "standardized":
+        beta = _zscore(beta)
+    beta = beta / temperature
+    return torch.log_softmax(beta, -1) if cam_norm == "softmax" else F.logsigmoid(beta)
+
+
+def _zscore(beta: Tensor) -> Tensor:
+    """(beta - mean) / population standard deviation over channels; 0 where all are equal.
+
+    beta can be 1e-7 or far smaller, so it is scaled to 1 before it is squared; the z-score does not
+    depend on that scale, so no gradient goes through it.
+    """
+    centred = beta - beta.mean(-1, keepdim=True)
+    largest = centred.detach().abs().amax(-1, keepdim=True)
+    flat = largest == 0
+    unit = centred / torch.where(flat, 1.0, largest)
+    variance = unit.square().mean(-1, keepdim=True)
+    return unit * torch.rsqrt(torch.where(flat, 1.0, variance))
+
+
+def kl_guidance(
+    log_s: Tensor, cam_weights: Tensor, cam_norm: str, temperature: float, divergence: str
+) -> Tensor:
+    """L per image (N,), from log S (N, C) and beta (N, C)."""
+    log_q = log_cam_norm(cam_weights, cam_norm, temperature)
+    difference = log_s - log_q
+    if divergence == "forward":
+        return (log_s.exp() * difference).sum(-1)
+    return 0.5 * ((log_s.exp() - log_q.exp()) * difference).sum(-1)
+
+
+def reduce_batch(per_image: Tensor, reduction: str) -> Tensor:
+    """Sum, or mean over the batch; 0 for an empty batch."""
+    total = per_image.sum()
+    return total if reduction == "sum" else total / max(per_image.shape[0], 1)
+
+
+class GGAMLoss(nn.Module):
+    """CE(logits, target) + guidance_weight * L_GGAM.
+
+    Args:
+        guidance_weight: lambda >= 0. The authors' README history spans 0.2 to 3 with RELEASE's
+            softmax(beta); the scale of L depends on `cam_norm` (design section 1), so choose it for yours.
+        label_smoothing: as in `torch.nn.CrossEntropyLoss`, in [0, 1].
+
+    Takes the head's `GGAMOutput`, or plain logits (N, K) of a forward without target, for which it is
+    the cross entropy alone; `target` is int64 (N,) or float probabilities (N, K). Returns a scalar,
+    the mean over the batch (0 for an empty one).
+    """
+
+    def __init__(self, guidance_weight: float = 0.1, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= guidance_weight < float("inf"):
+            raise ValueError(f"guidance_weight must be finite and not negative; got {guidance_weight!r}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
+        self.guidance_weight = guidance_weight
+        self.label_smoothing = label_smoothing
+
+    def forward(self, out: GGAMOutput | Tensor, target: Tensor) -> Tensor:
+        if not isinstance(out, (GGAMOutput, Tensor)):
+            raise TypeError(f"out must be a GGAMOutput or logits (N, K); got {type(out).__name__}")
+        logits = out if isinstance(out, Tensor) else out.logits
+        target = checks.target(target, logits.shape[0], logits.shape[1])
+        if target.is_floating_point():
+            target = target.to(logits.dtype)
+        total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
+        loss = total / max(logits.shape[0], 1)
+        if isinstance(out, Tensor):
+            return loss
+        return loss + self.guidance_weight * out.guidance_loss
+
+    def extra_repr(self) -> str:
+        return f"guidance_weight={self.guidance_weight}, label_smoothing={self.label_smoothing}"

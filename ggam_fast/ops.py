@@ -1,0 +1,409 @@
+"""The stages as `torch.library` operators over the Triton kernels: check, allocate, launch.
+
+One private functional operator `ggam_fast::...` per fused stage and direction, with a fake of the same
+shapes and strides for `torch.compile` and `torch.export`.  Autograd lives outside, in `attention`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _checkout
+from .stages import Stages
+
+_checkout.load_sibling_kernels()
+
+from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare checkout)
+    channel_sum,
+    features_grad,
+    grad_cam_means,
+    hadamard,
+    max_pool,
+    plan,
+    position_scatter,
+    spatial_norm,
+    spatial_sum,
+)
+
+_LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
+_NORM = {"softmax": 0, "sum": 1, "sigmoid": 2}
+_POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
+
+
+def _register(schema: str, fake: Callable[..., object]) -> Callable[[Callable], Callable]:
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"ggam_fast::{name}", fake, lib=_LIBRARY)
+
+    def decorate(implementation: Callable) -> Callable:
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        return getattr(torch.ops.ggam_fast, name).default
+
+    return decorate
+
+
+def _native(features: Tensor) -> Tensor:
+    """Features with one dense inner dimension; strides are read here, as Inductor may change them."""
+    return features if 1 in (features.stride(1), features.stride(2)) else features.contiguous()
+
+
+def _tile(features: Tensor) -> plan.Tile:
+    _, channels, positions = features.shape
+    layout = plan.POSITIONS_FIRST if features.stride(2) == 1 else plan.CHANNELS_FIRST
+    return plan.tile(channels, positions, layout)
+
+
+def _geometry(features: Tensor, tile: plan.Tile) -> dict[str, int]:
+    """The compile-time constants of a pass over A: sizes, inner strides, tile."""
+    return {
+        "C": features.shape[1],
+        "L": features.shape[2],
+        "STRIDE_C": features.stride(1),
+        "STRIDE_L": features.stride(2),
+        "BLOCK_C": tile.block_c,
+        "BLOCK_L": tile.block_l,
+        "num_warps": tile.num_warps,
+    }
+
+
+def _small(batch: int, size: int, like: Tensor) -> Tensor:
+    return torch.empty((batch, size), dtype=torch.float32, device=like.device)
+
+
+def _like_layout(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty (N, C, L) tensor, dense, in the memory order of `features`."""
+    batch, channels, positions = features.shape
+    if features.stride(2) == 1 or features.stride(1) != 1:
+        return torch.empty((batch, channels, positions), dtype=dtype, device=features.device)
+    shape = (batch, positions, channels)
+    return torch.empty(shape, dtype=dtype, device=features.device).transpose(1, 2)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _channel_sum_partials(features: Tensor, weights: Tensor) -> Tensor:
+    """partials (N, P, L) of channel_sum(A, weights)"""
+    features = _native(features)
+    batch, _, positions = features.shape
+    tile, parts = _tile(features), plan.num_partials(features.shape[1])
+    partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=features.device)
+    if batch:
+        grid = (batch * parts * _blocks(positions, tile.block_l),)
+        with torch.cuda.device_of(features):
+            channel_sum.channel_sum_kernel[grid](
+                features, weights.contiguous(), partials, features.stride(0),
+                PARTIAL_C=max(plan.CHANNELS_PER_PARTIAL, tile.block_c),
+                **_geometry(features, tile),
+            )  # fmt: skip
+    return partials
+
+
+def _normalise(partials: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+    batch, parts, positions = partials.shape
+    attention = _small(batch, positions, partials)
+    total = torch.empty((batch,), dtype=torch.float32, device=partials.device)
+    if batch:
+        with torch.cuda.device_of(partials):
+            spatial_norm.spatial_norm_kernel[(batch,)](
+                partials, attention, total, P=parts, NORM=norm, **_map_geometry(positions)
+            )
+    return attention, total
+
+
+def _map_geometry(positions: int) -> dict[str, int]:
+    if positions > plan.MAX_POSITIONS:
+        raise ValueError(
+            f"features must have at most {plan.MAX_POSITIONS} positions for the Triton kernels; "
+            f'got {positions} (backend="torch" takes any number)'
+        )
+    return {
+        "L": positions,
+        "BLOCK_L": plan.next_power_of_2(positions),
+        "num_warps": plan.norm_warps(positions),
+    }
+
+
+def _spatial_sum_fake(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
+    return _small(features.shape[0], features.shape[1], features)
+
+
+@_register("spatial_sum(Tensor features, Tensor? weights, float scale) -> Tensor", _spatial_sum_fake)
+def _spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
+    features = _native(features)
+    batch, channels, _ = features.shape
+    tile = _tile(features)
+    out = _small(batch, channels, features)
+    if batch:
+        with torch.cuda.device_of(features):
+            spatial_sum.spatial_sum_kernel[(batch * _blocks(channels, tile.block_c),)](
+                features, features if weights is None else weights.contiguous(), out, scale,
+                features.stride(0), HAS_WEIGHTS=weights is not None, **_geometry(features, tile),
+            )  # fmt: skip
+    return out
+
+
+def _channel_sum_fake(features: Tensor, weights: Tensor) -> Tensor:
+    return _small(features.shape[0], features.shape[2], features)
+
+
+@_register("channel_sum(Tensor features, Tensor weights) -> Tensor", _channel_sum_fake)
+def _channel_sum(features: Tensor, weights: Tensor) -> Tensor:
+    partials = _channel_sum_partials(features, weights)
+    return partials[:, 0].clone() if partials.shape[1] == 1 else partials.sum(1)
+
+
+def _spatial_attention_fake(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+    total = torch.empty((features.shape[0],), dtype=torch.float32, device=features.device)
+    return _small(features.shape[0], features.shape[2], features), total
+
+
+@_register(
+    "spatial_attention(Tensor features, Tensor s, int norm) -> (Tensor, Tensor)",
+    _spatial_attention_fake,
+)
+def _spatial_attention(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+    return _normalise(_channel_sum_partials(features, s), norm)
+
+
+def _spatial_norm_grad_fake(
+    partials: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+) -> Tensor:
+    return _small(t.shape[0], t.shape[1], t)
+
+
+@_register(
+    "spatial_norm_grad(Tensor partials, Tensor? extra, Tensor t, Tensor total, int norm) -> Tensor",
+    _spatial_norm_grad_fake,
+)
+def _spatial_norm_grad(partials: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int) -> Tensor:
+    batch, parts, positions = partials.shape
+    grad = _small(batch, positions, partials)
+    if batch:
+        with torch.cuda.device_of(partials):
+            spatial_norm.spatial_norm_grad_kernel[(batch,)](
+                partials.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
+                total, grad, P=parts, NORM=norm, HAS_EXTRA=extra is not None,
+                **_map_geometry(positions),
+            )  # fmt: skip
+    return grad
+
+
+def _spatial_attention_grad_fake(
+    features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+) -> Tensor:
+    return _small(t.shape[0], t.shape[1], t)
+
+
+@_register(
+    "spatial_attention_grad(Tensor features, Tensor v, Tensor? extra, Tensor t, Tensor total, int norm)"
+    " -> Tensor",
+    _spatial_attention_grad_fake,
+)
+def _spatial_attention_grad(
+    features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+) -> Tensor:
+    return _spatial_norm_grad(_channel_sum_partials(features, v), extra, t, total, norm)
+
+
+def _max_pool_fake(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape, device = features.shape[:2], features.device
+    peak = torch.empty(shape, dtype=torch.float32, device=device)
+    return peak, torch.empty(shape, dtype=torch.int64, device=device)
+
+
+@_register("max_pool(Tensor features, Tensor? t) -> (Tensor, Tensor)", _max_pool_fake)
+def _max_pool(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+    features = _native(features)
+    batch, channels, _ = features.shape
+    tile = _tile(features)
+    peak, index = _max_pool_fake(features, t)
+    if batch:
+        with torch.cuda.device_of(features):
+            max_pool.max_pool_kernel[(batch * _blocks(channels, tile.block_c),)](
+                features, features if t is None else t.contiguous(), peak, index,
+                features.stride(0), HAS_WEIGHTS=t is not None, **_geometry(features, tile),
+            )  # fmt: skip
+    return peak, index
+
+
+def _position_scatter_fake(values: Tensor, index: Tensor, positions: int) -> Tensor:
+    return _small(values.shape[0], positions, values)
+
+
+@_register("position_scatter(Tensor values, Tensor index, int positions) -> Tensor", _position_scatter_fake)
+def _position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
+    batch, channels = values.shape
+    tile = plan.tile(channels, positions, plan.POSITIONS_FIRST)
+    out = _small(batch, positions, values)
+    if batch:
+        with torch.cuda.device_of(values):
+            position_scatter.position_scatter_kernel[(batch * _blocks(positions, tile.block_l),)](
+                values.contiguous(), index.contiguous(), out, C=channels, L=positions,
+                BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps,
+            )  # fmt: skip
+    return out
+
+
+def _hadamard_fake(features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) -> Tensor:
+    if for_flatten:
+        return torch.empty(features.shape, dtype=torch.float32, device=features.device)
+    return _like_layout(features, features.dtype)
+
+
+@_register("hadamard(Tensor features, Tensor? t, Tensor s, bool for_flatten) -> Tensor", _hadamard_fake)
+def _hadamard(features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) -> Tensor:
+    out = _hadamard_fake(features, t, s, for_flatten)
+    features = _native(features)
+    batch, channels, positions = features.shape
+    tile = _tile(features)
+    if batch:
+        grid = (batch * _blocks(channels, tile.block_c) * _blocks(positions, tile.block_l),)
+        with torch.cuda.device_of(features):
+            hadamard.hadamard_kernel[grid](
+                features, (s if t is None else t).contiguous(), out,
+                features.stride(0), out.stride(0), OUT_STRIDE_C=out.stride(1),
+                OUT_STRIDE_L=out.stride(2), BY_CHANNEL=t is None, **_geometry(features, tile),
+            )  # fmt: skip
+    return out
+
+
+def _grad_cam_means_fake(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, positions = features.shape
+    parts = (channels + _MEANS_BLOCK_C - 1) // _MEANS_BLOCK_C
+    partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=features.device)
+    return _small(batch, channels, features), _small(batch, channels, features), partials
+
+
+_MEANS_BLOCK_C = 64
+"""Channels per program of grad_cam_means: its dT partials are then 1/64 of a map in float32."""
+
+
+@_register(
+    "grad_cam_means(Tensor features, Tensor grad, Tensor? t) -> (Tensor, Tensor, Tensor)",
+    _grad_cam_means_fake,
+)
+def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    features = _native(features)
+    means, dots, partials = _grad_cam_means_fake(features, grad, t)
+    tile = plan.Tile(_MEANS_BLOCK_C, 32, 4)
+    if features.shape[0]:
+        with torch.cuda.device_of(features):
+            grad_cam_means.grad_cam_means_kernel[(features.shape[0] * partials.shape[1],)](
+                features, grad, features if t is None else t.contiguous(), means, dots, partials,
+                features.stride(0), grad.stride(0), GRAD_STRIDE_C=grad.stride(1),
+                GRAD_STRIDE_L=grad.stride(2), HAS_WEIGHTS=t is not None,
+                **_geometry(features, tile),
+            )  # fmt: skip
+    return means, dots, partials
+
+
+def _features_grad_fake(
+    features: Tensor,
+    pool: int,
+    first: Tensor,
+    index: Tensor,
+    t: Tensor | None,
+    du: Tensor | None,
+    s: Tensor,
+    constant: Tensor,
+) -> Tensor:
+    return _like_layout(features, features.dtype)
+
+
+@_register(
+    "features_grad(Tensor features, int pool, Tensor first, Tensor index, Tensor? t, Tensor? du, "
+    "Tensor s, Tensor constant) -> Tensor",
+    _features_grad_fake,
+)
+def _features_grad(
+    features: Tensor,
+    pool: int,
+    first: Tensor,
+    index: Tensor,
+    t: Tensor | None,
+    du: Tensor | None,
+    s: Tensor,
+    constant: Tensor,
+) -> Tensor:
+    out = _like_layout(features, features.dtype)
+    batch, channels, positions = out.shape
+    tile = _tile(out)
+    geometry = _geometry(out, tile)
+    dense = pool == _POOL["flatten"]
+    if t is None or du is None:
+        t = du = s  # not read without HAS_SPATIAL
+        has_spatial = False
+    else:
+        has_spatial = True
+    if batch:
+        grid = (batch * _blocks(channels, tile.block_c) * _blocks(positions, tile.block_l),)
+        with torch.cuda.device_of(features):
+            features_grad.features_grad_kernel[grid](
+                out, first, s if dense else first.contiguous(), index, t.contiguous(),
+                du.contiguous(), s.contiguous(), constant.contiguous(), out.stride(0),
+                first.stride(0) if dense else 0,
+                C=geometry["C"], L=geometry["L"],
+                OUT_STRIDE_C=geometry["STRIDE_C"], OUT_STRIDE_L=geometry["STRIDE_L"],
+                GRAD_STRIDE_C=first.stride(1) if dense else 0,
+                GRAD_STRIDE_L=first.stride(2) if dense else 0,
+                POOL=pool, HAS_SPATIAL=has_spatial, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l,
+                num_warps=tile.num_warps,
+            )  # fmt: skip
+    return out
+
+
+class TritonStages(Stages):
+    """The stages as kernels.  Small results are float32; none of them is differentiable by itself."""
+
+    def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
+        return _channel_sum(features, weights.float())
+
+    def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return _spatial_sum(features, None if weights is None else weights.float(), scale)
+
+    def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+        return _spatial_attention(features, s, _NORM[norm])
+
+    def spatial_attention_grad(
+        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> Tensor:
+        return _spatial_attention_grad(features, v, extra, t, total, _NORM[norm])
+
+    def spatial_norm_grad(
+        self, dt: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> Tensor:
+        partials = dt.unsqueeze(1) if dt.dim() == 2 else dt
+        return _spatial_norm_grad(partials, extra, t, total, _NORM[norm])
+
+    def max_pool(self, features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _max_pool(features, t)
+
+    def position_scatter(self, values: Tensor, index: Tensor, positions: int) -> Tensor:
+        return _position_scatter(values, index, positions)
+
+    def hadamard(self, features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) -> Tensor:
+        return _hadamard(features, t, s, for_flatten)
+
+    def grad_cam_means(
+        self, features: Tensor, grad: Tensor, t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _grad_cam_means(features, grad, t)
+
+    def features_grad(
+        self,
+        features: Tensor,
+        pool_type: str,
+        first: Tensor,
+        index: Tensor,
+        t: Tensor | None,
+        du: Tensor | None,
+        s: Tensor,
+        constant: Tensor,
+    ) -> Tensor:
+        return _features_grad(features, _POOL[pool_type], first, index, t, du, s, constant)
+
+
+TRITON = TritonStages()

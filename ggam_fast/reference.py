@@ -1,0 +1,104 @@
+"""The paper in plain eager PyTorch, Grad-CAM by `torch.autograd.grad`: written to be read, never tuned.
+
+Same constructor, parameters, state dict and outputs as `GGAMHead`. Every step is one line of the paper's
+table (design section 1); the rest of the library is checked against this file in float64.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks
+from .base import GGAMHeadBase, GGAMOutput
+
+
+class GGAMHeadReference(GGAMHeadBase):
+    """See `GGAMHead`. Runs in the type of its input; use float64 features and parameters as a reference."""
+
+    def forward(
+        self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
+    ) -> Tensor | GGAMOutput:
+        self._check_request(target, pre_logits)
+        a, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
+        self._check_positions(spatial_shape)
+        if target is None:
+            attended = self.attend(a)[0]
+            return self.classify(attended, spatial_shape, pre_logits)
+        target = checks.target(target, a.shape[0], self.num_classes)
+
+        keep_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Grad-CAM needs dy/dA even where A is a constant: look at a copy that requires grad.
+            a = a if a.requires_grad and keep_graph else a.detach().requires_grad_()
+            d, log_s, t = self.attend(a)
+            logits = self.classify(d, spatial_shape)
+
+            if self.cam_class == "predicted":
+                y = logits.max(1).values.sum()
+            elif target.is_floating_point():
+                y = (target.to(logits.dtype) * logits).sum()
+            else:
+                y = logits.gather(1, target.unsqueeze(1)).sum()
+            looked_at = a if self.cam_at == "features" else d
+            (gradient,) = torch.autograd.grad(
+                y, looked_at, retain_graph=keep_graph, create_graph=keep_graph and not self.cam_detach
+            )
+            beta = gradient.mean(2)
+            if self.cam_detach:
+                beta = beta.detach()
+            loss = self.guidance(log_s, beta)
+        out = GGAMOutput(logits, log_s.exp(), t.unflatten(1, spatial_shape), beta, loss)
+        return out if keep_graph else GGAMOutput(*(x.detach() for x in out))
+
+    def attend(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """D (N, C, L), log S (N, C) and T (N, L) of the features A (N, C, L)."""
+        channels, positions = a.shape[1:]
+        if self.attention in ("channel_spatial", "channel"):
+            g = a.mean(2)  # F_cg
+            log_s = F.log_softmax(self.fc2(F.relu(self.fc1(g))), 1)  # F_cr
+        else:
+            log_s = torch.log(a.new_full(a.shape[:2], 1 / channels))
+        s = log_s.exp()
+        if self.attention in ("channel", "none"):
+            t = a.new_ones(a.shape[0], positions)
+            return (a * s.unsqueeze(2) if self.attention == "channel" else a * 1), log_s, t
+        b = s.unsqueeze(2) * a  # F_cm
+        u = b.sum(1)  # F_fa
+        if self.spatial_norm == "softmax":
+            t = u.softmax(1)
+        elif self.spatial_norm == "sigmoid":
+            t = u.sigmoid()
+        else:
+            total = u.sum(1, keepdim=True)
+            empty = total == 0
+            t = torch.where(empty, 1 / positions, u / torch.where(empty, 1, total))
+        return a * t.unsqueeze(1), log_s, t  # F_sm
+
+    def classify(self, d: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool = False) -> Tensor:
+        """F_tc: pool D, drop out, classify."""
+        if self.pool_type == "":
+            pooled = checks.like_input(d, spatial_shape, self.input_fmt)
+        elif self.pool_type == "flatten":
+            pooled = d.flatten(1)
+        else:
+            pooled = d.mean(2) if self.pool_type == "avg" else d.max(2).values
+        last = self.classifier
+        if isinstance(last, nn.Sequential):
+            pooled, last = last[:-1](pooled), last[-1]
+        pooled = self.drop(pooled)
+        return pooled if pre_logits else last(pooled)
+
+    def guidance(self, log_s: Tensor, beta: Tensor) -> Tensor:
+        """L_GGAM of log S and beta, both (N, C)."""
+        if self.cam_norm == "standardized":
+            centred = beta - beta.mean(1, keepdim=True)
+            deviation = centred.square().mean(1, keepdim=True).sqrt()
+            flat = (centred == 0).all(1, keepdim=True)
+            beta = centred / torch.where(flat, 1, deviation)
+        beta = beta / self.cam_temperature
+        log_q = F.log_softmax(beta, 1) if self.cam_norm == "softmax" else F.logsigmoid(beta)
+        s, q = log_s.exp(), log_q.exp()
+        forward = (s * (log_s - log_q)).sum()
+        backward = (q * (log_q - log_s)).sum()
+        loss = forward if self.divergence == "forward" else (forward + backward) / 2
+        return loss if self.guidance_reduction == "sum" else loss / max(beta.shape[0], 1)

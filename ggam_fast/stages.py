@@ -1,0 +1,130 @@
+"""The stages of GGAM over an (N, C, L) feature map, in torch operations.
+
+This is the closed form's vocabulary: `attention` and `gradcam` are written once in these terms.
+`ops.TritonStages` does the same with kernels, `contractions.DifferentiableStages` so that derivatives
+of any order exist.  A is (N, C, L) of any type; everything small is float32, or float64 for float64 A.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import compute_dtype
+
+
+def spatial_norm(u: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """T (N, L) from U (N, L), and sum(U) (N,).  "sum" of an all-zero map is uniform."""
+    total = u.sum(-1)
+    if norm == "softmax":
+        return torch.softmax(u, -1), total
+    if norm == "sigmoid":
+        return torch.sigmoid(u), total
+    empty = (total == 0).unsqueeze(-1)
+    safe = torch.where(empty, 1.0, total.unsqueeze(-1))
+    return torch.where(empty, 1.0 / u.shape[-1], u / safe), total
+
+
+def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor:
+    """dU (N, L) from dT (N, L): design table of the three normalisations."""
+    if norm == "sigmoid":
+        return dt * t * (1 - t)
+    centred = dt - (dt * t).sum(-1, keepdim=True)
+    if norm == "softmax":
+        return t * centred
+    empty = (total == 0).unsqueeze(-1)
+    return torch.where(empty, 0.0, centred / torch.where(empty, 1.0, total.unsqueeze(-1)))
+
+
+class Stages:
+    """The stages in torch operations; `A` is (N, C, L), `s` and `v` are (N, C), `t` is (N, L)."""
+
+    def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
+        """out[n, l] = sum_c weights[n, c] A[n, c, l]"""
+        a = features.to(compute_dtype(features))
+        return (weights.unsqueeze(-2) @ a).squeeze(-2)
+
+    def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """out[n, c] = scale * sum_l weights[n, l] A[n, c, l]; weights = 1 if None"""
+        if weights is None:
+            return features.sum(-1, dtype=compute_dtype(features)) * scale
+        a = features.to(compute_dtype(features))
+        return (a @ weights.unsqueeze(-1)).squeeze(-1) * scale
+
+    def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+        """T and sum(U) for U = channel_sum(A, s)"""
+        return spatial_norm(self.channel_sum(features, s), norm)
+
+    def spatial_attention_grad(
+        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> Tensor:
+        """dU for dT = channel_sum(A, v) + extra"""
+        return self.spatial_norm_grad(self.channel_sum(features, v), extra, t, total, norm)
+
+    def spatial_norm_grad(
+        self, dt: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> Tensor:
+        """dU for dT = dt + extra; dt may be (N, L), or (N, P, L) in P parts"""
+        if dt.dim() == 3:
+            dt = dt.sum(1)
+        return spatial_norm_grad(dt if extra is None else dt + extra, t, total, norm)
+
+    def max_pool(self, features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A at the position of max_l t_l A_cl (N, C), and that position; ties go to the first"""
+        dtype = compute_dtype(features)
+        d = features if t is None else features.detach() * t.detach().unsqueeze(1)
+        index = d.max(-1).indices
+        return features.gather(2, index.unsqueeze(-1)).squeeze(-1).to(dtype), index
+
+    def position_scatter(self, values: Tensor, index: Tensor, positions: int) -> Tensor:
+        """out[n, l] = sum over c with index[n, c] = l of values[n, c]"""
+        out = values.new_zeros(values.shape[0], positions)
+        if values.device.type == "cpu":
+            return out.scatter_add(1, index, values)
+        # scatter_add adds with atomics on a GPU; index_put sorts and gives the same bits every run.
+        rows = torch.arange(values.shape[0], device=values.device).unsqueeze(-1)
+        return out.index_put((rows, index), values, accumulate=True)
+
+    def hadamard(self, features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) -> Tensor:
+        """D = A * t, or A * s without t.  For a flattening classifier D is NCL-contiguous and as
+        precise as the small tensors; otherwise it has A's layout and type."""
+        d = features * (s.unsqueeze(2) if t is None else t.unsqueeze(1))
+        return d.contiguous() if for_flatten else d.to(features.dtype)
+
+    def grad_cam_means(
+        self, features: Tensor, grad: Tensor, t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mean_l G t (N, C), sum_l G A (N, C), sum_c G A (N, L)"""
+        dtype = compute_dtype(features)
+        a, g = features.to(dtype), grad.to(dtype)
+        product = a * g
+        means = (g if t is None else g * t.unsqueeze(1)).mean(-1)
+        return means, product.sum(2), product.sum(1)
+
+    def features_grad(
+        self,
+        features: Tensor,
+        pool_type: str,
+        first: Tensor,
+        index: Tensor,
+        t: Tensor | None,
+        du: Tensor | None,
+        s: Tensor,
+        constant: Tensor,
+    ) -> Tensor:
+        """dA = first-term + s (x) du + constant (x) 1; `first` is x (N, C), or G (N, C, L) if dense"""
+        # Computed in the memory order of A, so that dA has its layout.
+        channels_last = features.stride(1) == 1 and features.shape[2] > 1
+        c, l = (1, 2) if channels_last else (2, 1)  # where to insert the other's axis
+        if pool_type == "avg":
+            x = first.unsqueeze(c)
+        elif pool_type == "max":
+            positions = torch.arange(features.shape[2], device=features.device)
+            x = torch.where(index.unsqueeze(c) == positions.unsqueeze(l - 1), first.unsqueeze(c), 0.0)
+        else:
+            x = first.transpose(1, 2) if channels_last else first
+            x = x if t is not None else x * s.unsqueeze(c)
+        da = constant.unsqueeze(c) + (x if t is None else x * t.unsqueeze(l))
+        if du is not None:
+            da = da + s.unsqueeze(c) * du.unsqueeze(l)
+        if channels_last:
+            da = da.transpose(1, 2)
+        return da.expand(features.shape).to(features.dtype)

@@ -1,0 +1,71 @@
+"""dA, the gradient of the features, written without reading A:
+
+    dA[n, c, l] = first + s_c dU_l + k_c        k = dg / L, constant over positions
+    average pool   first = x_c t_l              x = dz / L
+    max pool       first = x_c t_l at l = index_c, else 0        x = dz
+    dense          first = G_cl t_l, or G_cl s_c for channel attention alone
+
+t = 1 and no s_c dU_l term without spatial attention.  Writes |A|; reads G once in the dense case.
+"""
+
+import triton
+import triton.language as tl
+
+AVERAGE = tl.constexpr(0)
+MAXIMUM = tl.constexpr(1)
+DENSE = tl.constexpr(2)
+
+
+@triton.jit
+def features_grad_kernel(
+    out_ptr,  # (N, C, L): dA
+    grad_ptr,  # (N, C, L): G, any strides; only when POOL is DENSE
+    x_ptr,  # (N, C) float32; unless POOL is DENSE
+    index_ptr,  # (N, C) int64; only when POOL is MAXIMUM
+    attention_ptr,  # (N, L) float32: T; only with HAS_SPATIAL
+    grad_map_ptr,  # (N, L) float32: dU; only with HAS_SPATIAL
+    channel_ptr,  # (N, C) float32: s
+    constant_ptr,  # (N, C) float32: k
+    out_stride_n,
+    grad_stride_n,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    OUT_STRIDE_C: tl.constexpr,
+    OUT_STRIDE_L: tl.constexpr,
+    GRAD_STRIDE_C: tl.constexpr,
+    GRAD_STRIDE_L: tl.constexpr,
+    POOL: tl.constexpr,
+    HAS_SPATIAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """This program writes a BLOCK_C x BLOCK_L tile of one image's gradient."""
+    blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    blocks_l: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
+    n = (tl.program_id(0) // (blocks_c * blocks_l)).to(tl.int64)
+    c = tl.program_id(0) // blocks_l % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    l = tl.program_id(0) % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)
+    mask = (c < C)[:, None] & (l < L)[None, :]
+
+    if POOL == DENSE:
+        offsets = n * grad_stride_n + (c[:, None] * GRAD_STRIDE_C + l[None, :] * GRAD_STRIDE_L)
+        first = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        first = tl.load(x_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+        if POOL == MAXIMUM:
+            index = tl.load(index_ptr + n * C + c, mask=c < C, other=-1).to(tl.int32)
+            first = tl.where(index[:, None] == l[None, :], first, 0.0)
+
+    k = tl.load(constant_ptr + n * C + c, mask=c < C, other=0.0)
+    s = tl.load(channel_ptr + n * C + c, mask=c < C, other=0.0)
+    if HAS_SPATIAL:
+        t = tl.load(attention_ptr + n * L + l, mask=l < L, other=0.0)
+        du = tl.load(grad_map_ptr + n * L + l, mask=l < L, other=0.0)
+        da = first * t[None, :] + s[:, None] * du[None, :] + k[:, None]
+    else:
+        if POOL == DENSE:
+            first = first * s[:, None]
+        da = tl.broadcast_to(first + k[:, None], (BLOCK_C, BLOCK_L))
+
+    out_offsets = n * out_stride_n + (c[:, None] * OUT_STRIDE_C + l[None, :] * OUT_STRIDE_L)
+    tl.store(out_ptr + out_offsets, da.to(out_ptr.dtype.element_ty), mask=mask)

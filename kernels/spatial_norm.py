@@ -1,0 +1,87 @@
+"""The "2D softmax" of the paper and its two alternatives, forward and backward, one image a program.
+
+    U = sum_p partials[p]                          total = sum_l U_l
+    softmax   T_l = exp(U_l - max U) / sum exp     dU = T (dT - <dT, T>)
+    sum       T_l = U_l / total; 1/L if total = 0  dU = (dT - <dT, T>) / total; 0 if total = 0
+    sigmoid   T_l = 1 / (1 + exp(-U_l))            dU = dT T (1 - T)
+
+with dT = sum_p partials[p] + extra in the backward.  Touches nothing of A's size.
+"""
+
+import triton
+import triton.language as tl
+
+SOFTMAX = tl.constexpr(0)
+SUM = tl.constexpr(1)
+SIGMOID = tl.constexpr(2)
+
+
+@triton.jit
+def _sum_partials(partials_ptr, n, l, P: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr):
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    for p in range(P):
+        total += tl.load(partials_ptr + (n * P + p) * L + l, mask=l < L, other=0.0)
+    return total
+
+
+@triton.jit
+def spatial_norm_kernel(
+    partials_ptr,  # (N, P, L) float32
+    attention_ptr,  # (N, L) float32: T
+    total_ptr,  # (N,) float32
+    P: tl.constexpr,
+    L: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """This program normalises the map of one image over its positions."""
+    n = tl.program_id(0).to(tl.int64)
+    l = tl.arange(0, BLOCK_L)
+    u = _sum_partials(partials_ptr, n, l, P, L, BLOCK_L)
+    total = tl.sum(u, axis=0)
+
+    if NORM == SOFTMAX:
+        u = tl.where(l < L, u, -float("inf"))
+        e = tl.exp(u - tl.max(u, axis=0))
+        t = e / tl.sum(e, axis=0)
+    elif NORM == SUM:
+        t = tl.where(total == 0.0, 1.0 / L, u / tl.where(total == 0.0, 1.0, total))
+    else:
+        t = 1.0 / (1.0 + tl.exp(-u))
+
+    tl.store(attention_ptr + n * L + l, t, mask=l < L)
+    tl.store(total_ptr + n, total)
+
+
+@triton.jit
+def spatial_norm_grad_kernel(
+    partials_ptr,  # (N, P, L) float32: dT in parts
+    extra_ptr,  # (N, L) float32: the part of dT that does not come from the pooled features
+    attention_ptr,  # (N, L) float32: T
+    total_ptr,  # (N,) float32
+    grad_ptr,  # (N, L) float32: dU
+    P: tl.constexpr,
+    L: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """This program turns dT of one image into dU."""
+    n = tl.program_id(0).to(tl.int64)
+    l = tl.arange(0, BLOCK_L)
+    dt = _sum_partials(partials_ptr, n, l, P, L, BLOCK_L)
+    if HAS_EXTRA:
+        dt += tl.load(extra_ptr + n * L + l, mask=l < L, other=0.0)
+    t = tl.load(attention_ptr + n * L + l, mask=l < L, other=0.0)
+
+    if NORM == SIGMOID:
+        du = dt * t * (1.0 - t)
+    else:
+        centred = dt - tl.sum(dt * t, axis=0)
+        if NORM == SOFTMAX:
+            du = t * centred
+        else:
+            total = tl.load(total_ptr + n)
+            du = tl.where(total == 0.0, 0.0, centred / tl.where(total == 0.0, 1.0, total))
+
+    tl.store(grad_ptr + n * L + l, du, mask=l < L)

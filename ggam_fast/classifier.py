@@ -7,6 +7,7 @@ again. For any other module v comes from `torch.autograd.grad`, which a compiled
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -61,15 +62,19 @@ def scores(layers: list[nn.Module], x: Tensor, detach: bool) -> Scores:
 def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
     """The same for any module: its forward runs once, v is autograd's."""
     needs_graph = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if x.is_inference():
-            x = x.clone()
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+    def graph_allowed() -> AbstractContextManager[object]:
+        return torch.inference_mode(False) if inference else nullcontext()
+
+    with graph_allowed(), torch.enable_grad():
+        x = x.clone() if inference else x
         if not (needs_graph and x.requires_grad):
             x = x.detach().requires_grad_()
         logits = classifier(x)
 
     def pull_back(seed: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
+        with graph_allowed(), torch.enable_grad():
             (v,) = torch.autograd.grad(
                 logits,
                 x,

@@ -87,7 +87,11 @@ class Stages:
         """D = A * t, or A * s without t.  For a flattening classifier D is NCL-contiguous and as
         precise as the small tensors; otherwise it has A's layout and type."""
         d = features * (s.unsqueeze(2) if t is None else t.unsqueeze(1))
-        return d.contiguous() if for_flatten else d.to(features.dtype)
+        # Only where it changes something: torch 2.11's compiler drops the gradient of an autograd
+        # Function's output that a no-op .contiguous() or .to() returned.
+        if for_flatten:
+            return d if d.is_contiguous() else d.contiguous()
+        return d if d.dtype == features.dtype else d.to(features.dtype)
 
     def grad_cam_means(
         self, features: Tensor, grad: Tensor, t: Tensor | None

@@ -48,7 +48,7 @@ class GGAMHeadBase(nn.Module):
         cam_norm: str = "sigmoid",
         cam_temperature: float = 1.0,
         divergence: str = "symmetric",
-        guidance_reduction: str = "mean",
+        guidance_reduction: str | None = None,
         drop_rate: float = 0.0,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm1d,
         act_layer: Callable[..., nn.Module] = nn.ELU,
@@ -71,7 +71,7 @@ class GGAMHeadBase(nn.Module):
         self.cam_norm = checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
         self.cam_temperature = checks.temperature(cam_temperature)
         self.divergence = checks.one_of("divergence", divergence, checks.DIVERGENCE)
-        self.guidance_reduction = checks.one_of("guidance_reduction", guidance_reduction, checks.REDUCTION)
+        self.guidance_reduction = checks.reduction("guidance_reduction", guidance_reduction, self.divergence)
         if not 0.0 <= drop_rate < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate!r}")
         self.input_fmt = checks.one_of("input_fmt", input_fmt, checks.INPUT_FMT)

@@ -36,6 +36,13 @@ def positive_int(argument: str, value: object, minimum: int = 1) -> int:
     return value
 
 
+def reduction(argument: str, value: str | None, divergence: str) -> str:
+    """Return "mean" or "sum"; None is what the divergence's source does (see `losses`)."""
+    if value is None:
+        return "sum" if divergence == "forward" else "mean"
+    return one_of(argument, value, REDUCTION)
+
+
 def temperature(value: float) -> float:
     """Return a finite cam_temperature > 0, else raise ValueError."""
     if not 0.0 < float(value) < float("inf"):

@@ -209,12 +209,13 @@ def guidance_loss(
     cam_norm: str = "sigmoid",
     cam_temperature: float = 1.0,
     divergence: str = "symmetric",
-    reduction: str = "mean",
+    reduction: str | None = None,
 ) -> Tensor:
     """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.losses`).
 
     `channel_attention` is S (N, C), non-negative, rows summing to 1; `cam_weights` is beta (N, C), any
-    range. Returns a scalar, the "mean" or "sum" over the batch. S is clamped to the smallest normal
+    range. Returns a scalar, the "mean" or "sum" over the batch; None is the mean for "symmetric", the sum
+    for "forward", as in their sources. S is clamped to the smallest normal
     number before its logarithm; the head works from the logits of S and needs no clamp.
     """
     checks.small("channel_attention", channel_attention, tuple(channel_attention.shape), "(N, C)")
@@ -223,7 +224,7 @@ def guidance_loss(
     checks.small("cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)")
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)
-    checks.one_of("reduction", reduction, checks.REDUCTION)
+    reduction = checks.reduction("reduction", reduction, divergence)
     s = channel_attention.to(checks.compute_dtype(channel_attention))
     log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
     temperature = checks.temperature(cam_temperature)

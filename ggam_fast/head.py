@@ -43,7 +43,8 @@ class GGAMHead(GGAMHeadBase):
         cam_class: y is the score of the "label" (or of a soft target), or of the "predicted" class.
         cam_detach: False differentiates the guidance loss through beta too (second order).
         cam_norm, cam_temperature, divergence: the guidance loss, see `losses`.
-        guidance_reduction: "mean" over the batch, or "sum" (the authors' script).
+        guidance_reduction: "mean" or "sum" over the batch; None follows the divergence's source: mean for
+            "symmetric", sum for "forward".
         drop_rate: dropout before the last linear layer (before all of a custom classifier), in [0, 1).
         norm_layer, act_layer: layers of the hidden classifier.
         input_fmt: "NCHW" (any memory order; NCHW and channels-last are read in place), "NHWC" or "NLC".

@@ -6,6 +6,7 @@
     L = 1/2 (KL(S, b~) + KL(b~, S)) = 1/2 sum_c (S - b~)(log S - log b~)    divergence="symmetric"
       | KL(S, b~) = sum_c S (log S - log b~)                                "forward"
 
+Over the batch L is the mean for "symmetric" and, as the authors' script has it, the sum for "forward".
 Logarithms are log-softmax and log-sigmoid, never the log of a softmax.
 """
 

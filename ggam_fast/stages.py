@@ -126,9 +126,12 @@ class Stages:
         else:
             x = first.transpose(1, 2) if channels_last else first
             x = x if t is not None else x * s.unsqueeze(c)
-        da = constant.unsqueeze(c) + (x if t is None else x * t.unsqueeze(l))
+        if t is None:
+            da = constant.unsqueeze(c) + x
+        else:
+            da = torch.addcmul(constant.unsqueeze(c), x, t.unsqueeze(l))
         if du is not None:
-            da = da + s.unsqueeze(c) * du.unsqueeze(l)
+            da.addcmul_(s.unsqueeze(c), du.unsqueeze(l))
         if channels_last:
             da = da.transpose(1, 2)
         return da.expand(features.shape).to(features.dtype)

@@ -151,7 +151,7 @@ def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
     if value.device.type == "cpu" or os.environ.get("GGAM_FAST_CHECKS") == "1":
         if not in_range:
             raise ValueError(
-                f"target must be in [0, {num_classes}); got values from {int(value.min())} to {int(value.max())}"
+                f"target must be in [0, {num_classes}); got {int(value.min())} to {int(value.max())}"
             )
     elif value.device.type == "cuda":
         torch._assert_async(in_range, f"target must be in [0, {num_classes})")

@@ -182,9 +182,10 @@ def pull_back(
 class Attention(Function):
     """`attend` as one autograd node.  Outputs are those of `Attended`; the first three carry gradients."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         features: Tensor,
         fc1_weight: Tensor | None,
         fc1_bias: Tensor | None,
@@ -197,16 +198,19 @@ class Attention(Function):
     ) -> tuple[Tensor, ...]:
         options = Options(attention, spatial_norm, pool_type)
         mlp = ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        out = attend(get_stages(backend), features, mlp, options)
-        ctx.options, ctx.backend = options, backend
-        ctx.save_for_backward(features, *mlp, *out[1:])
-        constant = list(out[3:])
-        if not options.uses_channel:
+        return tuple(attend(get_stages(backend), features, mlp, options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options, ctx.backend = Options(*inputs[5:8]), inputs[8]
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        out = Attended(*output)
+        constant = list(output[3:])
+        if not ctx.options.uses_channel:
             constant.append(out.channel_logits)
-        if not options.uses_spatial:
+        if not ctx.options.uses_spatial:
             constant.append(out.spatial)
         ctx.mark_non_differentiable(*constant)
-        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -260,20 +264,15 @@ def _differentiable_backward(
     grads: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
     """The backward under create_graph=True: through the contractions, which have every order."""
-    inputs = [x for x in (features, *mlp) if x is not None and x.requires_grad]
-    out = attend(DifferentiableStages(backend), features, mlp, options)[:3]
-    pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            inputs,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    wanted = (next(found) if x is not None and x.requires_grad else None for x in (features, *mlp))
-    return *wanted, None, None, None, None
+    given = [x for x in (features, *mlp) if x is not None]
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        parameters = ChannelMLP(*inputs[1:]) if options.uses_channel else mlp
+        return tuple(attend(DifferentiableStages(backend), inputs[0], parameters, options)[:3])
+
+    _, pull = torch.func.vjp(forward, *given)
+    found = pull(tuple(grads))
+    return *found, *([None] * (9 - len(found)))
 
 
 def ggam_attention(

@@ -1,0 +1,85 @@
+"""Trained classifiers on disk: one safetensors file that can be loaded without anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import ggam_fast
+from ggam_fast.training.backbones import create_backbone
+from ggam_fast.training.classifier import GGAMClassifier, create_head
+from ggam_fast.training.config import HeadConfig, TrainConfig
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.outputs import write_atomically
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_METADATA_KEY = "ggam_fast"
+
+
+class Checkpoint(NamedTuple):
+    """What `load_checkpoint` returns: the classifier in eval mode and the run's description."""
+
+    model: GGAMClassifier
+    classes: tuple[str, ...]
+    description: dict[str, Any]
+
+
+def describe(model: GGAMClassifier, classes: tuple[str, ...], config: TrainConfig) -> dict[str, Any]:
+    """All that is needed, beside the weights, to rebuild `model`; and how it was trained."""
+    return {
+        "ggam_fast": ggam_fast.__version__,
+        "backbone": {"name": model.backbone.name, "image_size": model.backbone.image_size},
+        "preprocessing": {"mean": list(model.backbone.mean), "std": list(model.backbone.std)},
+        "head": config.head.keywords(),
+        "classes": list(classes),
+        "optim": asdict(config.optim),
+        "finetune": config.backbone.finetune,
+    }
+
+
+def save_checkpoint(folder: Path, model: GGAMClassifier, description: dict[str, Any]) -> Path:
+    """Write `model.safetensors` and, for people to read, `config.json` into `folder`.
+
+    The weights file carries the description in its metadata, so that the two can never be of
+    different runs. Each file replaces an older one in one step.
+    """
+    text = json.dumps(description, indent=2)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    path = folder / WEIGHTS
+    write_atomically(path, lambda part: save_file(tensors, part, {_METADATA_KEY: text}))
+    write_atomically(folder / CONFIG, lambda part: part.write_text(text + "\n"))
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Rebuild the classifier of a run from its folder or its `model.safetensors`.
+
+    Raises:
+        TrainError: no such file, or not a checkpoint of this package.
+    """
+    file = Path(path)
+    file = file / WEIGHTS if file.is_dir() else file
+    if not file.is_file():
+        raise TrainError(f"no checkpoint at {file}")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise TrainError(f"cannot read checkpoint {file}: {error}") from error
+    if _METADATA_KEY not in metadata:
+        raise TrainError(f"{file} was not written by ggam_fast")
+    description = json.loads(metadata[_METADATA_KEY])
+    backbone = create_backbone(**description["backbone"], pretrained=False)
+    classes = tuple(description["classes"])
+    head = create_head(backbone, len(classes), HeadConfig(**description["head"]))
+    model = GGAMClassifier(backbone, head)
+    model.load_state_dict(tensors)
+    return Checkpoint(model.eval(), classes, description)

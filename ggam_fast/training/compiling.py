@@ -1,0 +1,37 @@
+"""torch.compile where it works, and one line where it does not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compile_or_eager(
+    function: Callable[..., Any],
+    module: nn.Module,
+    probe: Callable[[Callable[..., Any]], object],
+    note: Callable[[str], None],
+) -> Callable[..., Any]:
+    """`function` compiled without graph breaks, or `function` itself if that fails.
+
+    `probe` runs the compiled function once, backward included where there is one, because that
+    is when code is generated: a machine without a C++ compiler fails there. Whatever the probe
+    changes in `module`, its gradients or the random state is put back.
+    """
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    state = copy.deepcopy(module.state_dict())
+    try:
+        with torch.random.fork_rng():
+            probe(compiled)
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        note(f"running eagerly, torch.compile failed: {reason}")
+        compiled = function
+    module.load_state_dict(state)
+    module.zero_grad(set_to_none=True)
+    return compiled

@@ -1,0 +1,44 @@
+"""Which device a run uses, and in which precision."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from ggam_fast.training.errors import TrainError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, or the CPU.
+
+    Raises:
+        TrainError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainError(f"--device {name} cannot be used: {reason}") from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU that has it, float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=map_dtype(device) != torch.float32)
+
+
+def map_dtype(device: torch.device) -> torch.dtype:
+    """The type of the backbone's feature maps under `autocast`."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,11 @@
+"""What ends a run early: input that a user can put right, or Ctrl-C."""
+
+from __future__ import annotations
+
+
+class TrainError(ValueError):
+    """Bad input to a training command: the message names it and says what was expected."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C arrived at a point where the work can stop cleanly."""

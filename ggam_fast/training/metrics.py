@@ -1,0 +1,52 @@
+"""What a classifier is judged by on a split whose classes are far from equally frequent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Shares in [0, 1]. `majority`: the accuracy of always saying the split's commonest class.
+    `balanced_accuracy`: the mean of the classes' recalls. `confusion`: rows are true classes.
+    """
+
+    images: int
+    majority: float
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    recall: list[float]
+    support: list[int]
+    confusion: list[list[int]]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    """Metrics of `logits` (N, K) against `labels` (N,) int64, N > 0."""
+    classes = logits.shape[1]
+    support = torch.bincount(labels, minlength=classes)
+
+    def average(metric, kind: str | None) -> Tensor:
+        return metric(logits, labels, num_classes=classes, average=kind)
+
+    return Metrics(
+        images=len(labels),
+        majority=support.max().item() / len(labels),
+        accuracy=average(multiclass_accuracy, "micro").item(),
+        balanced_accuracy=average(multiclass_accuracy, "macro").item(),
+        macro_f1=average(multiclass_f1_score, "macro").item(),
+        recall=average(multiclass_accuracy, "none").tolist(),
+        support=support.tolist(),
+        confusion=multiclass_confusion_matrix(logits, labels, num_classes=classes).tolist(),
+    )

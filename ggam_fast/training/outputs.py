@@ -1,0 +1,54 @@
+"""Files of a run: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ggam_fast.training.config import RunConfig
+from ggam_fast.training.errors import TrainError
+
+
+@contextmanager
+def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
+    """The folder of a run, made and tried; removed again if the run fails without a result.
+
+    Raises:
+        TrainError: it cannot be made or written, or holds a run already.
+    """
+    folder = config.out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrainError(f"--out {folder} cannot be written: {error.strerror}") from error
+    if any(folder.iterdir()) and not config.overwrite:
+        raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
+    try:
+        yield folder
+    finally:
+        for path in made:
+            with suppress(OSError):  # it holds results
+                path.rmdir()
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        # mkstemp makes files for the owner alone; results get the permissions of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+import json
+import stat
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ggam_fast.training import checkpoints, load_checkpoint
+from ggam_fast.training.backbones import create_backbone
+from ggam_fast.training.classifier import GGAMClassifier, create_head
+from ggam_fast.training.config import HeadConfig, TrainConfig
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.outputs import write_atomically
+
+IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def classifier(head: HeadConfig) -> GGAMClassifier:
+    torch.manual_seed(0)
+    backbone = create_backbone("test_resnet", pretrained=False, image_size=64)
+    model = GGAMClassifier(backbone, create_head(backbone, 3, head))
+    model.train()(IMAGES)  # moves the statistics of batch norm off their initial values
+    return model.eval()
+
+
+def save(folder, model: GGAMClassifier, head: HeadConfig):
+    config = replace(TrainConfig(), head=head)
+    description = checkpoints.describe(model, ("a", "b", "c"), config)
+    return checkpoints.save_checkpoint(folder, model, description)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HeadConfig(),
+        HeadConfig(hidden_size=0, pool_type="flatten", attention="spatial"),
+        HeadConfig.from_preset("release"),
+    ],
+)
+def test_round_trip_gives_the_same_bits(tmp_path, head):
+    model = classifier(head)
+    path = save(tmp_path, model, head)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.classes == ("a", "b", "c")
+    assert not loaded.model.training
+    target = torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        assert loaded.model(IMAGES).equal(model(IMAGES))
+        for ours, theirs in zip(loaded.model(IMAGES, target), model(IMAGES, target), strict=True):
+            assert ours.equal(theirs)
+        assert load_checkpoint(path).model(IMAGES).equal(model(IMAGES))
+
+
+def test_json_says_what_the_weights_file_carries(tmp_path):
+    path = save(tmp_path, classifier(HeadConfig()), HeadConfig())
+    with safe_open(path, framework="pt") as stored:
+        carried = json.loads(stored.metadata()["ggam_fast"])
+    assert json.loads((tmp_path / "config.json").read_text()) == carried
+    assert carried["head"]["cam_norm"] == HeadConfig().cam_norm
+    assert carried["optim"]["seed"] == 0
+
+
+def test_failed_write_keeps_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "kept.txt"
+    write_atomically(path, lambda part: part.write_text("old"))
+
+    def fail(part):
+        part.write_text("half")
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+
+
+@pytest.mark.parametrize("content", [None, b"not safetensors"])
+def test_what_is_no_checkpoint_is_one_line(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TrainError, match=r"model\.safetensors") as raised:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_of_another_program_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(TrainError, match="not written by ggam_fast"):
+        load_checkpoint(tmp_path)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .checks import compute_dtype
+from .checks import compute_dtype, full_precision
 from .contractions import DifferentiableStages, get_stages
 from .stages import Stages
 
@@ -216,10 +216,10 @@ class Attention(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         features, w1, b1, w2, b2, *small = ctx.saved_tensors
         mlp, options = ChannelMLP(w1, b1, w2, b2), ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(features, mlp, options, ctx.backend, grads[:3])
         attended = Attended(grads[0], *small)  # `pooled` itself is not needed
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return _differentiable_backward(features, mlp, options, ctx.backend, grads[:3])
             return _backward(ctx, features, mlp, options, attended, *grads[:3])
 
 
@@ -270,7 +270,7 @@ def _differentiable_backward(
         parameters = ChannelMLP(*inputs[1:]) if options.uses_channel else mlp
         return tuple(attend(DifferentiableStages(backend), inputs[0], parameters, options)[:3])
 
-    _, pull = torch.func.vjp(forward, *given)
+    pull = torch.func.vjp(forward, *given)[1]
     found = pull(tuple(grads))
     return *found, *([None] * (9 - len(found)))
 
@@ -283,7 +283,7 @@ def ggam_attention(
     differentiable: bool = False,
 ) -> Attended:
     """`attend` with gradients: the fused node, or with `differentiable` the contractions."""
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         if differentiable:
             return attend(DifferentiableStages(backend), features, mlp, options)
         return Attended(*Attention.apply(features, *mlp, *options, backend))

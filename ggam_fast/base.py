@@ -78,6 +78,7 @@ class GGAMHeadBase(nn.Module):
         self.feat_size = checks.feat_size(feat_size)
         self.backend = checks.one_of("backend", backend, checks.BACKEND)
         self._norm_layer, self._act_layer = norm_layer, act_layer
+        self._custom_classifier = classifier is not None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.rd_channels = 0
@@ -92,7 +93,7 @@ class GGAMHeadBase(nn.Module):
         if rd_channels is None:
             if not 0.0 < rd_ratio <= 1.0:
                 raise ValueError(f"rd_ratio must be in (0, 1]; got {rd_ratio!r}")
-            rd_channels = int(self.in_features * rd_ratio)
+            rd_channels = int(round(self.in_features * rd_ratio, 6))  # 49 * (1 / 49) is below 1
             if rd_channels < 1:
                 raise ValueError(
                     f"rd_ratio={rd_ratio:g} leaves no hidden channel of {self.in_features}: "
@@ -115,7 +116,10 @@ class GGAMHeadBase(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of what `forward(..., pre_logits=True)` returns (timm's name)."""
+        """Width of the default classifier's last layer, what `pre_logits=True` returns (timm's name);
+        for your own classifier, of what it is given."""
+        if self._custom_classifier or self.pool_type == "":
+            return self.pooled_features
         return self.hidden_size or self.pooled_features
 
     def _build_classifier(self, factory: dict[str, Any]) -> nn.Module:
@@ -140,27 +144,37 @@ class GGAMHeadBase(nn.Module):
     def _last_linear(self, factory: dict[str, Any]) -> nn.Module:
         if self.num_classes == 0:
             return nn.Identity()
-        return nn.Linear(self.num_features, self.num_classes, **factory)
+        width = self.hidden_size or self.pooled_features
+        return nn.Linear(width, self.num_classes, **factory)
 
     def reset(self, num_classes: int, pool_type: str | None = None, reset_other: bool = False) -> None:
         """Replace the last layer for `num_classes` (0: none), as timm's classifier heads do.
 
         A new `pool_type` that changes the pooled width, or `reset_other=True` (which also drops the
         hidden layer), rebuilds the whole classifier; a custom classifier is replaced by the default one.
+        Raises ValueError or TypeError, and changes nothing, if the default classifier cannot be built.
         """
-        self.num_classes = checks.positive_int("num_classes", num_classes, minimum=0)
-        width = self.pooled_features
-        if pool_type is not None:
-            self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
-        if reset_other:
-            self.hidden_size = 0
+        before = self.num_classes, self.pool_type, self.hidden_size
+        width = None if self._custom_classifier or self.pool_type == "" else self.pooled_features
         like = next(self.parameters(), torch.empty(0))
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-        kept = self.classifier if self.hidden_size and width == self.pooled_features else None
-        if isinstance(kept, nn.Sequential) and len(kept) == 5:
-            kept[4] = self._last_linear(factory)
+        try:
+            self.num_classes = checks.positive_int("num_classes", num_classes, minimum=0)
+            if pool_type is not None:
+                self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
+            if reset_other:
+                self.hidden_size = 0
+            keeps = bool(self.hidden_size) and self.pool_type != "" and width == self.pooled_features
+            new = self._last_linear(factory) if keeps else self._build_classifier(factory)
+        except (TypeError, ValueError):
+            self.num_classes, self.pool_type, self.hidden_size = before
+            raise
+        new.train(self.training)
+        if keeps:
+            assert isinstance(self.classifier, nn.Sequential)
+            self.classifier[4] = new
         else:
-            self.classifier = self._build_classifier(factory)
+            self.classifier, self._custom_classifier = new, False
 
     def load_release_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load the head of a state dict saved by the authors' script (cars_sp_CAM.py).

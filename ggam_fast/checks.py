@@ -2,6 +2,7 @@
 argument, what came and what is expected."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -114,14 +115,46 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.promote_types(features.dtype, torch.float32)
 
 
-def small(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> Tensor:
-    """Return the float tensor `value` if it has `shape`, else raise naming what is expected."""
+def full_precision(features: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off for the features' device; the meta device has none."""
+    device = features.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def _floating(argument: str, value: object, names: str) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{argument} must be a floating-point tensor {names}; got {got}")
+
+
+def small(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> Tensor:
+    """Return the float tensor `value` if it has `shape`, else raise naming what is expected."""
+    _floating(argument, value, names)
     if tuple(value.shape) != shape:
         raise ValueError(f"{argument} must be {names} = {shape}; got {tuple(value.shape)}")
     return value
+
+
+def matrix(argument: str, value: Tensor, names: str) -> Tensor:
+    """Return the two-dimensional float tensor `value`, else raise naming what is expected."""
+    _floating(argument, value, names)
+    if value.dim() != 2:
+        raise ValueError(f"{argument} must be {names}; got shape {tuple(value.shape)}")
+    return value
+
+
+def scores(logits: Tensor, batch: int, num_classes: int) -> None:
+    """Raise unless a classifier returned one score for every image and class."""
+    if tuple(logits.shape) != (batch, num_classes):
+        raise ValueError(
+            f"classifier must return scores (N, num_classes) = ({batch}, {num_classes}); "
+            f"got {tuple(logits.shape)}"
+        )
 
 
 def target(value: Tensor, batch: int, num_classes: int) -> Tensor:

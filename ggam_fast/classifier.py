@@ -24,13 +24,24 @@ class Scores(NamedTuple):
     pull_back: Pullback
 
 
+def layers_of(classifier: nn.Module) -> list[nn.Module]:
+    """The layers of a plain nn.Sequential, else the classifier as one layer."""
+    plain = type(classifier) is nn.Sequential and len(classifier) > 0 and not _hooked(classifier)
+    return list(classifier.children()) if plain else [classifier]
+
+
 def closed_form_layers(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | None:
     """The layers in order, dropout before the last one; None if any has no closed form here."""
-    layers = list(classifier) if type(classifier) is nn.Sequential else [classifier]
-    layers.insert(len(layers) - 1, drop)
-    plain = all(type(m) in _RULES and not m._forward_hooks and not m._forward_pre_hooks
-                for m in layers)  # fmt: skip
-    return layers if plain else None
+    *body, last = layers_of(classifier)
+    layers = [*body, drop, last]
+    return layers if all(type(m) in _RULES and not _hooked(m) for m in layers) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether the module must be called as a module for its hooks to run."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks,
+             module._backward_hooks, module._backward_pre_hooks)  # fmt: skip
+    return any(hooks)
 
 
 def run(layers: list[nn.Module], x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from .checks import full_precision
 from .stages import Stages
 
 
@@ -34,10 +35,11 @@ class ChannelSum(Function):
         (u,) = grads
         features, s = ctx.saved_tensors
         da = ds = None
-        if ctx.needs_input_grad[0]:
-            da = (s.unsqueeze(-1) * u.unsqueeze(-2)).to(features.dtype)
-        if ctx.needs_input_grad[1]:
-            ds = SpatialSum.apply(features, u, ctx.backend)
+        with full_precision(features):
+            if ctx.needs_input_grad[0]:
+                da = (s.unsqueeze(-1) * u.unsqueeze(-2)).to(features.dtype)
+            if ctx.needs_input_grad[1]:
+                ds = SpatialSum.apply(features, u, ctx.backend)
         return da, ds, None
 
 
@@ -60,10 +62,11 @@ class SpatialSum(Function):
         (w,) = grads
         features, t = ctx.saved_tensors
         da = dt = None
-        if ctx.needs_input_grad[0]:
-            da = (w.unsqueeze(-1) * t.unsqueeze(-2)).to(features.dtype)
-        if ctx.needs_input_grad[1]:
-            dt = ChannelSum.apply(features, w, ctx.backend)
+        with full_precision(features):
+            if ctx.needs_input_grad[0]:
+                da = (w.unsqueeze(-1) * t.unsqueeze(-2)).to(features.dtype)
+            if ctx.needs_input_grad[1]:
+                dt = ChannelSum.apply(features, w, ctx.backend)
         return da, dt, None
 
 

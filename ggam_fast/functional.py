@@ -51,7 +51,7 @@ def channel_sum(
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("channel_weights", channel_weights, tuple(x.shape[:2]), "(N, C)", x)
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.full_precision(x):
         return ChannelSum.apply(x, weights, checks.backend(backend, x)).unflatten(1, shape)
 
 
@@ -65,7 +65,7 @@ def spatial_sum(
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("spatial_weights", spatial_weights, (x.shape[0], *shape), "(N, H, W)", x)
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.full_precision(x):
         return SpatialSum.apply(x, weights.flatten(1), checks.backend(backend, x))
 
 
@@ -195,7 +195,7 @@ def grad_cam_means(
     if spatial_attention is not None:
         expected = (x.shape[0], *shape)
         t = _weights("spatial_attention", spatial_attention, expected, "(N, H, W)", x).flatten(1)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), checks.full_precision(x):
         means, _, grad_map = get_stages(checks.backend(backend, x)).grad_cam_means(x, g, t)
         if grad_map.dim() == 3:
             grad_map = grad_map.sum(1)
@@ -218,9 +218,7 @@ def guidance_loss(
     for "forward", as in their sources. S is clamped to the smallest normal
     number before its logarithm; the head works from the logits of S and needs no clamp.
     """
-    checks.small("channel_attention", channel_attention, tuple(channel_attention.shape), "(N, C)")
-    if channel_attention.dim() != 2:
-        raise ValueError(f"channel_attention must be (N, C); got {tuple(channel_attention.shape)}")
+    checks.matrix("channel_attention", channel_attention, "(N, C)")
     checks.small("cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)")
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)

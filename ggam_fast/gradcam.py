@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attended, ChannelMLP, Options, pull_back
+from .checks import full_precision
 from .contractions import DifferentiableStages, get_stages
 from .stages import Stages
 
@@ -31,12 +32,11 @@ def grad_cam_weights(
 
     With `differentiable`, autograd can go through beta, to any order; otherwise beta is detached.
     """
-    device = features.device.type
     if differentiable:
-        with torch.autocast(device, enabled=False):
+        with full_precision(features):
             stages: Stages = DifferentiableStages(backend)
             return _beta(stages, features, mlp, options, attended, grad_pooled, cam_at)
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), full_precision(features):
         stages = get_stages(backend)
         return _beta(stages, features, mlp, options, attended, grad_pooled, cam_at)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import checks
 from .attention import ChannelMLP, Options, ggam_attention
 from .base import GGAMHeadBase, GGAMOutput
-from .classifier import Scores, closed_form_layers, run, scores, scores_by_autograd
+from .classifier import Scores, closed_form_layers, layers_of, run, scores, scores_by_autograd
 from .gradcam import grad_cam_weights
 from .losses import kl_guidance, reduce_batch
 
@@ -45,7 +45,8 @@ class GGAMHead(GGAMHeadBase):
         cam_norm, cam_temperature, divergence: the guidance loss, see `losses`.
         guidance_reduction: "mean" or "sum" over the batch; None follows the divergence's source: mean for
             "symmetric", sum for "forward".
-        drop_rate: dropout before the last linear layer (before all of a custom classifier), in [0, 1).
+        drop_rate: dropout before the classifier's last layer, in [0, 1); a classifier that is not an
+            nn.Sequential is one layer.
         norm_layer, act_layer: layers of the hidden classifier.
         input_fmt: "NCHW" (any memory order; NCHW and channels-last are read in place), "NHWC" or "NLC".
         feat_size: (H, W) for "flatten", whose features are ordered C, H, W for every input format.
@@ -87,8 +88,9 @@ class GGAMHead(GGAMHeadBase):
 
         target = checks.target(target, x.shape[0], self.num_classes)
         logits, pull_back = self._score(attended.pooled, spatial_shape, detach=not second_order)
+        checks.scores(logits, x.shape[0], self.num_classes)
         v = pull_back(score_gradient(logits, target, self.cam_class))
-        with torch.autocast(x.device.type, enabled=False):
+        with checks.full_precision(x):
             beta = grad_cam_weights(
                 x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
             )
@@ -104,38 +106,36 @@ class GGAMHead(GGAMHeadBase):
 
     def _classify(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool) -> Tensor:
         layers = closed_form_layers(self.classifier, self.drop)
-        if self.pool_type == "":
-            mapped = checks.like_input(pooled, spatial_shape, self.input_fmt)
-            return mapped if pre_logits else self._custom(mapped)
-        flat = pooled.flatten(1)
-        if layers is None:
-            return flat if pre_logits else self._custom(flat)
-        with torch.autocast(pooled.device.type, enabled=False):
-            return run(layers[:-1] if pre_logits else layers, flat)
+        if layers is None or self.pool_type == "":
+            return self._custom(pooled, spatial_shape, pre_logits)
+        with checks.full_precision(pooled):
+            return run(layers[:-1] if pre_logits else layers, pooled.flatten(1))
 
-    def _custom(self, pooled: Tensor) -> Tensor:
+    def _custom(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool = False) -> Tensor:
         """Run a classifier of unknown layers in its parameters' type, or under the caller's autocast."""
+        if self.pool_type == "":
+            x = checks.like_input(pooled, spatial_shape, self.input_fmt)
+        else:
+            x = pooled.flatten(1)
         parameter = next((p for p in self.classifier.parameters() if p.is_floating_point()), None)
-        if parameter is not None and not torch.is_autocast_enabled(pooled.device.type):
-            pooled = pooled.to(parameter.dtype)
-        return self.classifier(self.drop(pooled))
+        if parameter is not None and not checks.autocasts(x):
+            x = x.to(parameter.dtype)
+        *body, last = layers_of(self.classifier)
+        for layer in body:
+            x = layer(x)
+        x = self.drop(x)
+        return x if pre_logits else last(x)
 
     def _score(self, pooled: Tensor, spatial_shape: tuple[int, ...], detach: bool) -> Scores:
         """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
         layers = closed_form_layers(self.classifier, self.drop)
         if layers is None or self.pool_type == "":
-
-            def classify(x: Tensor) -> Tensor:
-                if self.pool_type == "":
-                    return self._custom(checks.like_input(x, spatial_shape, self.input_fmt))
-                return self._custom(x.flatten(1))
-
-            return scores_by_autograd(classify, pooled, detach)
-        with torch.autocast(pooled.device.type, enabled=False):
+            return scores_by_autograd(lambda x: self._custom(x, spatial_shape), pooled, detach)
+        with checks.full_precision(pooled):
             result = scores(layers, pooled.flatten(1), detach)
 
         def pull_back(seed: Tensor) -> Tensor:
-            with torch.autocast(pooled.device.type, enabled=False):
+            with checks.full_precision(pooled):
                 return result.pull_back(seed).view(pooled.shape)
 
         return Scores(result.logits, pull_back)

@@ -81,9 +81,8 @@ class GGAMLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, out: GGAMOutput | Tensor, target: Tensor) -> Tensor:
-        if not isinstance(out, (GGAMOutput, Tensor)):
-            raise TypeError(f"out must be a GGAMOutput or logits (N, K); got {type(out).__name__}")
-        logits = out if isinstance(out, Tensor) else out.logits
+        logits = out.logits if isinstance(out, GGAMOutput) else out
+        checks.matrix("out", logits, "of logits (N, K), or a GGAMOutput")
         target = checks.target(target, logits.shape[0], logits.shape[1])
         if target.is_floating_point():
             target = target.to(logits.dtype)

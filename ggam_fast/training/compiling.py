@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ def compile_or_eager(
     is when code is generated: a machine without a C++ compiler fails there. Whatever the probe
     changes in `module`, its gradients or the random state is put back.
     """
+    # It warns wherever a CUDA toolkit is installed but no GPU is there.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
     state = copy.deepcopy(module.state_dict())
     try:

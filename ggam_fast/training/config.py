@@ -91,7 +91,7 @@ class OptimConfig:
     """The backbone's, with --finetune."""
     weight_decay: float = 0.01
     """Of AdamW."""
-    guidance_weight: float = 0.1
+    guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
     seed: int = 0
     """Of initial weights, of the batches and of the augmentation."""

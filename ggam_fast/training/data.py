@@ -71,8 +71,10 @@ def elpv() -> ImageSet:
     blocks 10 % of the test images have their nearest neighbour in the training split, with a
     random split of three quarters 74 %.
     """
-    import elpv_dataset
-
+    try:
+        import elpv_dataset
+    except ImportError as error:
+        raise TrainError("--data elpv needs its package: pip install elpv-dataset") from error
     folder = Path(elpv_dataset.__file__).parent / "data"
     rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     grades = torch.tensor([round(3 * float(probability)) for _, probability, _ in rows])

@@ -179,7 +179,8 @@ def map_batches(
             f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
             f", kept in {folder}"
         )
-        batch_size = min(config.optim.batch_size, count)
+        largest = max(missing, key=lambda split: len(missing[split]))
+        batch_size = min(config.optim.batch_size, len(missing[largest]))
         sources = {
             split: ImageBatches(dataset, batch_size, device, data.workers(config.data, device))
             for split, dataset in missing.items()
@@ -191,11 +192,9 @@ def map_batches(
 
         if config.run.compile and count >= _COMPILE_BACKBONE_FROM:
             report.note("compiling the backbone")
-            blank = torch.zeros(
-                batch_size, 3, backbone.image_size, backbone.image_size, device=device
-            ).contiguous(memory_format=torch.channels_last)
+            example, _ = sources[largest].example()
             with torch.no_grad():
-                encode = compile_or_eager(encode, backbone, lambda f: f(blank), report.note)
+                encode = compile_or_eager(encode, backbone, lambda f: f(example), report.note)
         with report.bar("feature maps", count) as bar:
 
             def on_batch(images: int) -> None:

@@ -139,7 +139,7 @@ class Fit:
     def _compiled(self, train: Batches) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         self._report.note("compiling the training step")
         self.trained.train()
-        inputs, labels = next(iter(train))
+        inputs, labels = train.example()
         return compile_or_eager(
             self._loss,
             self.trained,

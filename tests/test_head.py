@@ -13,11 +13,11 @@ import ggam_fast.head
 from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
 from ggam_fast.reference import GGAMHeadReference
 from tests.parity import (
-    N,
     OPTIONS,
     C,
     H,
     K,
+    N,
     W,
     as_format,
     assert_parity,

@@ -1,0 +1,174 @@
+"""The guidance loss and GGAMLoss against formulas written out in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+
+from ggam_fast import GGAMLoss, GGAMOutput
+from ggam_fast.functional import guidance_loss
+from ggam_fast.losses import kl_guidance, log_cam_norm
+from tests.parity import OPTIONS, relative_error
+
+N, C, K = 3, 20, 5
+
+
+@pytest.fixture
+def log_s(device: torch.device) -> Tensor:
+    return torch.randn(N, C, dtype=torch.float64, device=device).log_softmax(1)
+
+
+@pytest.fixture
+def beta(device: torch.device) -> Tensor:
+    return torch.randn(N, C, dtype=torch.float64, device=device)
+
+
+def normalised(beta: Tensor, cam_norm: str, temperature: float) -> Tensor:
+    if cam_norm == "softmax":
+        e = torch.exp(beta / temperature)
+        return e / e.sum(1, keepdim=True)
+    if cam_norm == "standardized":
+        beta = (beta - beta.mean(1, keepdim=True)) / beta.std(1, keepdim=True, correction=0)
+    return 1 / (1 + torch.exp(-beta / temperature))
+
+
+@pytest.mark.parametrize("cam_norm", OPTIONS["cam_norm"])
+@pytest.mark.parametrize("divergence", OPTIONS["divergence"])
+@pytest.mark.parametrize("temperature", [1.0, 0.25, 7.0])
+def test_written_out(cam_norm: str, divergence: str, temperature: float, log_s: Tensor, beta: Tensor) -> None:
+    s, q = log_s.exp(), normalised(beta, cam_norm, temperature)
+    each = (s * torch.log(s / q)).sum(1)
+    if divergence == "symmetric":
+        each = (each + (q * torch.log(q / s)).sum(1)) / 2
+    torch.testing.assert_close(kl_guidance(log_s, beta, cam_norm, temperature, divergence), each)
+
+    options = {"cam_norm": cam_norm, "cam_temperature": temperature, "divergence": divergence}
+    for reduction, expected in (("mean", each.mean()), ("sum", each.sum())):
+        found = guidance_loss(s, beta, reduction=reduction, **options)
+        torch.testing.assert_close(found, expected)
+    default = each.sum() if divergence == "forward" else each.mean()
+    torch.testing.assert_close(guidance_loss(s, beta, **options), default)
+
+
+def test_softmax_is_torchs_kl_divergence(log_s: Tensor, beta: Tensor) -> None:
+    s, q = Categorical(logits=log_s), Categorical(logits=beta)
+    forward, backward = kl_divergence(s, q), kl_divergence(q, s)
+    torch.testing.assert_close(kl_guidance(log_s, beta, "softmax", 1.0, "forward"), forward)
+    torch.testing.assert_close(
+        kl_guidance(log_s, beta, "softmax", 1.0, "symmetric"), (forward + backward) / 2
+    )
+
+
+@pytest.mark.parametrize("cam_norm", OPTIONS["cam_norm"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e3])
+def test_symmetric_is_never_negative(cam_norm: str, scale: float, log_s: Tensor, beta: Tensor) -> None:
+    loss = kl_guidance(log_s.float(), (beta * scale).float(), cam_norm, 1.0, "symmetric")
+    assert (loss >= 0).all()
+    assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-36, 1e30])
+def test_standardized_does_not_see_the_scale_of_beta(scale: float, dtype: torch.dtype, beta: Tensor) -> None:
+    expected = log_cam_norm(beta, "standardized", 1.0)
+    found = log_cam_norm((beta * scale).to(dtype), "standardized", 1.0)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert relative_error(found, expected) < tolerance
+
+
+def test_standardized_gradient_of_a_tiny_beta(log_s: Tensor, beta: Tensor) -> None:
+    """In float32, where the square of 1e-30 is zero: d/dbeta is 1e30 times that of beta of size 1."""
+    grads = []
+    for scale, dtype in ((1.0, torch.float64), (1e-30, torch.float32)):
+        x = (beta * scale).to(dtype).requires_grad_()
+        kl_guidance(log_s.to(dtype), x, "standardized", 1.0, "symmetric").sum().backward()
+        grads.append(x.grad.double() * scale)  # type: ignore[union-attr]
+    assert relative_error(grads[1], grads[0]) < 1e-4
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 0.3])
+def test_standardized_of_a_constant_beta(value: float, log_s: Tensor) -> None:
+    constant = torch.full((N, C), value, dtype=torch.float64, device=log_s.device, requires_grad=True)
+    found = log_cam_norm(constant, "standardized", 1.0)
+    torch.testing.assert_close(found, torch.full_like(found, math.log(0.5)), rtol=1e-6, atol=0)
+    kl_guidance(log_s, constant, "standardized", 1.0, "symmetric").sum().backward()
+    assert constant.grad is not None
+    assert constant.grad.isfinite().all()
+
+
+def test_extreme_values_stay_finite(device: torch.device) -> None:
+    """Where log(softmax) or log(sigmoid) taken in two steps would be -inf."""
+    log_s = torch.tensor([[0.0, -200.0, -3000.0]], device=device).log_softmax(1).requires_grad_()
+    beta = torch.tensor([[-900.0, 5.0, 900.0]], device=device, requires_grad=True)
+    for cam_norm in OPTIONS["cam_norm"]:
+        for divergence in OPTIONS["divergence"]:
+            loss = kl_guidance(log_s, beta, cam_norm, 1.0, divergence).sum()
+            grads = torch.autograd.grad(loss, (log_s, beta))
+            assert loss.isfinite()
+            assert all(g.isfinite().all() for g in grads)
+
+
+def test_zero_attention_is_clamped(beta: Tensor) -> None:
+    s = torch.zeros(N, C, dtype=torch.float64, device=beta.device)
+    s[:, 0] = 1
+    assert guidance_loss(s, beta).isfinite()
+
+
+def test_fresh_value_of_the_papers_loss(device: torch.device) -> None:
+    """sigmoid(beta) of a fresh head is 0.5, so the loss is about C/4 log C whatever the image."""
+    for channels, expected in ((2048, 3548), (1280, 2067)):
+        s = torch.full((1, channels), 1 / channels, dtype=torch.float64, device=device)
+        found = guidance_loss(s, torch.zeros_like(s))
+        assert abs(float(found) - expected) / expected < 0.01
+
+
+# GGAMLoss
+
+
+def output(device: torch.device, n: int = N) -> GGAMOutput:
+    logits = torch.randn(n, K, device=device, dtype=torch.float64, requires_grad=True)
+    guidance = torch.rand((), device=device, dtype=torch.float64, requires_grad=True)
+    return GGAMOutput(logits, logits, logits, logits, guidance)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("soft", [True, False])
+def test_ggam_loss(weight: float, smoothing: float, soft: bool, device: torch.device) -> None:
+    out = output(device)
+    target = torch.tensor([0, 4, 2], device=device)
+    given = torch.rand(N, K, device=device).softmax(1) if soft else target
+    p = given.double() if soft else F.one_hot(target, K).double()
+    p = p * (1 - smoothing) + smoothing / K
+    expected = -(p * out.logits.log_softmax(1)).sum(1).mean() + weight * out.guidance_loss
+    found = GGAMLoss(weight, label_smoothing=smoothing)(out, given)
+    assert found.shape == ()
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, [out.logits, out.guidance_loss]),
+        torch.autograd.grad(expected, [out.logits, out.guidance_loss], allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_plain_logits_are_the_cross_entropy(device: torch.device) -> None:
+    logits, target = output(device).logits, torch.tensor([1, 0, 3], device=device)
+    torch.testing.assert_close(GGAMLoss(2.0)(logits, target), F.cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_empty_batch_is_zero(soft: bool, device: torch.device) -> None:
+    logits = torch.zeros(0, K, device=device, requires_grad=True)
+    target = torch.zeros(0, K, device=device) if soft else torch.zeros(0, dtype=torch.int64, device=device)
+    loss = GGAMLoss()(logits, target)
+    assert loss == 0
+    loss.backward()
+
+
+def test_nothing_learned_by_the_loss() -> None:
+    assert list(GGAMLoss().state_dict()) == []
+    assert "guidance_weight=0.5" in repr(GGAMLoss(0.5))

@@ -217,6 +217,8 @@ class Attention(Function):
         features, w1, b1, w2, b2, *small = ctx.saved_tensors
         mlp, options = ChannelMLP(w1, b1, w2, b2), ctx.options
         attended = Attended(grads[0], *small)  # `pooled` itself is not needed
+        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        _ = features.stride()
         with full_precision(features):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return _differentiable_backward(features, mlp, options, ctx.backend, grads[:3])

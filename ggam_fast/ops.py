@@ -165,6 +165,7 @@ def _spatial_attention_fake(features: Tensor, s: Tensor, norm: int) -> tuple[Ten
     _spatial_attention_fake,
 )
 def _spatial_attention(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, Tensor]:
+    _map_geometry(features.shape[2])  # refuses a map that is too large before the pass over A
     return _normalise(_channel_sum_partials(features, s), norm)
 
 

@@ -1,0 +1,275 @@
+"""Every kernel through its operator, against float64 formulas on the same (upcast) inputs.
+
+On a GPU the compiled kernels run; elsewhere Triton's interpreter runs the same code, program by program.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ggam_fast import checks, ops, stages
+
+pytestmark = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
+
+S = ops.TRITON
+LAYOUTS = ("nchw", "channels_last", "sliced_nchw", "sliced_channels_last", "transposed")
+SHAPES = [
+    pytest.param(2, 5, 1, id="one position"),
+    pytest.param(1, 1, 7, id="one channel"),
+    pytest.param(3, 130, 49, id="C above a 128 tile; L of 7x7"),
+    pytest.param(2, 33, 196, id="L of 14x14, not a multiple of 16"),
+    pytest.param(1, 257, 200, id="C one above a partial sum"),
+    pytest.param(1, 16, 256, id="exactly one tile"),
+    pytest.param(1, 9, 257, id="L one above a tile"),
+    pytest.param(1, 3, 1023, id="L one below a power of two"),
+    pytest.param(0, 8, 4, id="empty batch"),
+]
+TOLERANCE = 2e-6  # relative: float32 accumulation of a few thousand terms
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer the operators allocate starts as NaN, so that an unwritten element shows."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-(2**40))
+
+    monkeypatch.setattr(ops.torch, "empty", poisoned)
+
+
+def make(n: int, c: int, l: int, device: torch.device, dtype: torch.dtype, layout: str) -> Tensor:
+    """Random (N, C, L) features, some of them zero, in one of the memory layouts."""
+    x = torch.randn(n + 1, c + 8, l + 8, device=device, dtype=torch.float32)
+    x = torch.where(torch.rand_like(x) < 0.3, 0.0, x).to(dtype)
+    if layout.startswith("sliced"):
+        x = x[1:, 3 : c + 3, 5 : l + 5]  # not aligned, not dense
+        return x if layout == "sliced_nchw" else _sliced_channels_last(x)
+    x = x[1:, :c, :l].contiguous()
+    if layout == "channels_last":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "transposed":  # neither inner dimension is dense
+        return torch.stack([x, x], -1)[..., 0]
+    return x
+
+
+def _sliced_channels_last(x: Tensor) -> Tensor:
+    n, c, l = x.shape
+    wide = torch.zeros(n, l, c + 3, device=x.device, dtype=x.dtype)
+    wide[:, :, 2 : c + 2] = x.transpose(1, 2)
+    return wide[:, :, 2 : c + 2].transpose(1, 2)
+
+
+def weights(n: int, size: int, device: torch.device) -> Tensor:
+    return torch.randn(n, size, device=device)
+
+
+def check(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    """||found - expected|| <= tolerance ||expected||, and every element written."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    error, norm = (found.double() - expected).norm(), expected.norm()
+    assert error <= tolerance * norm.clamp_min(1e-30), f"relative error {error / norm:.2e}"
+
+
+def cases() -> Iterator[Any]:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for i, shape in enumerate(SHAPES):
+        for j in range(2):  # every layout and type, spread over the shapes
+            layout, dtype = LAYOUTS[(2 * i + j) % 5], dtypes[(i + j) % 3]
+            yield pytest.param(
+                *shape.values, layout, dtype, id=f"{shape.id}-{layout}-{str(dtype).removeprefix('torch.')}"
+            )
+
+
+ALL = pytest.mark.parametrize(("n", "c", "l", "layout", "dtype"), list(cases()))
+
+
+@ALL
+def test_contractions(n: int, c: int, l: int, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    a, t, s = make(n, c, l, device, dtype, layout), weights(n, l, device), weights(n, c, device)
+    exact = a.double()
+    check(S.spatial_sum(a, t, 0.25), 0.25 * torch.einsum("ncl,nl->nc", exact, t.double()))
+    check(S.spatial_sum(a, None, 1.0 / l), exact.mean(2))
+    check(S.channel_sum(a, s), torch.einsum("ncl,nc->nl", exact, s.double()))
+
+
+@ALL
+@pytest.mark.parametrize("norm", ["softmax", "sum", "sigmoid"])
+def test_spatial_attention_and_its_gradient(
+    n: int, c: int, l: int, layout: str, dtype: torch.dtype, norm: str, device: torch.device
+) -> None:
+    a = make(n, c, l, device, dtype, layout).abs()
+    s, v, extra = weights(n, c, device).abs(), weights(n, c, device), weights(n, l, device)
+    u = torch.einsum("ncl,nc->nl", a.double(), s.double() / 16).requires_grad_()
+    expected, _ = stages.spatial_norm(u, norm)
+    t, total = S.spatial_attention(a, s / 16, norm)
+    check(t, expected.detach(), 1e-5)
+    check(total, u.detach().sum(1), 1e-5)
+
+    dt = torch.einsum("ncl,nc->nl", a.double(), v.double())
+    for upstream, given in ((dt, None), (dt + extra, extra)):
+        (du,) = torch.autograd.grad(expected, u, upstream, retain_graph=True)
+        found = S.spatial_attention_grad(a, v, given, t, total, norm)
+        # dU is a difference of terms of the size of dT * dT/dU.
+        scale = (t.double() * upstream).norm() if norm != "sum" else (upstream / total[:, None]).norm()
+        assert torch.isfinite(found).all()
+        assert (found - du).norm() <= 2e-5 * scale.clamp_min(1e-30)
+
+
+@ALL
+@pytest.mark.parametrize("weighted", [True, False])
+def test_max_pool_and_scatter(
+    n: int, c: int, l: int, layout: str, dtype: torch.dtype, weighted: bool, device: torch.device
+) -> None:
+    a, t = make(n, c, l, device, dtype, layout), weights(n, l, device).abs()
+    d = a.float() * t.unsqueeze(1) if weighted else a.float()  # the kernel's own product: no new ties
+    peak, index = S.max_pool(a, t if weighted else None)
+    assert torch.equal(index, d.max(2).indices)
+    assert torch.equal(peak, a.float().gather(2, index.unsqueeze(2)).squeeze(2))
+
+    x = weights(n, c, device)
+    check(S.position_scatter(x, index, l), x.double().new_zeros(n, l).scatter_add(1, index, x.double()))
+
+
+def test_max_pool_ties_nans_and_infinities(device: torch.device) -> None:
+    inf, nan = float("inf"), float("nan")
+    rows = [[1, 3, 3, 2], [nan, 1, nan, inf], [-inf] * 4, [0, inf, 2, inf], [-2, -1, nan, 9], [0, 0, 0, 0]]
+    a = torch.tensor([rows], device=device)
+    for layout in (a, a.transpose(1, 2).contiguous().transpose(1, 2)):
+        peak, index = S.max_pool(layout, None)
+        assert index.tolist() == [[1, 0, 0, 1, 2, 0]]
+        assert torch.equal(
+            peak.nan_to_num(7), torch.tensor([[3, 7, -inf, inf, 7, 0]], device=device).nan_to_num(7)
+        )
+
+
+@ALL
+def test_attended_map(n: int, c: int, l: int, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    a, t, s = make(n, c, l, device, dtype, layout), weights(n, l, device), weights(n, c, device)
+    by_position, by_channel = a.double() * t.double().unsqueeze(1), a.double() * s.double().unsqueeze(2)
+    eps = torch.finfo(dtype).eps
+    for given, expected in ((t, by_position), (None, by_channel)):
+        kept = S.hadamard(a, given, s, False)
+        assert kept.dtype == dtype
+        check(kept, expected, eps)
+        flat = S.hadamard(a, given, s, True)
+        assert flat.dtype == torch.float32
+        assert flat.is_contiguous()
+        check(flat, expected)
+
+
+@ALL
+def test_grad_cam_means(
+    n: int, c: int, l: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    a, t = make(n, c, l, device, dtype, layout), weights(n, l, device)
+    dense = make(n, c, l, device, torch.float32, "channels_last")  # another layout and type than A
+    expanded = torch.randn(n, c, 1, device=device).expand(n, c, l)  # stride 0, as .mean().backward() gives
+    for g in (dense, expanded):
+        means, dots, partials = S.grad_cam_means(a, g, t)
+        check(means, torch.einsum("ncl,nl->nc", g.double(), t.double()) / l, 5e-6)
+        check(dots, (a.double() * g.double()).sum(2), 5e-6)
+        check(partials.sum(1), (a.double() * g.double()).sum(1), 5e-6)
+        check(S.grad_cam_means(a, g, None)[0], g.double().mean(2), 5e-6)
+
+
+@ALL
+@pytest.mark.parametrize("pool_type", ["avg", "max", ""])
+@pytest.mark.parametrize("spatial", [True, False])
+def test_features_grad(
+    n: int, c: int, l: int, layout: str, dtype: torch.dtype, pool_type: str, spatial: bool,
+    device: torch.device,
+) -> None:  # fmt: skip
+    a = make(n, c, l, device, dtype, layout)
+    s, k, x = (weights(n, c, device) for _ in range(3))
+    t, du = (weights(n, l, device), weights(n, l, device)) if spatial else (None, None)
+    index = torch.randint(l, (n, c), device=device)
+    first = make(n, c, l, device, torch.float32, "nchw") if pool_type == "" else x
+    found = S.features_grad(a, pool_type, first, index, t, du, s, k)
+
+    term = first.double() if pool_type == "" else x.double().unsqueeze(2).expand(n, c, l)
+    if pool_type == "max":
+        term = term * torch.nn.functional.one_hot(index, l)
+    if t is not None and du is not None:
+        term = term * t.unsqueeze(1) + s.double().unsqueeze(2) * du.unsqueeze(1)
+    elif pool_type == "":
+        term = term * s.unsqueeze(2)
+    assert found.dtype == dtype
+    check(found, term + k.unsqueeze(2), max(torch.finfo(dtype).eps, TOLERANCE))
+    if n and c > 1 and l > 1 and layout in ("nchw", "channels_last"):
+        assert found.stride() == a.stride()
+
+
+def test_sum_of_an_all_zero_map_is_uniform(device: torch.device) -> None:
+    a = torch.zeros(2, 6, 9, device=device)
+    a[1] = 1.0
+    s = torch.full((2, 6), 1 / 6, device=device)
+    t, total = S.spatial_attention(a, s, "sum")
+    assert torch.allclose(t, torch.full_like(t, 1 / 9))
+    du = S.spatial_attention_grad(a, s, weights(2, 9, device), t, total, "sum")
+    assert torch.equal(du[0], torch.zeros(9, device=device))
+    assert torch.isfinite(du).all()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_an_image_is_alone(layout: str, device: torch.device) -> None:
+    """Its results do not depend on its batch, and what is not finite in it stays there."""
+    a = make(3, 300, 49, device, torch.bfloat16, layout)
+    t, s = weights(3, 49, device), weights(3, 300, device)
+    bad = a.clone()
+    bad[1] = float("nan")
+    for stage in (
+        lambda x, rows: S.spatial_sum(x, t[rows], 0.5),
+        lambda x, rows: S.spatial_attention(x, s[rows], "softmax")[0],
+        lambda x, rows: S.max_pool(x, t[rows])[0],
+        lambda x, rows: S.grad_cam_means(x, x, t[rows])[2],
+    ):
+        whole = stage(a, slice(None))
+        assert torch.equal(whole, stage(a, slice(None)))
+        assert torch.equal(whole[2:], stage(a[2:], slice(2, None)))
+        with_bad = stage(bad, slice(None))
+        assert torch.equal(with_bad[[0, 2]], whole[[0, 2]])
+        assert with_bad[1].isnan().any()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemas, fakes (strides included) and dispatch of every operator."""
+    monkeypatch.undo()  # opcheck compares outputs of repeated calls: no poison
+    a = make(2, 12, 10, device, torch.float32, layout)
+    g = make(2, 12, 10, device, torch.float32, "nchw")
+    s, t, index = weights(2, 12, device), weights(2, 10, device), torch.randint(10, (2, 12), device=device)
+    total, partials = torch.rand(2, device=device) + 1, torch.randn(2, 3, 10, device=device)
+    calls: dict[str, list[tuple[Any, ...]]] = {
+        "spatial_sum": [(a, t, 0.5), (a, None, 0.5)],
+        "channel_sum": [(a, s)],
+        "spatial_attention": [(a, s, 0)],
+        "spatial_attention_grad": [(a, s, t, t, total, 1), (a, s, None, t, total, 0)],
+        "spatial_norm_grad": [(partials, t, t, total, 2)],
+        "max_pool": [(a, t), (a, None)],
+        "position_scatter": [(s, index, 10)],
+        "hadamard": [(a, t, s, False), (a, None, s, True)],
+        "grad_cam_means": [(a, g, t), (a, g, None)],
+        "features_grad": [(a, 0, s, index, t, t, s, s), (a, 1, s, index, None, None, s, s),
+                          (a, 2, g, index, t, t, s, s)],
+    }  # fmt: skip
+    registered = {
+        name.removeprefix("ggam_fast::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("ggam_fast::")
+    }
+    assert registered == set(calls)
+    for name, arguments in calls.items():
+        for call in arguments:
+            torch.library.opcheck(getattr(torch.ops.ggam_fast, name).default, call)
+
+
+def test_too_many_positions_are_refused(device: torch.device) -> None:
+    a = torch.zeros(1, 1, 2**17 + 1, device=device)
+    with pytest.raises(ValueError, match=r"at most 131072 positions .* got 131073"):
+        S.spatial_attention(a, torch.ones(1, 1, device=device), "softmax")

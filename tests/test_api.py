@@ -1,0 +1,202 @@
+"""The public surface, the layers and their one-way imports, optional dependencies, the environment."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ggam_fast
+from ggam_fast import GGAMHead, checks, functional
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, KERNELS = ROOT / "ggam_fast", ROOT / "kernels"
+
+LAYERS = (
+    ("checks", "_checkout"),
+    ("base", "stages"),
+    ("ops",),
+    ("contractions",),
+    ("attention",),
+    ("gradcam", "classifier", "losses"),
+    ("functional", "head", "reference"),
+    ("presets",),
+)
+"""Each file imports from the rows above its own alone."""
+
+# get_stages imports the kernels' operators when they are first asked for, so that torch is enough.
+LAZY = {("contractions", "ops")}
+
+
+def imports(path: Path, top_level: bool = False) -> Iterator[str]:
+    """Absolute names of the modules a file imports, anywhere or at its top level."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.iter_child_nodes(tree) if top_level else ast.walk(tree)
+    package = "ggam_fast.kernels" if path.parent == KERNELS else "ggam_fast"
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            yield base
+            yield from (f"{base}.{name.name}" for name in node.names)
+
+
+def own(names: Iterator[str]) -> set[str]:
+    """The library's own modules among these names."""
+    parts = [name.split(".") for name in names]
+    return {p[1] for p in parts if p[0] == "ggam_fast" and len(p) > 1}
+
+
+def test_public_names() -> None:
+    assert ggam_fast.__all__ == [
+        "GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference",
+    ]  # fmt: skip
+    assert all(hasattr(ggam_fast, name) for name in ggam_fast.__all__)
+    assert ggam_fast.cam is functional.cam
+    public = {n for n in dir(functional) if callable(getattr(functional, n)) and n[0].islower()}
+    assert public == {
+        "cam", "channel_sum", "get_stages", "ggam_attention", "grad_cam_means", "grad_cam_weights",
+        "guidance_loss", "spatial_sum",
+    }  # fmt: skip
+
+
+def test_every_public_name_is_documented() -> None:
+    names = [getattr(ggam_fast, n) for n in ggam_fast.__all__]
+    names += [
+        getattr(functional, n) for n in dir(functional) if n[0].islower() and callable(getattr(functional, n))
+    ]
+    assert all(n.__doc__ for n in names)
+
+
+def test_kernels_import_triton_and_themselves_alone() -> None:
+    allowed = {"typing", "triton", "__future__", "enum", "dataclasses", "math"}
+    for path in KERNELS.glob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] in allowed or name.startswith("ggam_fast.kernels"), (
+                f"{path.name}: {name}"
+            )
+    assert not set(imports(KERNELS / "plan.py")) - {"typing", "typing.NamedTuple"}
+
+
+def test_each_layer_imports_downward() -> None:
+    rank = {name: i for i, row in enumerate(LAYERS) for name in row}
+    files = {p.stem: p for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
+    assert files.keys() == rank.keys()
+    for name, path in files.items():
+        for other in own(imports(path)) & rank.keys():
+            if (name, other) not in LAZY:
+                assert rank[other] < rank[name], f"{name}.py imports {other}"
+
+
+def test_only_ops_sees_the_kernels() -> None:
+    for path in PACKAGE.glob("*.py"):
+        if path.stem != "ops":
+            assert "kernels" not in own(imports(path)), path.name
+
+
+def test_the_library_does_not_know_training() -> None:
+    for path in [*PACKAGE.glob("*.py"), *KERNELS.glob("*.py")]:
+        assert "training" not in own(imports(path)), path.name
+    assert "ggam_fast.training" not in run("import ggam_fast, sys; print(*sys.modules)").split()
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("GGAM_FAST_", "TRITON_INTERPRET"))}
+    path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**env, "PYTHONPATH": path, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_works_without_triton_timm_and_torchvision() -> None:
+    code = """
+import sys
+for name in ("triton", "timm", "torchvision", "ggam_fast.training"):
+    sys.modules[name] = None
+import torch, ggam_fast
+head = ggam_fast.GGAMHead(32, 5)
+out = head(torch.rand(4, 32, 3, 3), torch.tensor([0, 1, 2, 3]))
+ggam_fast.GGAMLoss()(out, torch.tensor([0, 1, 2, 3])).backward()
+assert "ggam_fast.ops" not in sys.modules
+try:
+    ggam_fast.GGAMHead(32, 5, backend="triton")(torch.rand(4, 32, 3, 3))
+except RuntimeError as error:
+    print(error)
+"""
+    assert 'backend="triton" needs the package triton' in run(code)
+
+
+def test_import_is_light() -> None:
+    """Neither the training extras nor the compiler are imported with the library."""
+    loaded = set(run("import ggam_fast, sys; print(*sys.modules)").split())
+    assert not loaded & {"timm", "torchvision", "matplotlib", "captum", "torch._inductor.compile_fx"}
+
+
+# Environment variables
+
+
+@pytest.mark.parametrize(
+    ("value", "backend", "expected"),
+    [
+        ("torch", "auto", "torch"),
+        ("triton", "auto", "triton"),
+        ("triton", "torch", "torch"),
+        ("auto", "torch", "torch"),
+    ],
+)
+def test_backend_variable_overrides_auto_alone(
+    value: str, backend: str, expected: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setenv("GGAM_FAST_BACKEND", value)
+    assert checks.backend(backend, torch.rand(1, 2, 3, device=device)) == expected
+
+
+def test_backend_variable_reaches_the_head(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    head, x = GGAMHead(16, 3, rd_channels=2).to(device).eval(), torch.rand(2, 16, 3, 3, device=device)
+    monkeypatch.setenv("GGAM_FAST_BACKEND", "triton")
+    with pytest.raises(TypeError, match="got float64"):
+        head.double()(x.double())
+    monkeypatch.setenv("GGAM_FAST_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="GGAM_FAST_BACKEND must be one of"):
+        head(x)
+
+
+def test_auto_is_triton_on_a_gpu_tensor_alone(device: torch.device) -> None:
+    x = torch.rand(1, 2, 3, device=device)
+    assert checks.backend("auto", x) == ("triton" if device.type == "cuda" else "torch")
+    assert checks.backend("auto", x.double()) == "torch"
+    assert checks.backend("auto", x.cpu()) == "torch"
+
+
+def test_triton_on_the_cpu_needs_the_interpreter() -> None:
+    code = """
+import torch, ggam_fast
+try:
+    ggam_fast.cam(torch.rand(1, 2, 3, 3), torch.rand(1, 2), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    assert "TRITON_INTERPRET=1" in run(code)
+
+
+@pytest.mark.gpu
+def test_range_of_targets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = torch.tensor([0, 9], device="cuda")
+    monkeypatch.setenv("GGAM_FAST_CHECKS", "1")
+    with pytest.raises(ValueError, match=r"target must be in \[0, 5\); got 0 to 9"):
+        checks.target(target, 2, 5)
+
+
+def test_range_check_needs_no_sync_off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor stands for any device whose values cannot be looked at without waiting."""
+    target = torch.zeros(2, dtype=torch.int64, device="meta")
+    assert checks.target(target, 2, 5) is target

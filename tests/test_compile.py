@@ -1,0 +1,163 @@
+"""torch.compile(fullgraph=True) and torch.export: the same numbers as eager, no graph break."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ggam_fast import GGAMHead, GGAMLoss, presets
+from tests.parity import relative_error
+
+C, K, N, SIZE = 32, 6, 4, 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {**presets.PAPER, "hidden_size": 16},
+    "release": {**presets.RELEASE, "hidden_size": 16},
+    "second_order": {"cam_detach": False, "hidden_size": 16, "cam_norm": "standardized"},
+    "flatten": {"pool_type": "flatten", "feat_size": SIZE, "hidden_size": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Model(nn.Module):
+    """A convolution, the head and the loss: what a training step compiles."""
+
+    def __init__(self, head: GGAMHead) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, C, 1), nn.ReLU())
+        self.head, self.criterion = head, GGAMLoss(0.3)
+
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.head(self.backbone(images), target)
+        return self.criterion(out, target), out.cam_weights
+
+
+def batch(device: torch.device, n: int = N) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 3, SIZE, SIZE, device=device), torch.randint(K, (n,), device=device)
+
+
+def step(run: Callable[..., Any], model: Model, images: Tensor, target: Tensor) -> list[Tensor]:
+    """One forward and backward: loss, beta, all gradients, batch-norm statistics."""
+    model.zero_grad()
+    loss, beta = run(images, target)
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) == len(list(model.parameters()))
+    return [loss, beta, *grads, *model.buffers()]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
+    largest = max(float(e.detach().double().norm()) for e in expected)
+    for a, b in zip(found, expected, strict=True):
+        difference = float((a.detach().double() - b.detach().double()).norm())
+        assert difference <= tolerance * float(b.detach().double().norm()) + 1e-7 * largest, relative_error(
+            a, b
+        )
+
+
+def check(head: GGAMHead, device: torch.device, backend: str, dynamic: bool | None = None) -> None:
+    eager = Model(head).to(device).train()
+    compiled = copy.deepcopy(eager)
+    run = torch.compile(compiled, fullgraph=True, backend=backend, dynamic=dynamic)
+    for n in (N, N + 1) if dynamic else (N,):
+        images, target = batch(device, n)
+        assert_same(step(run, compiled, images, target), step(eager, eager, images, target))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_step(name: str, device: torch.device) -> None:
+    check(GGAMHead(C, K, **OPTIONS[name]), device, "aot_eager")
+
+
+@pytest.mark.parametrize("name", ["paper", pytest.param("release", marks=pytest.mark.slow)])
+def test_training_step_by_inductor(name: str, device: torch.device) -> None:
+    check(GGAMHead(C, K, **OPTIONS[name]), device, "inductor")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_step_on_kernels(name: str, device: torch.device) -> None:
+    check(GGAMHead(C, K, **{**OPTIONS[name], "backend": "triton"}), device, "aot_eager")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_any_batch_size(backend: str, device: torch.device) -> None:
+    head = GGAMHead(C, K, hidden_size=16, backend=backend)
+    check(head, device, "aot_eager", dynamic=True)
+
+
+@pytest.mark.parametrize("cam_detach", [True, False])
+def test_custom_classifier(cam_detach: bool, device: torch.device) -> None:
+    """Its gradient is autograd's, which a compiled step traces with this switch alone."""
+    own = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 12), nn.GELU(), nn.Linear(12, K))
+    head = GGAMHead(C, K, classifier=own, cam_detach=cam_detach)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        check(head, device, "aot_eager")
+
+
+@pytest.mark.parametrize("cam_detach", [True, False])
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_autocast(where: str, cam_detach: bool, device: torch.device) -> None:
+    """Inside the compiled function autocast changes nothing in the head. Around it, AOTAutograd runs the
+    whole backward under it (`torch._functorch.config.backward_pass_autocast`), the classifier's included."""
+    head = GGAMHead(C, K, hidden_size=0, cam_detach=cam_detach).to(device).train()
+    criterion = GGAMLoss(0.3)
+    x = torch.rand(N, C, SIZE, SIZE, device=device)
+    target = torch.randint(K, (N,), device=device)
+
+    def plain(x: Tensor) -> Tensor:
+        return criterion(head(x, target), target)
+
+    def under_autocast(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return function(x)
+
+        return forward
+
+    def gradients(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        return list(torch.autograd.grad(function(leaf), [leaf, *head.parameters()]))
+
+    def compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    exact = gradients(plain)
+    if where == "inside":
+        assert_same(gradients(compiled(under_autocast(plain))), exact)
+    else:
+        assert_same(gradients(under_autocast(compiled(plain))), exact, 2e-2)
+    assert_same(gradients(under_autocast(plain)), exact)
+
+
+def test_soft_targets_and_inference(device: torch.device) -> None:
+    head = GGAMHead(C, K, hidden_size=16).to(device).eval()
+    x = torch.rand(N, C, SIZE, SIZE, device=device)
+    target = torch.rand(N, K, device=device).softmax(1)
+    run = torch.compile(head, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_same(list(run(x, target)), list(head(x, target)))
+    with torch.inference_mode():
+        assert_same([run(x)], [head(x)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("pool_type", ["avg", "flatten"])
+def test_export(backend: str, pool_type: str, device: torch.device) -> None:
+    """The evaluation forward, batch size left open."""
+    head = GGAMHead(C, K, hidden_size=16, backend=backend, pool_type=pool_type, feat_size=SIZE)
+    head = head.to(device).eval()
+    x = torch.rand(N, C, SIZE, SIZE, device=device)
+    dynamic = {"features": {0: torch.export.Dim("batch", min=2, max=64)}}
+    with torch.no_grad():
+        program = torch.export.export(head, (x,), dynamic_shapes=dynamic)
+        other = torch.rand(N + 3, C, SIZE, SIZE, device=device)
+        for given in (x, other):
+            torch.testing.assert_close(program.module()(given), head(given))

@@ -1,0 +1,177 @@
+"""The head inside what people put around it: DDP, FSDP2, checkpointing, copies, SyncBatchNorm."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ggam_fast import GGAMHead, GGAMLoss
+from ggam_fast.classifier import closed_form_layers
+from tests.parity import C, K, N, assert_parity, combine, features, gradients, hard_target, pair
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("cam_detach", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool, cam_detach: bool, own: bool, device: torch.device) -> None:
+    """The recomputed head repeats its dropout mask and its Grad-CAM."""
+    build_classifier = pooled_classifier if own else None
+    head, _ = pair(
+        device=device, hidden_size=10, drop_rate=0.3, cam_detach=cam_detach, build_classifier=build_classifier
+    )
+    target, base = hard_target(device), features(device)
+    results = []
+    for checkpointed in (False, True):
+        module, x = copy.deepcopy(head).train(), base.clone().requires_grad_()
+        torch.manual_seed(0)
+        out = checkpoint(module, x, target, use_reentrant=reentrant) if checkpointed else module(x, target)
+        combine(out).backward()
+        named = {"features": x, **dict(module.named_parameters())}
+        results.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()})
+    assert_parity(results[1], results[0], 1e-10)
+
+
+def pooled_classifier() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 10), nn.GELU(), nn.Linear(10, K))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict", "safe_load"])
+def test_copies(how: str, device: torch.device, tmp_path: Path) -> None:
+    head, _ = pair(device=device, hidden_size=10)
+    x, target = features(device), hard_target(device)
+    head.train()(x, target)
+    head.eval()
+    expected = head(x, target)
+    if how == "deepcopy":
+        twin = copy.deepcopy(head)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(head))
+    else:
+        twin = GGAMHead(C, K, rd_channels=6, hidden_size=10).to(device, torch.float64).eval()
+        if how == "state_dict":
+            buffer = io.BytesIO()
+            torch.save(head.state_dict(), buffer)
+            buffer.seek(0)
+            state = torch.load(buffer, weights_only=True)
+        else:
+            torch.save(head.state_dict(), tmp_path / "head.pt")
+            state = torch.load(tmp_path / "head.pt", map_location=device, weights_only=True)
+        twin.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(twin(x, target), expected, strict=True))
+    with torch.no_grad():
+        twin.fc1.weight.zero_()
+    assert head.fc1.weight.count_nonzero() > 0
+
+
+def test_sync_batch_norm_goes_through_autograd(device: torch.device) -> None:
+    """Its statistics are of all processes: the closed form of local ones would be wrong, and is not used."""
+    head, _ = pair(device=device, hidden_size=10)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(head))
+    assert isinstance(synced.classifier[0], nn.SyncBatchNorm)
+    assert closed_form_layers(head.classifier, head.drop) is not None
+    assert closed_form_layers(synced.classifier, synced.drop) is None
+    x, target = features(device), hard_target(device)
+    assert_parity(synced.eval()(x, target), head.eval()(x, target), 1e-10)
+
+
+def test_subclasses_have_no_closed_form(device: torch.device) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    own = Doubled(C, K)
+    assert closed_form_layers(own, nn.Dropout(0.0)) is None
+    head, reference = pair(device=device, build_classifier=lambda: Doubled(C, K))
+    x, target = features(device), hard_target(device)
+    assert_parity(head(x, target), reference(x, target), 1e-10)
+
+
+def test_parametrized_weights(device: torch.device) -> None:
+    """Weight norm on the channel MLP and on the classifier."""
+    head, reference = pair(device=device, hidden_size=0)
+    for module in (head, reference):
+        for layer in (module.fc1, module.fc2, module.classifier):
+            nn.utils.parametrizations.weight_norm(layer)
+    x, target = features(device), hard_target(device)
+    found = []
+    for module in (head, reference):
+        leaf = x.clone().requires_grad_()
+        out = module(leaf, target)
+        found.append({**out._asdict(), **gradients(combine(out), leaf, module)})
+    assert_parity(*found, 1e-10)
+
+
+# Processes
+
+
+def build() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Model(GGAMHead(C, K, rd_channels=6, hidden_size=0, cam_norm="standardized")).double()
+    return model, torch.randn(2 * N, 3, 4, 4, dtype=torch.float64), torch.randint(K, (2 * N,))
+
+
+class Model(nn.Module):
+    """A convolution, the head and the loss."""
+
+    def __init__(self, head: GGAMHead) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, C, 1), nn.ReLU())
+        self.head, self.criterion = head, GGAMLoss(0.5)
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        return self.criterion(self.head(self.backbone(images), target), target)
+
+
+def start(rank: int, world: int, directory: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
+
+
+def ddp_worker(rank: int, world: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    start(rank, world, directory)
+    model, images, target = build()
+    model = nn.parallel.DistributedDataParallel(model)
+    model(images[rank::world], target[rank::world]).backward()
+    if rank == 0:
+        grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+        torch.save(grads, Path(directory) / "grads.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fsdp_worker(rank: int, world: int, directory: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    start(rank, world, directory)
+    mesh = init_device_mesh("cpu", (world,))
+    model, images, target = build()
+    fully_shard(model.head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(images[rank::world], target[rank::world]).backward()
+    grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}  # type: ignore[union-attr]
+    if rank == 0:
+        torch.save(grads, Path(directory) / "grads.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("worker", [ddp_worker, fsdp_worker])
+def test_two_processes_get_the_gradients_of_one(worker: Any, tmp_path: Path) -> None:
+    """One ordinary autograd node: every gradient is averaged over the processes, the guidance's included."""
+    mp.spawn(worker, args=(2, str(tmp_path)), nprocs=2, join=True)
+    found = torch.load(tmp_path / "grads.pt", weights_only=True)
+    model, images, target = build()
+    model(images, target).backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    assert_parity(found, expected, 1e-10)  # type: ignore[arg-type]

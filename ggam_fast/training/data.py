@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
@@ -224,9 +224,10 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise TrainError(f"cannot read image {path}: not an image file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "").replace("''", "it")
-        raise TrainError(f"cannot read image {path}: {reason}") from error
+        raise TrainError(f"cannot read image {path}: {error}") from error
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Image.Image], Tensor]:

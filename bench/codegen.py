@@ -1,0 +1,231 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, width of loads and stores.
+
+    python -m bench.codegen                   # a Markdown table for sm_90
+    python -m bench.codegen --target sm_80 sm_90 sm_100 sm_120 gfx942 --write
+
+The launches are the library's own: its operators run on empty tensors with the kernels replaced by a
+recorder, so what is compiled here is what a GPU would be given, specialisation included.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ggam_fast import ops
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# (C, L, channels-last): ResNet-50 at 448 in both layouts, VGG-16, EfficientNet, ViT-L tokens, 16x16 maps
+SHAPES = [
+    (2048, 196, False),
+    (2048, 196, True),
+    (512, 784, False),
+    (1280, 49, False),
+    (1024, 1024, True),
+    (512, 256, False),
+]
+DTYPES = (torch.bfloat16, torch.float32)
+_MODULES = (
+    ops.channel_sum, ops.features_grad, ops.grad_cam_means, ops.hadamard, ops.max_pool,
+    ops.position_scatter, ops.spatial_norm, ops.spatial_sum,
+)  # fmt: skip
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Launch(NamedTuple):
+    """One kernel as the library launches it."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    @property
+    def variant(self) -> str:
+        flags = ("POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA")
+        return " ".join(f"{f}={self.keywords[f]:d}" for f in flags if f in self.keywords)
+
+
+class Code(NamedTuple):
+    """What the compiler says of one launch on one target; widths in bits."""
+
+    registers: int
+    stack: int  # bytes of stack, local memory and spills
+    shared: int
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
+
+
+def launches(channels: int, positions: int, channels_last: bool, dtype: torch.dtype) -> list[Launch]:
+    """Every kernel in every variant, as launched for features of this shape, layout and type."""
+    found: list[Launch] = []
+    originals = [(m, n, k) for m in _MODULES for n, k in vars(m).items() if n.endswith("_kernel")]
+    for module, name, kernel in originals:
+        setattr(module, name, _Recorder(kernel, found))
+    try:
+        _run_all(channels, positions, channels_last, dtype)
+    finally:
+        for module, name, kernel in originals:
+            setattr(module, name, kernel)
+    unique = {(id(x.kernel), str(sorted(x.keywords.items()))): x for x in found}
+    return list(unique.values())
+
+
+def _run_all(channels: int, positions: int, channels_last: bool, dtype: torch.dtype) -> None:
+    batch, stages = 2, ops.TRITON
+    shape = (batch, positions, channels) if channels_last else (batch, channels, positions)
+    a = torch.empty(shape, dtype=dtype)
+    a = a.transpose(1, 2) if channels_last else a
+    t, s, total = torch.empty(batch, positions), torch.empty(batch, channels), torch.empty(batch)
+    index = torch.zeros(batch, channels, dtype=torch.int64)
+    for weights in (t, None):
+        stages.spatial_sum(a, weights, 0.5)
+        stages.max_pool(a, weights)
+        stages.grad_cam_means(a, a, weights)
+        stages.hadamard(a, weights, s, weights is None)
+    for norm in ("softmax", "sum", "sigmoid"):
+        stages.spatial_attention(a, s, norm)
+        stages.spatial_attention_grad(a, s, t, t, total, norm)
+    stages.position_scatter(s, index, positions)
+    for pool_type, first in (("avg", s), ("max", s), ("", a)):
+        stages.features_grad(a, pool_type, first, index, t, t, s, s)
+        stages.features_grad(a, pool_type, first, index, None, None, s, s)
+
+
+def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton's launcher would compile: types, constants, and 16-divisibility of pointers and strides."""
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.arguments, strict=False))
+    values.update({k: v for k, v in launch.keywords.items() if k in names})
+    options = {k: v for k, v in launch.keywords.items() if k not in names}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if name in launch.keywords or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            is_tensor = isinstance(value, torch.Tensor)
+            signature[name] = _POINTER[value.dtype] if is_tensor else "i32"
+            if is_tensor or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes), options
+
+
+def inspect(launch: Launch, target: str) -> Code:
+    """Compile one launch for one target and read its code."""
+    kernel_source, options = source(launch)
+    compiled = triton.compile(kernel_source, target=TARGETS[target], options=options)
+    if target.startswith("gfx"):
+        return _amd(compiled.asm["amdgcn"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage, sass = (_cuobjdump(flag, cubin.name) for flag in ("-res-usage", "-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump gave no resource usage:\n{usage}")
+    registers, stack, shared, local = map(int, found.groups())
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return Code(registers, stack + local + spills, shared, _widths("LDG", sass), _widths("STG", sass))
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    done = subprocess.run([str(_CUOBJDUMP), flag, path], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _widths(instruction: str, sass: str) -> tuple[int, ...]:
+    widths = set()
+    for suffix in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
+        narrow = re.search(r"\.[US](8|16)\b", suffix)
+        wide = re.search(r"\.(64|128|256)\b", suffix)
+        widths.add(int(narrow.group(1)) if narrow else int(wide.group(1)) if wide else 32)
+    return tuple(sorted(widths))
+
+
+def _amd(assembly: str) -> Code:
+    def number(name: str) -> int:
+        return max((int(v) for v in re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
+
+    def widths(kind: str) -> tuple[int, ...]:
+        sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16,
+                 "short_d16": 16, "short_d16_hi": 16, "ubyte": 8, "byte": 8}  # fmt: skip
+        found = re.findall(rf"(?:global|buffer)_{kind}_(\w+)", assembly)
+        return tuple(sorted({sizes[x] for x in found if x in sizes}))
+
+    stack = number("private_segment_fixed_size") + number("vgpr_spill_count") + number("sgpr_spill_count")
+    shared = number("group_segment_fixed_size")
+    return Code(number("vgpr_count"), stack, shared, widths("load"), widths("store"))
+
+
+def table(targets: list[str], shapes: list[tuple[int, int, bool]]) -> Iterator[tuple[Launch, str, Code, str]]:
+    """(launch, target, code, its Markdown row) for every kernel, shape, type and target."""
+    for target in targets:
+        for channels, positions, channels_last in shapes:
+            for dtype in DTYPES:
+                for launch in launches(channels, positions, channels_last, dtype):
+                    code = inspect(launch, target)
+                    layout = "channels-last" if channels_last else "NCHW"
+                    name = launch.kernel.__name__.removesuffix("_kernel")
+                    loads, stores = ("/".join(map(str, w)) for w in (code.loads, code.stores))
+                    row = (
+                        f"| {target} | {name} | {launch.variant} | {channels} x {positions} {layout} "
+                        f"| {str(dtype).removeprefix('torch.')} | {code.registers} | {code.stack} "
+                        f"| {code.shared} | {loads} | {stores} |"
+                    )
+                    yield launch, target, code, row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=["sm_90"])
+    parser.add_argument("--write", action="store_true", help="save bench/results/codegen.md")
+    chosen = parser.parse_args(arguments)
+    command = "python -m bench.codegen " + " ".join(sys.argv[1:])
+    lines = [
+        f"Compiled by triton {triton.__version__} with torch {torch.__version__}: `{command.strip()}`.",
+        "Nothing here was run or timed. Stack is bytes of stack, local memory, spills. Widths are in bits,",
+        "of all global loads and stores of the kernel, small operands included.",
+        "",
+        "| target | kernel | variant | features | type | registers | stack | shared | loads | stores |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [row for *_, row in table(chosen.target, SHAPES)]
+    text = "\n".join(lines) + "\n"
+    if chosen.write:
+        path = Path(__file__).parent / "results" / "codegen.md"
+        path.write_text(text)
+        print(f"{len(lines) - 6} rows in {path.relative_to(Path.cwd())}")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

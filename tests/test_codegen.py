@@ -1,0 +1,73 @@
+"""Gates on the compiled kernels that need no GPU: no spills, wide loads and stores.
+
+The interpreter is chosen when triton is imported, so the compiler runs in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ggam_fast import checks
+
+pytestmark = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = """
+import json, sys
+from bench import codegen
+targets, shapes = json.loads(sys.argv[1])
+rows = [
+    [launch.kernel.__name__, target, list(code.loads), list(code.stores), code.stack, code.registers, row]
+    for launch, target, code, row in codegen.table(targets, [tuple(s) for s in shapes])
+]
+print(json.dumps(rows))
+"""
+# Kernels that read (or write) something of A's size; the rest touch small tensors only.
+READS = ("spatial_sum", "channel_sum", "max_pool", "hadamard", "grad_cam_means")
+WRITES = ("hadamard", "features_grad")
+
+
+def compile_all(targets: list[str], shapes: list[tuple[int, int, bool]]) -> list[list]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps([targets, shapes])],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# 16 bytes where every row starts on a 16-byte boundary, else 8: 196 two-byte positions are 392 bytes.
+@pytest.mark.parametrize(
+    ("shape", "width"),
+    [((64, 196, False), 64), ((64, 256, False), 128), ((264, 196, True), 128)],
+    ids=["L=196", "L=256", "channels-last"],
+)
+def test_no_spills_and_wide_accesses(shape: tuple[int, int, bool], width: int) -> None:
+    rows = compile_all(["sm_90"], [shape])
+    assert {r[0].removesuffix("_kernel") for r in rows} >= {
+        *READS,
+        *WRITES,
+        "spatial_norm",
+        "position_scatter",
+    }
+    for name, _, loads, stores, stack, registers, row in rows:
+        short = name.removesuffix("_kernel")
+        assert stack == 0, row
+        assert registers <= 128, row  # four programs of 128 threads on every multiprocessor
+        if short in READS:
+            assert max(loads) >= width, row
+        if short in WRITES:
+            assert min(stores) >= width, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942"])
+def test_compiles_without_spills(target: str) -> None:
+    for *_, stack, _, row in compile_all([target], [(320, 196, False)]):
+        assert stack == 0, row

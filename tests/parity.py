@@ -110,7 +110,12 @@ def gradients(loss: Tensor, x: Tensor, module: nn.Module, create_graph: bool = F
     inputs = {"features": x, **dict(module.named_parameters())}
     inputs = {name: p for name, p in inputs.items() if p.requires_grad}
     found = torch.autograd.grad(
-        loss, list(inputs.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+        loss,
+        list(inputs.values()),
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
     )
     return dict(zip(inputs, found, strict=True))
 

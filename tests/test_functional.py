@@ -104,14 +104,31 @@ def test_ggam_attention(
     derivatives = []
     for outputs in (found, expected):
         y = sum((a * b).sum() for a, b in zip(outputs, seeds, strict=True) if a.requires_grad)
+        fused = torch.autograd.grad(y, inputs, retain_graph=True)
         first = torch.autograd.grad(y, inputs, create_graph=True)
         z = sum(g.square().sum() for g in first)
         second = [torch.zeros_like(x)]
         if isinstance(z, Tensor) and z.requires_grad:
             second = list(torch.autograd.grad(z, inputs, allow_unused=True, materialize_grads=True))
-        derivatives.append([*first, *second])
+        derivatives.append([*fused, *first, *second])
     for a, b in zip(*derivatives, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+@pytest.mark.parametrize("pool_type", POOLS)
+def test_attention_under_autocast(pool_type: str, create_graph: bool, device: torch.device) -> None:
+    """autograd.grad called inside autocast, as a gradient penalty does, is the same to the last bit."""
+    x = features(device).float().requires_grad_()
+    p = {name: t.detach().float().requires_grad_() for name, t in mlp(device).items()}
+    results = []
+    for enabled in (True, False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            out = functional.ggam_attention(x, **p, pool_type=pool_type)
+            y = out.attended.square().sum() + out.spatial_attention.square().sum()
+            first = torch.autograd.grad(y, [x, *p.values()], create_graph=create_graph)
+            results.append([*out, *first])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_tied_weights_count_once(device: torch.device) -> None:

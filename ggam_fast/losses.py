@@ -68,7 +68,7 @@ class GGAMLoss(nn.Module):
 
     Takes the head's `GGAMOutput`, or plain logits (N, K) of a forward without target, for which it is
     the cross entropy alone; `target` is int64 (N,) or float probabilities (N, K). Returns a scalar,
-    the mean over the batch (0 for an empty one).
+    the mean over the batch (0 for an empty one), in float32 for half-precision logits.
     """
 
     def __init__(self, guidance_weight: float = 0.1, label_smoothing: float = 0.0) -> None:
@@ -83,6 +83,7 @@ class GGAMLoss(nn.Module):
     def forward(self, out: GGAMOutput | Tensor, target: Tensor) -> Tensor:
         logits = out.logits if isinstance(out, GGAMOutput) else out
         checks.matrix("out", logits, "of logits (N, K), or a GGAMOutput")
+        logits = logits.to(checks.compute_dtype(logits))
         target = checks.target(target, logits.shape[0], logits.shape[1])
         if target.is_floating_point():
             target = target.to(logits.dtype)

@@ -172,3 +172,14 @@ def test_empty_batch_is_zero(soft: bool, device: torch.device) -> None:
 def test_nothing_learned_by_the_loss() -> None:
     assert list(GGAMLoss().state_dict()) == []
     assert "guidance_weight=0.5" in repr(GGAMLoss(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_logits_are_summed_in_float32(dtype: torch.dtype, device: torch.device) -> None:
+    """A batch of 70,000 whose summed cross entropy, 1.4e6, is beyond float16."""
+    logits = torch.zeros(70_000, 2, device=device, dtype=dtype)
+    logits[:, 0] = 20
+    target = torch.ones(len(logits), dtype=torch.int64, device=device)
+    loss = GGAMLoss()(logits, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.cpu(), torch.tensor(20.0), rtol=1e-4, atol=0)

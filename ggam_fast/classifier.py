@@ -71,9 +71,14 @@ def scores(layers: list[nn.Module], x: Tensor, detach: bool) -> Scores:
 
 
 def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
-    """The same for any module: its forward runs once, v is autograd's."""
+    """The same for any module: its forward runs once, v is autograd's.
+
+    Raises ValueError if the module changes its input in place, where v would be another gradient; a
+    compiled step cannot look and does not.
+    """
     needs_graph = torch.is_grad_enabled()
-    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    eager = not torch.compiler.is_compiling()
+    inference = eager and torch.is_inference_mode_enabled()
 
     def graph_allowed() -> AbstractContextManager[object]:
         return torch.inference_mode(False) if inference else nullcontext()
@@ -82,7 +87,13 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
         x = x.clone() if inference else x
         if not (needs_graph and x.requires_grad):
             x = x.detach().requires_grad_()
+        version = x._version if eager else 0
         logits = classifier(x)
+        if eager and x._version != version:
+            raise ValueError(
+                "classifier must not change its input in place, where Grad-CAM takes the gradient; "
+                "give its first layer inplace=False"
+            )
 
     def pull_back(seed: Tensor) -> Tensor:
         with graph_allowed(), torch.enable_grad():

@@ -38,7 +38,8 @@ class GGAMHead(GGAMHeadBase):
             the attended map to `classifier`.
         hidden_size: width of the default BN-FC-BN-ELU-FC classifier; 0 or None for one linear layer.
         classifier: your own module on the pooled vector (N, C), or on the map for `pool_type=""`.
-            Its class-score gradient is autograd's (see `classifier` for compiling it).
+            Its class-score gradient is autograd's (see `classifier` for compiling it), so its first layer
+            must not work in place.
         cam_at: beta at the "features" A or at the "attended" map D.
         cam_class: y is the score of the "label" (or of a soft target), or of the "predicted" class.
         cam_detach: False differentiates the guidance loss through beta too (second order).

@@ -1,0 +1,136 @@
+"""v = d y / d pooled: each layer's rule against torch's own module and autograd."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from ggam_fast import GGAMHead
+from ggam_fast.classifier import closed_form_layers, run, scores, scores_by_autograd
+from tests.parity import C, K, N, features, hard_target, relative_error
+
+WIDTH = 7
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(WIDTH, 3),
+    "linear_without_bias": lambda: nn.Linear(WIDTH, 3, bias=False),
+    "batch_norm": lambda: nn.BatchNorm1d(WIDTH),
+    "batch_norm_plain": lambda: nn.BatchNorm1d(WIDTH, affine=False),
+    "batch_norm_untracked": lambda: nn.BatchNorm1d(WIDTH, track_running_stats=False),
+    "batch_norm_cumulative": lambda: nn.BatchNorm1d(WIDTH, momentum=None),
+    "elu": lambda: nn.ELU(alpha=0.7),
+    "elu_in_place": lambda: nn.ELU(inplace=True),
+    "relu": nn.ReLU,
+    "relu_in_place": lambda: nn.ReLU(inplace=True),
+    "dropout": lambda: nn.Dropout(0.4),
+    "identity": nn.Identity,
+    "chain": lambda: nn.Sequential(
+        nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 5), nn.ReLU(), nn.Dropout(0.3), nn.BatchNorm1d(5), nn.ELU(),
+        nn.Linear(5, 3),
+    ),
+}  # fmt: skip
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Parameters and statistics away from the ones and zeros they start with."""
+    module = module.double()
+    with torch.no_grad():
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            if t.is_floating_point():
+                t.add_(torch.rand_like(t) if "var" in name else torch.randn_like(t) * 0.3)
+    return module
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -> None:
+    """Output, statistics, v, and autograd's gradient of v itself."""
+    theirs = shaken(LAYERS[name]()).to(device).train(training)
+    ours = copy.deepcopy(theirs)
+    layers = closed_form_layers(ours, nn.Dropout(0.0))
+    assert layers is not None
+    x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
+
+    torch.manual_seed(1)
+    found = scores(layers, x, detach=False)
+    torch.manual_seed(1)
+    expected = theirs(x.clone())
+    assert relative_error(found.logits, expected) < 1e-12
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+    seed = torch.randn_like(expected)
+    v = found.pull_back(seed)
+    (gradient,) = torch.autograd.grad(expected, x, seed, create_graph=True)
+    assert relative_error(v, gradient) < 1e-12
+    if v.requires_grad and name != "chain":
+        parameters = [x, *ours.parameters()], [x, *theirs.parameters()]
+        again = [
+            torch.autograd.grad(g.sin().sum(), inputs, allow_unused=True, materialize_grads=True)
+            for g, inputs in zip((v, gradient), parameters, strict=True)
+        ]
+        for a, b in zip(*again, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_detached_v_carries_no_graph(device: torch.device) -> None:
+    layers = closed_form_layers(shaken(LAYERS["chain"]()).to(device), nn.Dropout(0.0))
+    assert layers is not None
+    x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
+    result = scores(layers, x, detach=True)
+    assert result.logits.requires_grad
+    assert not result.pull_back(torch.randn_like(result.logits)).requires_grad
+
+
+def test_run_is_scores_without_pullbacks(device: torch.device) -> None:
+    layers = closed_form_layers(shaken(LAYERS["chain"]()).to(device).eval(), nn.Dropout(0.0).eval())
+    assert layers is not None
+    x = torch.randn(N, WIDTH, dtype=torch.float64, device=device)
+    assert torch.equal(run(layers, x), scores(layers, x, detach=True).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_statistics_move_too(dtype: torch.dtype, device: torch.device) -> None:
+    """Parameters of another type than x: computed in x's type, statistics kept in their own."""
+    layer = nn.BatchNorm1d(WIDTH).to(device, dtype)
+    twin = copy.deepcopy(layer).float()
+    x = torch.randn(N, WIDTH, device=device)
+    assert relative_error(run([layer], x), twin(x)) < 1e-6
+    assert layer.running_mean is not None
+    assert twin.running_mean is not None
+    assert layer.running_mean.dtype == dtype
+    assert relative_error(layer.running_mean, twin.running_mean) < 2 * torch.finfo(dtype).eps
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_any_module_by_autograd(detach: bool, device: torch.device) -> None:
+    module = shaken(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3), nn.GELU())).to(device)
+    x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    result = scores_by_autograd(module, x, detach)
+    seed = torch.randn_like(result.logits)
+    v = result.pull_back(seed)
+    assert len(calls) == 1
+    assert v.requires_grad == (not detach)
+    assert relative_error(v, torch.autograd.grad(module(x), x, seed)[0]) < 1e-12
+    result.logits.sum().backward()
+
+
+@pytest.mark.parametrize("pool_type", ["avg", ""])
+@pytest.mark.parametrize("training", [True, False])
+def test_working_in_place_on_the_input_is_refused(
+    pool_type: str, training: bool, device: torch.device
+) -> None:
+    """The gradient would be the one behind the first layer, silently."""
+    own = nn.Sequential(nn.Hardtanh(-0.01, 0.05, inplace=True), nn.Flatten(), nn.LazyLinear(K))
+    head = GGAMHead(C, K, pool_type=pool_type, classifier=own).to(device, torch.float64).train(training)
+    x = features(device).requires_grad_()
+    with torch.no_grad():
+        head(x)
+    with pytest.raises(ValueError, match="classifier must not change its input in place"):
+        head(x, hard_target(device))
+    later = nn.Sequential(nn.Identity(), nn.LazyLinear(K), nn.Hardtanh(inplace=True))
+    GGAMHead(C, K, classifier=later).to(device, torch.float64)(x, hard_target(device))

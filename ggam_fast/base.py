@@ -72,12 +72,14 @@ class GGAMHeadBase(nn.Module):
         self.cam_temperature = checks.temperature(cam_temperature)
         self.divergence = checks.one_of("divergence", divergence, checks.DIVERGENCE)
         self.guidance_reduction = checks.reduction("guidance_reduction", guidance_reduction, self.divergence)
-        if not 0.0 <= drop_rate < 1.0:
+        if not 0.0 <= checks.number("drop_rate", drop_rate) < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate!r}")
         self.input_fmt = checks.one_of("input_fmt", input_fmt, checks.INPUT_FMT)
         self.feat_size = checks.feat_size(feat_size)
         self.backend = checks.one_of("backend", backend, checks.BACKEND)
         self._norm_layer, self._act_layer = norm_layer, act_layer
+        if classifier is not None and not isinstance(classifier, nn.Module):
+            raise TypeError(f"classifier must be an nn.Module; got {type(classifier).__name__}")
         self._custom_classifier = classifier is not None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
@@ -91,7 +93,7 @@ class GGAMHeadBase(nn.Module):
 
     def _reduced_channels(self, rd_ratio: float, rd_channels: int | None) -> int:
         if rd_channels is None:
-            if not 0.0 < rd_ratio <= 1.0:
+            if not 0.0 < checks.number("rd_ratio", rd_ratio) <= 1.0:
                 raise ValueError(f"rd_ratio must be in (0, 1]; got {rd_ratio!r}")
             rd_channels = int(round(self.in_features * rd_ratio, 6))  # 49 * (1 / 49) is below 1
             if rd_channels < 1:

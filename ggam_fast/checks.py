@@ -3,6 +3,7 @@ argument, what came and what is expected."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -44,9 +45,16 @@ def reduction(argument: str, value: str | None, divergence: str) -> str:
     return one_of(argument, value, REDUCTION)
 
 
+def number(argument: str, value: object) -> float:
+    """Return `value` as a float if it is a real number, else raise TypeError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument} must be a number; got {value!r}")
+    return float(value)
+
+
 def temperature(value: float) -> float:
-    """Return a finite cam_temperature > 0, else raise ValueError."""
-    if not 0.0 < float(value) < float("inf"):
+    """Return a finite cam_temperature > 0, else raise."""
+    if not 0.0 < number("cam_temperature", value) < float("inf"):
         raise ValueError(f"cam_temperature must be positive and finite; got {value!r}")
     return float(value)
 
@@ -55,7 +63,7 @@ def feat_size(value: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """Return (H, W) of ints of at least 1, from an int or a pair, else raise."""
     if value is None:
         return None
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"feat_size must be (H, W); got {value!r}")
     return positive_int("feat_size", pair[0]), positive_int("feat_size", pair[1])

@@ -73,9 +73,9 @@ class GGAMLoss(nn.Module):
 
     def __init__(self, guidance_weight: float = 0.1, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= guidance_weight < float("inf"):
+        if not 0.0 <= checks.number("guidance_weight", guidance_weight) < float("inf"):
             raise ValueError(f"guidance_weight must be finite and not negative; got {guidance_weight!r}")
-        if not 0.0 <= label_smoothing <= 1.0:
+        if not 0.0 <= checks.number("label_smoothing", label_smoothing) <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
         self.guidance_weight = guidance_weight
         self.label_smoothing = label_smoothing

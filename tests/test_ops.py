@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ggam_fast import checks, ops, stages
+from ggam_fast import stages
 
-pytestmark = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
-
+ops = pytest.importorskip("ggam_fast.ops")
 S = ops.TRITON
 LAYOUTS = ("nchw", "channels_last", "sliced_nchw", "sliced_channels_last", "transposed")
 SHAPES = [

@@ -7,6 +7,8 @@ are.  No atomics: the result is the same bits every run.  Reads A once, writes 4
 import triton
 import triton.language as tl
 
+from .offsets import image_offsets
+
 
 @triton.jit
 def channel_sum_kernel(
@@ -33,7 +35,7 @@ def channel_sum_kernel(
     acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     for start in range(0, PARTIAL_C, BLOCK_C):
         c = part * PARTIAL_C + start + tl.arange(0, BLOCK_C)
-        offsets = c[:, None] * STRIDE_C + l[None, :] * STRIDE_L
+        offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
 
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

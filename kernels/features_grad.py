@@ -11,6 +11,8 @@ t = 1 and no s_c dU_l term without spatial attention.  Writes |A|; reads G once 
 import triton
 import triton.language as tl
 
+from .offsets import image_offsets
+
 AVERAGE = tl.constexpr(0)
 MAXIMUM = tl.constexpr(1)
 DENSE = tl.constexpr(2)
@@ -48,8 +50,9 @@ def features_grad_kernel(
     mask = (c < C)[:, None] & (l < L)[None, :]
 
     if POOL == DENSE:
-        offsets = n * grad_stride_n + (c[:, None] * GRAD_STRIDE_C + l[None, :] * GRAD_STRIDE_L)
-        first = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad_image_ptr = grad_ptr + n * grad_stride_n
+        offsets = image_offsets(c[:, None], l[None, :], C, L, GRAD_STRIDE_C, GRAD_STRIDE_L)
+        first = tl.load(grad_image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
         first = tl.load(x_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
         if POOL == MAXIMUM:
@@ -67,5 +70,6 @@ def features_grad_kernel(
             first = first * s[:, None]
         da = tl.broadcast_to(first + k[:, None], (BLOCK_C, BLOCK_L))
 
-    out_offsets = n * out_stride_n + (c[:, None] * OUT_STRIDE_C + l[None, :] * OUT_STRIDE_L)
-    tl.store(out_ptr + out_offsets, da.to(out_ptr.dtype.element_ty), mask=mask)
+    out_image_ptr = out_ptr + n * out_stride_n
+    out_offsets = image_offsets(c[:, None], l[None, :], C, L, OUT_STRIDE_C, OUT_STRIDE_L)
+    tl.store(out_image_ptr + out_offsets, da.to(out_ptr.dtype.element_ty), mask=mask)

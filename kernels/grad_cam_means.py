@@ -10,6 +10,8 @@ Reads A and G once, writes 8*N*C + 4*N*P*L bytes.  No atomics.
 import triton
 import triton.language as tl
 
+from .offsets import image_offsets
+
 
 @triton.jit
 def grad_cam_means_kernel(
@@ -36,17 +38,19 @@ def grad_cam_means_kernel(
     n = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    image_ptr = features_ptr + n * stride_n
+    grad_image_ptr = grad_ptr + n * grad_stride_n
 
     means = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     dots = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
-        offsets = n * stride_n + (c[:, None] * STRIDE_C + l[None, :] * STRIDE_L)
-        grad_offsets = n * grad_stride_n + (c[:, None] * GRAD_STRIDE_C + l[None, :] * GRAD_STRIDE_L)
+        offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
+        grad_offsets = image_offsets(c[:, None], l[None, :], C, L, GRAD_STRIDE_C, GRAD_STRIDE_L)
 
-        a = tl.load(features_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad_image_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             means += g * tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)[None, :]
         else:

@@ -6,6 +6,8 @@ The attended map, for classifiers that need all of it.  Reads A once, writes D o
 import triton
 import triton.language as tl
 
+from .offsets import image_offsets
+
 
 @triton.jit
 def hadamard_kernel(
@@ -32,12 +34,14 @@ def hadamard_kernel(
     l = tl.program_id(0) % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)
     mask = (c < C)[:, None] & (l < L)[None, :]
 
-    offsets = n * stride_n + (c[:, None] * STRIDE_C + l[None, :] * STRIDE_L)
-    a = tl.load(features_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    image_ptr = features_ptr + n * stride_n
+    offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
+    a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if BY_CHANNEL:
         d = a * tl.load(weights_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
     else:
         d = a * tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)[None, :]
 
-    out_offsets = n * out_stride_n + (c[:, None] * OUT_STRIDE_C + l[None, :] * OUT_STRIDE_L)
-    tl.store(out_ptr + out_offsets, d.to(out_ptr.dtype.element_ty), mask=mask)
+    out_image_ptr = out_ptr + n * out_stride_n
+    out_offsets = image_offsets(c[:, None], l[None, :], C, L, OUT_STRIDE_C, OUT_STRIDE_L)
+    tl.store(out_image_ptr + out_offsets, d.to(out_ptr.dtype.element_ty), mask=mask)

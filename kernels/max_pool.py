@@ -1,11 +1,13 @@
 """index[n, c] = argmax_l t_l A_cl, peak[n, c] = A at that position; the pooled value is peak * t[index].
 
 Ties go to the first position and a NaN wins over everything, as in torch's MaxPool.
-Reads A once, writes 12*N*C bytes.
+Reads A once, and of its maxima once more the N*C elements; writes 12*N*C bytes.
 """
 
 import triton
 import triton.language as tl
+
+from .offsets import image_offsets
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def max_pool_kernel(
     where = tl.zeros((BLOCK_C, BLOCK_L), tl.int32) + tl.arange(0, BLOCK_L)[None, :]
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
-        offsets = c[:, None] * STRIDE_C + l[None, :] * STRIDE_L
+        offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
 
         d = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -50,6 +52,7 @@ def max_pool_kernel(
     candidate = tl.where(row_has_nan[:, None] == 1, is_nan == 1, best == row_max[:, None])
     index = tl.min(tl.where(candidate, where, L - 1), axis=1)
 
-    peak = tl.load(image_ptr + c * STRIDE_C + index * STRIDE_L, mask=c < C, other=0.0)
+    peak_offsets = image_offsets(c, index, C, L, STRIDE_C, STRIDE_L)
+    peak = tl.load(image_ptr + peak_offsets, mask=c < C, other=0.0)
     tl.store(peak_ptr + n * C + c, peak.to(tl.float32), mask=c < C)
     tl.store(index_ptr + n * C + c, index.to(tl.int64), mask=c < C)

@@ -7,6 +7,8 @@ Reads A once, writes 4*N*C bytes.
 import triton
 import triton.language as tl
 
+from .offsets import image_offsets
+
 
 @triton.jit
 def spatial_sum_kernel(
@@ -32,7 +34,7 @@ def spatial_sum_kernel(
     acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
-        offsets = c[:, None] * STRIDE_C + l[None, :] * STRIDE_L
+        offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
 
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -27,7 +27,7 @@ from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare c
 )
 
 _LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
-_NORM = {"softmax": 0, "sum": 1, "sigmoid": 2}
+_NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
 
 
@@ -80,23 +80,18 @@ def _like_layout(features: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=features.device).transpose(1, 2)
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 def _channel_sum_partials(features: Tensor, weights: Tensor) -> Tensor:
     """partials (N, P, L) of channel_sum(A, weights)"""
     features = _native(features)
-    batch, _, positions = features.shape
-    tile, parts = _tile(features), plan.num_partials(features.shape[1])
+    batch, channels, positions = features.shape
+    tile, parts = _tile(features), plan.num_partials(channels)
     partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=features.device)
     if batch:
-        grid = (batch * parts * _blocks(positions, tile.block_l),)
+        grid = (batch * parts * plan.blocks(positions, tile.block_l),)
         with torch.cuda.device_of(features):
             channel_sum.channel_sum_kernel[grid](
                 features, weights.contiguous(), partials, features.stride(0),
-                PARTIAL_C=max(plan.CHANNELS_PER_PARTIAL, tile.block_c),
-                **_geometry(features, tile),
+                PARTIAL_C=min(plan.CHANNELS_PER_PARTIAL, channels), **_geometry(features, tile),
             )  # fmt: skip
     return partials
 
@@ -114,16 +109,8 @@ def _normalise(partials: Tensor, norm: int) -> tuple[Tensor, Tensor]:
 
 
 def _map_geometry(positions: int) -> dict[str, int]:
-    if positions > plan.MAX_POSITIONS:
-        raise ValueError(
-            f"features must have at most {plan.MAX_POSITIONS} positions for the Triton kernels; "
-            f'got {positions} (backend="torch" takes any number)'
-        )
-    return {
-        "L": positions,
-        "BLOCK_L": plan.next_power_of_2(positions),
-        "num_warps": plan.norm_warps(positions),
-    }
+    block_l, num_warps = plan.norm_block(positions)
+    return {"L": positions, "BLOCK_L": block_l, "num_warps": num_warps}
 
 
 def _spatial_sum_fake(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
@@ -138,7 +125,7 @@ def _spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Tens
     out = _small(batch, channels, features)
     if batch:
         with torch.cuda.device_of(features):
-            spatial_sum.spatial_sum_kernel[(batch * _blocks(channels, tile.block_c),)](
+            spatial_sum.spatial_sum_kernel[(batch * plan.blocks(channels, tile.block_c),)](
                 features, features if weights is None else weights.contiguous(), out, scale,
                 features.stride(0), HAS_WEIGHTS=weights is not None, **_geometry(features, tile),
             )  # fmt: skip
@@ -151,8 +138,8 @@ def _channel_sum_fake(features: Tensor, weights: Tensor) -> Tensor:
 
 @_register("channel_sum(Tensor features, Tensor weights) -> Tensor", _channel_sum_fake)
 def _channel_sum(features: Tensor, weights: Tensor) -> Tensor:
-    partials = _channel_sum_partials(features, weights)
-    return partials[:, 0].clone() if partials.shape[1] == 1 else partials.sum(1)
+    # Not torch.sum, whose order of addition may depend on the batch.
+    return _normalise(_channel_sum_partials(features, weights), _NORM["none"])[0]
 
 
 def _spatial_attention_fake(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +152,6 @@ def _spatial_attention_fake(features: Tensor, s: Tensor, norm: int) -> tuple[Ten
     _spatial_attention_fake,
 )
 def _spatial_attention(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, Tensor]:
-    _map_geometry(features.shape[2])  # refuses a map that is too large before the pass over A
     return _normalise(_channel_sum_partials(features, s), norm)
 
 
@@ -186,7 +172,7 @@ def _spatial_norm_grad(partials: Tensor, extra: Tensor | None, t: Tensor, total:
         with torch.cuda.device_of(partials):
             spatial_norm.spatial_norm_grad_kernel[(batch,)](
                 partials.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
-                total, grad, P=parts, NORM=norm, HAS_EXTRA=extra is not None,
+                total.contiguous(), grad, P=parts, NORM=norm, HAS_EXTRA=extra is not None,
                 **_map_geometry(positions),
             )  # fmt: skip
     return grad
@@ -223,7 +209,7 @@ def _max_pool(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
     peak, index = _max_pool_fake(features, t)
     if batch:
         with torch.cuda.device_of(features):
-            max_pool.max_pool_kernel[(batch * _blocks(channels, tile.block_c),)](
+            max_pool.max_pool_kernel[(batch * plan.blocks(channels, tile.block_c),)](
                 features, features if t is None else t.contiguous(), peak, index,
                 features.stride(0), HAS_WEIGHTS=t is not None, **_geometry(features, tile),
             )  # fmt: skip
@@ -237,11 +223,11 @@ def _position_scatter_fake(values: Tensor, index: Tensor, positions: int) -> Ten
 @_register("position_scatter(Tensor values, Tensor index, int positions) -> Tensor", _position_scatter_fake)
 def _position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
     batch, channels = values.shape
-    tile = plan.tile(channels, positions, plan.POSITIONS_FIRST)
+    tile = plan.SCATTER_TILE
     out = _small(batch, positions, values)
     if batch:
         with torch.cuda.device_of(values):
-            position_scatter.position_scatter_kernel[(batch * _blocks(positions, tile.block_l),)](
+            position_scatter.position_scatter_kernel[(batch * plan.blocks(positions, tile.block_l),)](
                 values.contiguous(), index.contiguous(), out, C=channels, L=positions,
                 BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps,
             )  # fmt: skip
@@ -261,7 +247,7 @@ def _hadamard(features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) 
     batch, channels, positions = features.shape
     tile = _tile(features)
     if batch:
-        grid = (batch * _blocks(channels, tile.block_c) * _blocks(positions, tile.block_l),)
+        grid = (batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l),)
         with torch.cuda.device_of(features):
             hadamard.hadamard_kernel[grid](
                 features, (s if t is None else t).contiguous(), out,
@@ -273,13 +259,9 @@ def _hadamard(features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) 
 
 def _grad_cam_means_fake(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, positions = features.shape
-    parts = (channels + _MEANS_BLOCK_C - 1) // _MEANS_BLOCK_C
+    parts = plan.blocks(channels, plan.MEANS_TILE.block_c)
     partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=features.device)
     return _small(batch, channels, features), _small(batch, channels, features), partials
-
-
-_MEANS_BLOCK_C = 64
-"""Channels per program of grad_cam_means: its dT partials are then 1/64 of a map in float32."""
 
 
 @_register(
@@ -289,14 +271,13 @@ _MEANS_BLOCK_C = 64
 def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     features = _native(features)
     means, dots, partials = _grad_cam_means_fake(features, grad, t)
-    tile = plan.Tile(_MEANS_BLOCK_C, 32, 8)  # two accumulators: with 4 warps one register spills on sm_100
     if features.shape[0]:
         with torch.cuda.device_of(features):
             grad_cam_means.grad_cam_means_kernel[(features.shape[0] * partials.shape[1],)](
                 features, grad, features if t is None else t.contiguous(), means, dots, partials,
                 features.stride(0), grad.stride(0), GRAD_STRIDE_C=grad.stride(1),
                 GRAD_STRIDE_L=grad.stride(2), HAS_WEIGHTS=t is not None,
-                **_geometry(features, tile),
+                **_geometry(features, plan.MEANS_TILE),
             )  # fmt: skip
     return means, dots, partials
 
@@ -340,10 +321,10 @@ def _features_grad(
     else:
         has_spatial = True
     if batch:
-        grid = (batch * _blocks(channels, tile.block_c) * _blocks(positions, tile.block_l),)
+        grid = (batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l),)
         with torch.cuda.device_of(features):
             features_grad.features_grad_kernel[grid](
-                out, first, s if dense else first.contiguous(), index, t.contiguous(),
+                out, first, s if dense else first.contiguous(), index.contiguous(), t.contiguous(),
                 du.contiguous(), s.contiguous(), constant.contiguous(), out.stride(0),
                 first.stride(0) if dense else 0,
                 C=geometry["C"], L=geometry["L"],

@@ -4,8 +4,10 @@
     softmax   T_l = exp(U_l - max U) / sum exp     dU = T (dT - <dT, T>)
     sum       T_l = U_l / total; 1/L if total = 0  dU = (dT - <dT, T>) / total; 0 if total = 0
     sigmoid   T_l = 1 / (1 + exp(-U_l))            dU = dT T (1 - T)
+    none      T_l = U_l                            channel_sum, added up in a fixed order
 
-with dT = sum_p partials[p] + extra in the backward.  Touches nothing of A's size.
+with dT = sum_p partials[p] + extra in the backward.  Touches nothing of A's size: the partials are added
+up anew in each sweep over the positions, so that a map of any size needs few registers.
 """
 
 import triton
@@ -14,11 +16,12 @@ import triton.language as tl
 SOFTMAX = tl.constexpr(0)
 SUM = tl.constexpr(1)
 SIGMOID = tl.constexpr(2)
+NONE = tl.constexpr(3)
 
 
 @triton.jit
-def _sum_partials(partials_ptr, n, l, P: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr):
-    total = tl.zeros((BLOCK_L,), tl.float32)
+def _sum_partials(partials_ptr, n, l, P: tl.constexpr, L: tl.constexpr):
+    total = tl.zeros(l.shape, tl.float32)
     for p in range(P):
         total += tl.load(partials_ptr + (n * P + p) * L + l, mask=l < L, other=0.0)
     return total
@@ -36,21 +39,37 @@ def spatial_norm_kernel(
 ):
     """This program normalises the map of one image over its positions."""
     n = tl.program_id(0).to(tl.int64)
-    l = tl.arange(0, BLOCK_L)
-    u = _sum_partials(partials_ptr, n, l, P, L, BLOCK_L)
-    total = tl.sum(u, axis=0)
 
-    if NORM == SOFTMAX:
-        u = tl.where(l < L, u, -float("inf"))
-        e = tl.exp(u - tl.max(u, axis=0))
-        t = e / tl.sum(e, axis=0)
-    elif NORM == SUM:
-        t = tl.where(total == 0.0, 1.0 / L, u / tl.where(total == 0.0, 1.0, total))
-    else:
-        t = 1.0 / (1.0 + tl.exp(-u))
-
-    tl.store(attention_ptr + n * L + l, t, mask=l < L)
+    sums = tl.zeros((BLOCK_L,), tl.float32)
+    peaks = tl.full((BLOCK_L,), -float("inf"), tl.float32)
+    for start in range(0, L, BLOCK_L):
+        l = start + tl.arange(0, BLOCK_L)
+        u = _sum_partials(partials_ptr, n, l, P, L)
+        sums += u
+        peaks = tl.maximum(peaks, tl.where(l < L, u, -float("inf")))
+    total, peak = tl.sum(sums, axis=0), tl.max(peaks, axis=0)
     tl.store(total_ptr + n, total)
+
+    exponentials = tl.zeros((BLOCK_L,), tl.float32)
+    if NORM == SOFTMAX:
+        for start in range(0, L, BLOCK_L):
+            l = start + tl.arange(0, BLOCK_L)
+            u = _sum_partials(partials_ptr, n, l, P, L)
+            exponentials += tl.where(l < L, tl.exp(u - peak), 0.0)
+    denominator = tl.sum(exponentials, axis=0)
+
+    for start in range(0, L, BLOCK_L):
+        l = start + tl.arange(0, BLOCK_L)
+        u = _sum_partials(partials_ptr, n, l, P, L)
+        if NORM == SOFTMAX:
+            t = tl.exp(u - peak) / denominator
+        elif NORM == SUM:
+            t = tl.where(total == 0.0, 1.0 / L, u / tl.where(total == 0.0, 1.0, total))
+        elif NORM == SIGMOID:
+            t = 1.0 / (1.0 + tl.exp(-u))
+        else:
+            t = u
+        tl.store(attention_ptr + n * L + l, t, mask=l < L)
 
 
 @triton.jit
@@ -68,20 +87,28 @@ def spatial_norm_grad_kernel(
 ):
     """This program turns dT of one image into dU."""
     n = tl.program_id(0).to(tl.int64)
-    l = tl.arange(0, BLOCK_L)
-    dt = _sum_partials(partials_ptr, n, l, P, L, BLOCK_L)
-    if HAS_EXTRA:
-        dt += tl.load(extra_ptr + n * L + l, mask=l < L, other=0.0)
-    t = tl.load(attention_ptr + n * L + l, mask=l < L, other=0.0)
 
-    if NORM == SIGMOID:
-        du = dt * t * (1.0 - t)
-    else:
-        centred = dt - tl.sum(dt * t, axis=0)
+    dots = tl.zeros((BLOCK_L,), tl.float32)
+    if NORM != SIGMOID:
+        for start in range(0, L, BLOCK_L):
+            l = start + tl.arange(0, BLOCK_L)
+            dt = _sum_partials(partials_ptr, n, l, P, L)
+            if HAS_EXTRA:
+                dt += tl.load(extra_ptr + n * L + l, mask=l < L, other=0.0)
+            dots += dt * tl.load(attention_ptr + n * L + l, mask=l < L, other=0.0)
+    dot = tl.sum(dots, axis=0)
+
+    for start in range(0, L, BLOCK_L):
+        l = start + tl.arange(0, BLOCK_L)
+        dt = _sum_partials(partials_ptr, n, l, P, L)
+        if HAS_EXTRA:
+            dt += tl.load(extra_ptr + n * L + l, mask=l < L, other=0.0)
+        t = tl.load(attention_ptr + n * L + l, mask=l < L, other=0.0)
         if NORM == SOFTMAX:
-            du = t * centred
-        else:
+            du = t * (dt - dot)
+        elif NORM == SUM:
             total = tl.load(total_ptr + n)
-            du = tl.where(total == 0.0, 0.0, centred / tl.where(total == 0.0, 1.0, total))
-
-    tl.store(grad_ptr + n * L + l, du, mask=l < L)
+            du = tl.where(total == 0.0, 0.0, (dt - dot) / tl.where(total == 0.0, 1.0, total))
+        else:
+            du = dt * t * (1.0 - t)
+        tl.store(grad_ptr + n * L + l, du, mask=l < L)

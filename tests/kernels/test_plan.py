@@ -6,14 +6,7 @@ import ggam_fast  # noqa: F401  (makes the checkout's kernels/ importable)
 
 plan = pytest.importorskip("ggam_fast.kernels.plan")
 
-SIZES = [1, 2, 15, 16, 17, 32, 33, 49, 64, 65, 128, 129, 196, 256, 257, 1023, 1024, 2048, 100_000]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_next_power_of_2(size: int) -> None:
-    found = plan.next_power_of_2(size)
-    assert found & (found - 1) == 0
-    assert found // 2 < size <= found
+SIZES = [1, 2, 15, 16, 17, 32, 33, 49, 64, 65, 128, 129, 196, 256, 257, 1023, 1024, 2048, 4097, 100_000]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -25,7 +18,9 @@ def test_a_tile_is_long_in_the_contiguous_direction_and_no_longer_than_needed(si
     if layout == plan.CHANNELS_FIRST:
         along, across = across, along
     assert along * across == 2048
-    assert along == min(256, max(16, plan.next_power_of_2(size)))
+    assert along in (16, 256) or along // 2 < size <= along
+    assert (along == 16) == (size <= 16)
+    assert (along == 256) == (size > 128)
     assert tile.num_warps == 4
 
 
@@ -34,7 +29,8 @@ def test_every_row_of_the_tables_is_reached() -> None:
     assert rows == {block for _, block in plan._POSITIONS_TILE}
     rows = {plan.tile(size, 1, plan.CHANNELS_FIRST).block_c for size in SIZES}
     assert rows == {block for _, block in plan._CHANNELS_TILE}
-    assert {plan.norm_warps(size) for size in (1, 1025, 4097, 16385)} == {4, 8, 16, 32}
+    rows = {plan.norm_block(size)[1] for size in SIZES}
+    assert rows == {warps for _, (_, warps) in plan._NORM_BLOCK}
 
 
 @pytest.mark.parametrize("channels", SIZES)
@@ -43,6 +39,28 @@ def test_partial_sums_cover_all_channels_once(channels: int) -> None:
     assert (parts - 1) * plan.CHANNELS_PER_PARTIAL < channels <= parts * plan.CHANNELS_PER_PARTIAL
 
 
-def test_a_program_of_the_norm_keeps_at_most_128_values_a_thread() -> None:
-    for positions in (1, 196, 1024, 1025, 4096, 4097, 16384, plan.MAX_POSITIONS):
-        assert plan.next_power_of_2(positions) <= 128 * 32 * plan.norm_warps(positions)
+def test_no_block_straddles_two_partial_sums() -> None:
+    for layout in (plan.POSITIONS_FIRST, plan.CHANNELS_FIRST):
+        for size in SIZES:
+            assert plan.CHANNELS_PER_PARTIAL % plan.tile(size, size, layout).block_c == 0
+
+
+@pytest.mark.parametrize("positions", SIZES)
+def test_a_program_of_the_norm_keeps_few_values_a_thread(positions: int) -> None:
+    block, warps = plan.norm_block(positions)
+    assert block & (block - 1) == 0
+    assert block // 2 < positions <= block or block == 4096
+    assert block <= 8 * 32 * warps
+
+
+def test_no_program_has_more_threads_than_amd_allows() -> None:
+    """1,024 a program, in warps of 64; 32 warps were launched there for large maps once."""
+    tiles = [plan.tile(c, l, layout) for c in SIZES for l in SIZES
+             for layout in (plan.POSITIONS_FIRST, plan.CHANNELS_FIRST)]  # fmt: skip
+    warps = [t.num_warps for t in (*tiles, plan.MEANS_TILE, plan.SCATTER_TILE)]
+    assert max(*warps, *(plan.norm_block(size)[1] for size in SIZES)) <= 16
+
+
+@pytest.mark.parametrize(("size", "block", "expected"), [(0, 8, 0), (1, 8, 1), (8, 8, 1), (9, 8, 2)])
+def test_blocks(size: int, block: int, expected: int) -> None:
+    assert plan.blocks(size, block) == expected

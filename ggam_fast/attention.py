@@ -1,4 +1,4 @@
-"""GGAM's attention as one autograd node over A (design section 2).
+"""GGAM's attention as one autograd node over A.
 
 Forward, in the paper's order (A is (N, C, L)):
 

@@ -168,8 +168,8 @@ def scores(logits: Tensor, batch: int, num_classes: int) -> None:
 def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
     """Check class indices (N,) or class probabilities (N, K) and return them.
 
-    Whether indices are in range is checked on the CPU, and on other devices by a device-side assertion
-    that needs no synchronisation; `GGAM_FAST_CHECKS=1` makes it an immediate ValueError there too.
+    Whether indices are in range is checked at once on the CPU, and on CUDA by a device-side assertion that
+    needs no synchronisation; `GGAM_FAST_CHECKS=1` makes it an immediate ValueError on every device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a tensor; got {type(value).__name__}")

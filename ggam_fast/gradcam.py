@@ -6,7 +6,7 @@
     beta = v / L                                         cam_at="attended", no pass over A
 
 v = d y / d pooled comes from the classifier alone.  No backward pass runs and nothing of A's size is
-written.  Source: Selvaraju et al., Grad-CAM (arXiv 1610.02391), eq. 1; design section 2.
+written.  Source: Selvaraju et al., Grad-CAM (arXiv 1610.02391), eq. 1.
 """
 
 import torch

@@ -63,7 +63,7 @@ class GGAMLoss(nn.Module):
 
     Args:
         guidance_weight: lambda >= 0. The authors' README history spans 0.2 to 3 with RELEASE's
-            softmax(beta); the scale of L depends on `cam_norm` (design section 1), so choose it for yours.
+            softmax(beta); the scale of L depends on `cam_norm` and on C, so choose it for yours.
         label_smoothing: as in `torch.nn.CrossEntropyLoss`, in [0, 1].
 
     Takes the head's `GGAMOutput`, or plain logits (N, K) of a forward without target, for which it is

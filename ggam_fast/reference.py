@@ -1,7 +1,7 @@
 """The paper in plain eager PyTorch, Grad-CAM by `torch.autograd.grad`: written to be read, never tuned.
 
 Same constructor, parameters, state dict and outputs as `GGAMHead`. Every step is one line of the paper's
-table (design section 1); the rest of the library is checked against this file in float64.
+method; the rest of the library is checked against this file in float64.
 """
 
 import torch

@@ -24,7 +24,7 @@ def spatial_norm(u: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor:
-    """dU (N, L) from dT (N, L): design table of the three normalisations."""
+    """dU (N, L) from dT (N, L): of each of the three normalisations."""
     if norm == "sigmoid":
         return dt * t * (1 - t)
     centred = dt - (dt * t).sum(-1, keepdim=True)

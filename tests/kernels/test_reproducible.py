@@ -1,0 +1,79 @@
+"""The same bits every run, whatever batch an image is in, and nothing of one image in another."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ggam_fast import checks
+
+if not checks.TRITON_AVAILABLE:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from ggam_fast import ops
+
+S = ops.TRITON
+N, C, L = 4, 300, 49
+
+
+class Inputs:
+    """All that the operators take, for the given rows of one batch."""
+
+    def __init__(self, x: dict[str, Tensor], rows: slice) -> None:
+        self.a, self.g, self.t, self.s, self.v, self.extra, self.total, self.index = (
+            v[rows] for v in x.values()
+        )
+
+
+OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
+    "spatial_sum": lambda x: S.spatial_sum(x.a, x.t, 0.5),
+    "mean": lambda x: S.spatial_sum(x.a, None, 1 / L),
+    "channel_sum": lambda x: S.channel_sum(x.a, x.s),
+    "softmax": lambda x: S.spatial_attention(x.a, x.s, "softmax"),
+    "sum": lambda x: S.spatial_attention(x.a, x.s, "sum"),
+    "sigmoid": lambda x: S.spatial_attention(x.a, x.s, "sigmoid"),
+    "softmax grad": lambda x: S.spatial_attention_grad(x.a, x.v, x.extra, x.t, x.total, "softmax"),
+    "sum grad": lambda x: S.spatial_attention_grad(x.a, x.v, None, x.t, x.total, "sum"),
+    "sigmoid grad": lambda x: S.spatial_attention_grad(x.a, x.v, x.extra, x.t, x.total, "sigmoid"),
+    "max_pool": lambda x: S.max_pool(x.a, x.t),
+    "position_scatter": lambda x: S.position_scatter(x.a[:, :, 0].float(), x.index, L),
+    "hadamard": lambda x: S.hadamard(x.a, x.t, x.s, False),
+    "hadamard by channel": lambda x: S.hadamard(x.a, None, x.s, True),
+    "grad_cam_means": lambda x: S.grad_cam_means(x.a, x.g, x.t),
+    "features_grad": lambda x: S.features_grad(x.a, "max", x.a[:, :, 0].float(), x.index, x.t, x.t, x.s, x.v),
+    "features_grad dense": lambda x: S.features_grad(x.a, "", x.a, x.index, x.t, x.t, x.s, x.v),
+}
+
+
+def outputs(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_bits(name: str, layout: str, device: torch.device) -> None:
+    a = torch.randn(N, C, L, device=device).bfloat16()
+    if layout == "channels_last":
+        a = a.transpose(1, 2).contiguous().transpose(1, 2)
+    x = {"a": a, "g": torch.randn(N, C, L, device=device)}
+    x |= {k: torch.rand(N, size, device=device) for k, size in (("t", L), ("s", C), ("v", C), ("extra", L))}
+    x |= {"total": torch.rand(N, device=device), "index": torch.randint(L, (N, C), device=device)}
+
+    def run(rows: slice = slice(None), **changed: Tensor) -> list[Tensor]:
+        return outputs(OPERATORS[name](Inputs({**x, **changed}, rows)))
+
+    whole = run()
+    for again, one in zip(run(), whole, strict=True):
+        assert torch.equal(again, one), "another run gave other bits"
+    for rows in (slice(2, 3), slice(1, None)):
+        for part, one in zip(run(rows), whole, strict=True):
+            assert torch.equal(part, one[rows]), "an image depends on its batch"
+    for value in (float("nan"), float("inf")):
+        bad = a.clone()
+        bad[1] = value
+        others = [0, 2, 3]
+        found = run(a=bad)
+        for spoilt, one in zip(found, whole, strict=True):
+            assert torch.equal(spoilt[others], one[others]), f"{value} reached another image"
+        assert not all(torch.equal(f[1], one[1]) for f, one in zip(found, whole, strict=True))

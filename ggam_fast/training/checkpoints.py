@@ -19,6 +19,7 @@ from ggam_fast.training.errors import TrainError
 from ggam_fast.training.outputs import write_atomically
 
 WEIGHTS = "model.safetensors"
+BEST = "best.safetensors"
 CONFIG = "config.json"
 _METADATA_KEY = "ggam_fast"
 
@@ -35,26 +36,39 @@ def describe(model: GGAMClassifier, classes: tuple[str, ...], config: TrainConfi
     """All that is needed, beside the weights, to rebuild `model`; and how it was trained."""
     return {
         "ggam_fast": ggam_fast.__version__,
-        "backbone": {"name": model.backbone.name, "image_size": model.backbone.image_size},
+        "backbone": {
+            "name": model.backbone.name,
+            "image_size": model.backbone.image_size,
+            "resize": model.backbone.resize,
+        },
         "preprocessing": {"mean": list(model.backbone.mean), "std": list(model.backbone.std)},
         "head": config.head.keywords(),
         "classes": list(classes),
+        "data": {"data": config.data.data, "root": config.data.root and str(config.data.root)},
         "optim": asdict(config.optim),
         "finetune": config.backbone.finetune,
     }
 
 
-def save_checkpoint(folder: Path, model: GGAMClassifier, description: dict[str, Any]) -> Path:
-    """Write `model.safetensors` and, for people to read, `config.json` into `folder`.
+def save_checkpoint(
+    folder: Path, model: GGAMClassifier, description: dict[str, Any], name: str = WEIGHTS
+) -> Path:
+    """Write the weights file `name` and, for people to read, `config.json` into `folder`.
 
     The weights file carries the description in its metadata, so that the two can never be of
     different runs. Each file replaces an older one in one step.
+
+    Raises:
+        TrainError: a file cannot be written; an older one is untouched.
     """
     text = json.dumps(description, indent=2)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    path = folder / WEIGHTS
-    write_atomically(path, lambda part: save_file(tensors, part, {_METADATA_KEY: text}))
-    write_atomically(folder / CONFIG, lambda part: part.write_text(text + "\n"))
+    path = folder / name
+    try:
+        write_atomically(path, lambda part: save_file(tensors, part, {_METADATA_KEY: text}))
+        write_atomically(folder / CONFIG, lambda part: part.write_text(text + "\n"))
+    except (OSError, SafetensorError) as error:
+        raise TrainError(f"cannot write checkpoint {path}: {error}") from error
     return path
 
 

@@ -17,6 +17,7 @@ _NEEDED = (
     "matplotlib",
     "tensorboard",
     "safetensors",
+    "yaml",
 )
 _BAD_INPUT = 2
 _INTERRUPTED = 130

@@ -1,54 +1,111 @@
-"""The command line, generated from the options in `config`."""
+"""The command line: one subcommand a function, its options generated from a configuration class."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import tyro
 
 from ggam_fast.training.config import HeadConfig, TrainConfig
+from ggam_fast.training.config_file import as_arguments, read_config_file
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.help import screen
+from ggam_fast.training.recipes import RECIPES
 
 Options = tyro.conf.OmitArgPrefixes[TrainConfig]
 
+# What the parts of one run may differ in.
+_PER_PART = {"out", "overwrite", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a GGAM classifier on photographs.
+
+    Without options: solar cells (elpv), a frozen EfficientNet-Lite0, a few minutes on two cores.
+
+        ggam-fast train --data folder --root photos --out runs/photos
+        ggam-fast train --recipe paper --data folder --root photos    # the whole network, for a GPU
+        ggam-fast train --config options.yaml --seed 1                # options from a file; flags win
+        ggam-fast train --resume runs/photos                          # after any interruption
+    """
+    from ggam_fast.training import engine
+    from ggam_fast.training.reports import Report
+
+    outcome = engine.train(parse_train(arguments), Report())
+    return 0 if outcome.metrics is not None else 130
+
+
+# Each command's body; its docstring is its help.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train}
+_CONFIGS: dict[str, Any] = {"train": TrainConfig()}
+
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse and run one command; its exit code. Help and unknown options end the process."""
-    app = tyro.extras.SubcommandApp()
+    """Run one command; its exit code. Help and unknown options end the process."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise TrainError(f"no command {name}; there are {', '.join(COMMANDS)}")
+    if "--help" in rest or "-h" in rest:
+        print(screen(name, COMMANDS[name].__doc__ or "", _CONFIGS[name]))
+        return 0
+    if "--help-all" in rest:
+        rest = ["--help"]
+    return COMMANDS[name](rest)
 
-    @app.command(name="train")
-    def train(config: Options) -> int:
-        """Train a GGAM classifier on photographs.
 
-        Without options: solar cells (elpv), a frozen EfficientNet-Lite0, a few minutes on two cores.
-
-        Your own images, one folder for each class:
-            ggam-fast train --data folder --root photos --out runs/photos
-
-        The backbone too, on a GPU if there is one:
-            ggam-fast train --finetune
-        """
-        from ggam_fast.training import engine
-        from ggam_fast.training.reports import Report
-
-        preset = config.head.preset
-        outcome = engine.train(parse_train(arguments[1:]) if preset else config, Report())
-        return 0 if outcome.metrics is not None else 130
-
-    return app.cli(
-        prog="ggam-fast",
-        description="Grad-CAM guided channel-spatial attention (GGAM): see ggam-fast train --help.",
-        args=arguments,
-    )
+def overview() -> str:
+    """What `ggam-fast --help` shows."""
+    lines = ["Grad-CAM guided channel-spatial attention (GGAM), trained and looked into.", ""]
+    for name, command in COMMANDS.items():
+        lines.append(f"  ggam-fast {name:10s} {(command.__doc__ or '').splitlines()[0]}")
+    lines += ["", "ggam-fast COMMAND --help shows a command's options and examples."]
+    return "\n".join(lines)
 
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that the arguments of `train` ask for.
 
-    With --preset they are read twice: that preset's options are the defaults of the second reading.
+    From the weakest: defaults, --recipe, --preset, the file given with --config, the other flags. With
+    --resume all options are those of the run that goes on.
     """
-    config = tyro.cli(Options, args=arguments)
-    if config.head.preset is None:
-        return config
-    defaults = replace(TrainConfig(), head=HeadConfig.from_preset(config.head.preset))
-    return tyro.cli(Options, args=arguments, default=defaults)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--resume", "--recipe", "--preset"):
+        early.add_argument(flag)
+    given, rest = early.parse_known_args(arguments)
+    if given.resume not in (None, "None"):
+        return _resumed(Path(given.resume), rest)
+    known = TrainConfig().values()
+    options = {} if given.config is None else read_config_file(Path(given.config), known)
+    named = {
+        name: value
+        for name in ("recipe", "preset")
+        if (value := getattr(given, name) or options.get(name)) is not None
+    }
+    # Only to learn that the two names are right.
+    tyro.cli(Options, args=as_arguments(named))
+    default = TrainConfig().replaced(RECIPES[str(named.get("recipe", "modern"))])
+    if "preset" in named:
+        default = default.replaced(vars(HeadConfig.from_preset(named["preset"])))
+    return tyro.cli(Options, args=[*as_arguments({**options, **named}), *rest], default=default)
+
+
+def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
+    from ggam_fast.training.engine import OPTIONS
+
+    if not (folder / OPTIONS).is_file():
+        raise TrainError(f"--resume {folder}: no run of ggam-fast train there (no {OPTIONS})")
+    saved = read_config_file(folder / OPTIONS, TrainConfig().values())
+    before = tyro.cli(Options, args=as_arguments(saved))
+    config = tyro.cli(Options, args=list(arguments), default=before)
+    old, new = before.values(), config.values()
+    for name in sorted(set(old) - _PER_PART):
+        if old[name] != new[name]:
+            flag = name.replace("_", "-")
+            raise TrainError(f"--resume goes on with the run's own options: --{flag} is {old[name]} there")
+    return config.replaced({"resume": folder, "out": None})

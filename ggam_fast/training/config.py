@@ -3,7 +3,8 @@ checkpoint records."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ from ggam_fast.training.errors import TrainError
 @dataclass(frozen=True)
 class DataConfig:
     data: Literal["elpv", "folder"] = "elpv"
-    """elpv: photographs of solar cells, installed with the `train` extra. folder: your images."""
+    """Solar cells, installed with the `train` extra, or your images."""
     root: Path | None = None
-    """With --data folder: a folder of class folders, or one that holds train/ and test/ (or val/)."""
+    """A folder of class folders, or one that holds train/ and test/ (or val/), for --data folder."""
     image_size: int | None = None
     """Side of the square network input. By default what the backbone was trained on."""
+    resize: int | None = None
+    """Side the shorter edge is brought to before the crop. By default the side of the crop."""
     workers: int | None = None
     """Processes that decode images. By default none on the CPU and up to 8 on a GPU."""
     cache_dir: Path | None = None
@@ -42,9 +45,9 @@ class HeadConfig:
     preset: Literal["paper", "release"] | None = None
     """Start from all options of one published source; those given beside it win."""
     attention: Literal["channel_spatial", "channel", "spatial", "none"] = "channel_spatial"
-    """Which of the two attentions act."""
+    """Which attentions act."""
     rd_ratio: float = 1 / 16
-    """Hidden channels of the channel attention, as a share of the backbone's channels."""
+    """Hidden width of the channel attention, as a share of C."""
     spatial_norm: Literal["softmax", "sum", "sigmoid"] = "softmax"
     """How the channel sum becomes the spatial attention."""
     pool_type: Literal["avg", "max", "flatten"] = "avg"
@@ -54,17 +57,17 @@ class HeadConfig:
     drop_rate: float = 0.0
     """Dropout before the classifier."""
     cam_at: Literal["features", "attended"] = "features"
-    """Where the Grad-CAM weights are taken: at the backbone's map or at the attended one."""
+    """Where the Grad-CAM weights are taken."""
     cam_class: Literal["label", "predicted"] = "label"
     """Which class's Grad-CAM guides the attention."""
     cam_detach: bool = True
     """Treat the Grad-CAM weights as constants; --no-cam-detach differentiates through them."""
     cam_norm: Literal["sigmoid", "softmax", "standardized"] = "standardized"
-    """How the Grad-CAM weights become comparable with the channel attention."""
+    """What makes beta comparable with S."""
     cam_temperature: float = 1.0
     """Divides the Grad-CAM weights before that."""
     divergence: Literal["symmetric", "forward"] = "symmetric"
-    """Which Kullback-Leibler divergence the guidance is."""
+    """Which Kullback-Leibler divergence guides."""
     guidance_reduction: Literal["mean", "sum"] = "mean"
     """Of the guidance over the batch."""
 
@@ -81,16 +84,34 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    recipe: Literal["modern", "paper"] = "modern"
+    """Start from a whole set of training options; those given beside it win."""
     epochs: int = 6
     """Passes over the training split; a frozen backbone's holds every image and its mirrorings."""
     batch_size: int = 64
-    """Images a step."""
+    """Images in a batch, of each process under torchrun."""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """How the learning rate moves."""
     lr: float = 3e-4
-    """Highest learning rate of the head (AdamW, one cycle)."""
+    """Highest learning rate of the head."""
     backbone_lr: float = 1e-4
     """The backbone's, with --finetune."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Of the optimiser."""
+    clip_grad: float = 0.0
+    """Largest norm of all gradients together; 0 for no limit."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    mixup: float = 0.0
+    """Mix pairs of a batch with a share from Beta(mixup, mixup); 0 for never."""
+    cutmix: float = 0.0
+    """Paste patches between images with an area from Beta(cutmix, cutmix); 0 for never."""
+    ema: float = 0.0
+    """Decay of a running average of the weights, then tested and saved; 0 for none."""
     guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
     seed: int = 0
@@ -103,8 +124,14 @@ class RunConfig:
     """Folder of the results. By default runs/<data>-<time>."""
     overwrite: bool = False
     """Allow a folder that already holds a run."""
+    resume: Path | None = None
+    """Folder of a run to go on with, under its own options."""
+    save_every: int = 0
+    """Steps between snapshots, beside the one after each epoch; 0 for that alone."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Such as cpu or cuda:1; auto is the first GPU, or the CPU."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the backbone; auto is bfloat16 on a GPU that has it, else float32."""
     compile: bool = True
     """Compile the training step with torch.compile."""
 
@@ -118,17 +145,51 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
-        """Raise a `TrainError` for a number out of range."""
+        """Raise a `TrainError` for a number out of range or options that exclude each other."""
         optim = self.optim
-        for name, value, least in (
-            ("--epochs", optim.epochs, 1),
-            ("--batch-size", optim.batch_size, 2),
-            ("--image-size", self.data.image_size, 16),
-            ("--workers", self.data.workers, 0),
-            ("--lr", optim.lr, 0),
-            ("--backbone-lr", optim.backbone_lr, 0),
-            ("--weight-decay", optim.weight_decay, 0),
-            ("--guidance-weight", optim.guidance_weight, 0),
+        infinity = float("inf")
+        for name, value, least, below in (
+            ("--epochs", optim.epochs, 1, infinity),
+            ("--batch-size", optim.batch_size, 2, infinity),
+            ("--accumulate", optim.accumulate, 1, infinity),
+            ("--image-size", self.data.image_size, 16, infinity),
+            ("--resize", self.data.resize, self.data.image_size or 16, infinity),
+            ("--workers", self.data.workers, 0, infinity),
+            ("--save-every", self.run.save_every, 0, infinity),
+            ("--lr", optim.lr, 0, infinity),
+            ("--backbone-lr", optim.backbone_lr, 0, infinity),
+            ("--weight-decay", optim.weight_decay, 0, infinity),
+            ("--clip-grad", optim.clip_grad, 0, infinity),
+            ("--mixup", optim.mixup, 0, infinity),
+            ("--cutmix", optim.cutmix, 0, infinity),
+            ("--guidance-weight", optim.guidance_weight, 0, infinity),
+            ("--label-smoothing", optim.label_smoothing, 0, 1),
+            ("--ema", optim.ema, 0, 1),
         ):
-            if value is not None and not (least <= value < float("inf")):
-                raise TrainError(f"{name} must be {least} or more; got {value}")
+            if value is not None and not (least <= value < below):
+                ending = "or more" if below == infinity else f"or more and below {below}"
+                raise TrainError(f"{name} must be {least} {ending}; got {value}")
+        if optim.cutmix and not self.backbone.finetune:
+            raise TrainError(
+                "--cutmix pastes patches of images, and a frozen backbone's maps are computed before; "
+                "use --mixup, or --finetune"
+            )
+
+    def values(self) -> dict[str, Any]:
+        """Every option under its own name, without the sections."""
+        return {f.name: getattr(section, f.name) for section in self._sections() for f in fields(section)}
+
+    def replaced(self, values: Mapping[str, Any]) -> TrainConfig:
+        """This configuration with the options of `values` (names as in `values()`) exchanged."""
+        return replace(
+            self,
+            **{
+                f.name: replace(
+                    section, **{g.name: values[g.name] for g in fields(section) if g.name in values}
+                )
+                for f, section in zip(fields(self), self._sections(), strict=True)
+            },
+        )
+
+    def _sections(self) -> list[Any]:
+        return [getattr(self, f.name) for f in fields(self)]

@@ -230,12 +230,14 @@ def read_image(path: Path) -> Image.Image:
         raise TrainError(f"cannot read image {path}: {error}") from error
 
 
-def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Image.Image], Tensor]:
-    """Shorter side to `size`, centre crop, normalise: (3, size, size) float32."""
+def eval_transform(
+    size: int, mean: Sequence[float], std: Sequence[float], resize: int | None = None
+) -> Callable[[Image.Image], Tensor]:
+    """Shorter side to `resize` (by default `size`), centre crop, normalise: (3, size, size) float32."""
     return v2.Compose(
         [
             v2.PILToTensor(),
-            v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.Resize(resize or size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
             v2.CenterCrop(size),
             *_normalise(mean, std),
         ]
@@ -243,20 +245,22 @@ def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Ca
 
 
 def train_transform(
-    images: ImageSet, size: int, mean: Sequence[float], std: Sequence[float]
+    images: ImageSet, size: int, mean: Sequence[float], std: Sequence[float], resize: int | None = None
 ) -> Callable[[Image.Image], Tensor]:
-    """Random crop of half to all of the image, the mirrorings of `images`, normalise."""
+    """Random crop, the mirrorings of `images`, normalise. The crop is half to all of the image, or with
+    `resize` a square of `size` from the image with its shorter side brought to `resize`."""
+    sampling = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+    crop = (
+        [v2.Resize(resize, **sampling), v2.RandomCrop(size)]
+        if resize
+        else [v2.RandomResizedCrop(size, scale=(0.5, 1.0), **sampling)]
+    )
     mirror = [v2.RandomHorizontalFlip()] if (-1,) in images.flips else []
     mirror += [v2.RandomVerticalFlip()] if (-2,) in images.flips else []
     return v2.Compose(
         [
             v2.PILToTensor(),
-            v2.RandomResizedCrop(
-                size,
-                scale=(0.5, 1.0),
-                interpolation=v2.InterpolationMode.BICUBIC,
-                antialias=True,
-            ),
+            *crop,
             *mirror,
             *_normalise(mean, std),
         ]

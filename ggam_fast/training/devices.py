@@ -32,13 +32,16 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU that has it, float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=map_dtype(device) != torch.float32)
-
-
-def map_dtype(device: torch.device) -> torch.dtype:
-    """The type of the backbone's feature maps under `autocast`."""
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """What the backbone computes in: `auto` is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype`; off for float32."""
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if half else None, enabled=half)

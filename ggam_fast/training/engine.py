@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ggam_fast import GGAMHead
 from ggam_fast.training import checkpoints, data
 from ggam_fast.training.backbones import create_backbone
 from ggam_fast.training.batches import Batches, ImageBatches, MapBatches
 from ggam_fast.training.classifier import GGAMClassifier, create_head
 from ggam_fast.training.compiling import compile_or_eager
-from ggam_fast.training.config import DataConfig, TrainConfig
-from ggam_fast.training.devices import autocast, device_name, map_dtype, resolve_device
+from ggam_fast.training.config import DataConfig, RunConfig, TrainConfig
+from ggam_fast.training.config_file import write_config_file
+from ggam_fast.training.devices import autocast, device_name, precision, resolve_device
+from ggam_fast.training.distributed import ALONE, World, joined, local_device
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.feature_cache import MapFile, default_cache_dir, encoded
-from ggam_fast.training.fitting import Fit, evaluate
+from ggam_fast.training.fitting import Fit, Groups, evaluate
 from ggam_fast.training.gallery import draw_gallery
 from ggam_fast.training.interrupts import InterruptGuard
 from ggam_fast.training.metrics import Metrics, classification_metrics
 from ggam_fast.training.outputs import output_folder, write_atomically
 from ggam_fast.training.reports import Report
+from ggam_fast.training.run_log import RunLog
+from ggam_fast.training.snapshots import load_snapshot, save_snapshot
 
 METRICS = "metrics.json"
+OPTIONS = "options.yaml"
 GALLERY = "gallery.png"
 # On two cores, compiling the frozen backbone costs the time it saves on about this many images.
 _COMPILE_BACKBONE_FROM = 1500
@@ -43,16 +53,24 @@ class Outcome:
 
 
 def train(config: TrainConfig, report: Report) -> Outcome:
-    """Train as `config` says and write checkpoint, metrics, gallery and TensorBoard scalars.
+    """Train as `config` says and write checkpoints, metrics, gallery, log and TensorBoard scalars.
 
-    The first Ctrl-C ends training after the step it is in and still saves a checkpoint.
+    The first Ctrl-C ends training after the step it is in and still saves a checkpoint. Under torchrun
+    every process calls this; the first one speaks and writes.
 
     Raises:
         TrainError: something the user can put right.
     """
-    started = time.monotonic()
     config.check()
-    device = resolve_device(config.run.device)
+    with joined() as world:
+        return _train(config, report if world.speaks else Report.silent(), world)
+
+
+def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
+    started = time.monotonic()
+    on_gpus = world.size > 1 and config.run.device == "auto" and torch.cuda.is_available()
+    device = resolve_device(local_device() if on_gpus else config.run.device)
+    dtype = precision(config.run.precision, device)
     images = load_images(config.data)
     report.note(f"{images.name}: {images.summary()}")
     for line in images.notes:
@@ -64,31 +82,63 @@ def train(config: TrainConfig, report: Report) -> Outcome:
     report.note(
         f"{backbone.name}, {'fine-tuned' if config.backbone.finetune else 'frozen'}, maps of "
         f"{channels} x {height} x {width}; GGAM head; {device_name(device)}"
+        + (f"; {world.size} processes" if world.size > 1 else "")
     )
-    description = checkpoints.describe(model, images.classes, config)
-    with output_folder(config.run, images.name) as out, InterruptGuard() as interrupt:
-        fit = Fit(model, config, device, report, interrupt)
-
-        def save() -> Path:
-            return checkpoints.save_checkpoint(out, model, description)
-
+    with run_folder(config.run, images.name, world) as out, InterruptGuard() as interrupt:
+        model.backbone.requires_grad_(config.backbone.finetune)
+        fit = Fit(
+            model if config.backbone.finetune else model.head,
+            parameter_groups(model, config),
+            config.optim,
+            len(images.classes),
+            device,
+            dtype=dtype,
+            compile=config.run.compile,
+            world=world,
+            check=interrupt.check,
+        )
+        kept = Kept(out, fit, model, checkpoints.describe(model, images.classes, config), world)
         try:
             batches = (
-                image_batches(images, model, config, device)
+                image_batches(images, model, config, device, world)
                 if config.backbone.finetune
-                else map_batches(images, model, config, device, report, interrupt)
+                else map_batches(images, model, config, device, dtype, report, interrupt, world)
             )
-            epochs = fit.run(batches["train"], batches.get("val"), out / "tensorboard", save)
+            if config.run.resume is not None:
+                kept.go_on()
+                report.note(f"going on after {fit.steps} steps")
+            elif world.speaks:
+                write_config_file(out / OPTIONS, {**config.values(), "resume": None, "overwrite": None})
+            log = RunLog(out, fit.steps) if world.speaks else None
+            with log or nullcontext():
+                epochs = fit.run(
+                    batches["train"],
+                    batches.get("val"),
+                    report=report,
+                    log=log,
+                    save=kept.save_snapshot,
+                    save_every=config.run.save_every,
+                )
+                logits, labels = evaluate(fit.result, batches["test"], device, dtype, world, interrupt.check)
+                metrics = classification_metrics(logits, labels)
+                path = kept.save_result()
+                if log is None:
+                    return Outcome(path, metrics, None)
+                report.table(metrics, images.classes, "test")
+                gallery = draw_gallery(out / GALLERY, kept.classifier(), images, "test", logits)
+                log.numbers("test", fit.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1})
+                log.picture("gallery", fit.steps, gallery)
         except Interrupted:
-            path = save()
-            untrained = "" if fit.steps else " (its head is untrained)"
-            report.note(f"interrupted after {fit.steps} steps; checkpoint: {path}{untrained}")
+            path = kept.save_result()
+            if not fit.steps:
+                report.note(f"interrupted after 0 steps; checkpoint: {path} (its head is untrained)")
+                return Outcome(path, None, None)
+            kept.save_snapshot()
+            report.note(
+                f"interrupted after {fit.steps} steps; checkpoint: {path}; "
+                f"ggam-fast train --resume {out} goes on"
+            )
             return Outcome(path, None, None)
-        logits, labels = evaluate(fit.trained, batches["test"], device)
-        metrics = classification_metrics(logits, labels)
-        report.table(metrics, images.classes, "test")
-        path = save()
-        gallery = draw_gallery(out / GALLERY, model, images, "test", logits)
         seconds = time.monotonic() - started
         results = {
             "test": metrics.as_dict(),
@@ -96,11 +146,85 @@ def train(config: TrainConfig, report: Report) -> Outcome:
             "epochs": epochs,
             "seconds": round(seconds, 1),
             "device": device_name(device),
+            "notes": images.notes,
             "versions": {name: metadata.version(name) for name in ("torch", "timm", "torchvision")},
         }
         write_atomically(out / METRICS, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
         report.note(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
         return Outcome(path, metrics, gallery)
+
+
+@contextmanager
+def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
+    """`output_folder`, made by the process that speaks and known to all."""
+    with output_folder(config, name) if world.speaks else nullcontext(None) as made:
+        folder = world.tell(made)
+        yield folder
+
+
+class Kept:
+    """What a run keeps in its folder `out`: snapshots to go on from, the classifier of the best epoch (by
+    validation accuracy; without that split by training loss), and the last one, which is the result."""
+
+    def __init__(
+        self, out: Path, fit: Fit, model: GGAMClassifier, description: dict[str, Any], world: World
+    ) -> None:
+        self._out = out
+        self._fit = fit
+        self._model = model
+        self._description = description
+        self._world = world
+        self._epochs = 0
+        # What all parts of one run have in common.
+        self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
+
+    def go_on(self) -> None:
+        """Put the fit where the newest snapshot in the folder is.
+
+        Raises:
+            TrainError: no snapshot, or one of another model or data set.
+        """
+        state = load_snapshot(self._out)
+        for name, value in self._run.items():
+            if state["run"][name] != value:
+                raise TrainError(f"--resume {self._out}: its snapshot has another {name}")
+        self._fit.load_state_dict(state["fit"])
+        self._epochs = len(self._fit.history)
+
+    def classifier(self) -> GGAMClassifier:
+        """The classifier as it is now; of averaged weights, if they are averaged."""
+        result = self._fit.result
+        if isinstance(result, GGAMClassifier):
+            return result
+        return GGAMClassifier(self._model.backbone, cast(GGAMHead, result))
+
+    def save_snapshot(self) -> None:
+        state = {"run": self._run, "fit": self._fit.state_dict()}  # in every process: each has its own part
+        if not self._world.speaks:
+            return
+        save_snapshot(self._out, self._fit.steps, state)
+        history = self._fit.history
+        if len(history) > self._epochs:
+            self._epochs = len(history)
+            scores = [epoch.get("val_accuracy", -epoch["loss"]) for epoch in history]
+            if scores[-1] > max(scores[:-1], default=-math.inf):
+                self._save(checkpoints.BEST)
+
+    def save_result(self) -> Path:
+        if self._world.speaks:
+            self._save(checkpoints.WEIGHTS)
+        return self._out / checkpoints.WEIGHTS
+
+    def _save(self, name: str) -> None:
+        checkpoints.save_checkpoint(self._out, self.classifier(), self._description, name)
+
+
+def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
+    """The head at `lr` and, fine-tuned, the backbone at `backbone_lr`."""
+    groups: Groups = [{"params": list(model.head.parameters()), "lr": config.optim.lr}]
+    if config.backbone.finetune:
+        groups.append({"params": list(model.backbone.parameters()), "lr": config.optim.backbone_lr})
+    return groups
 
 
 def load_images(config: DataConfig) -> data.ImageSet:
@@ -122,6 +246,7 @@ def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
         config.backbone.backbone,
         pretrained=config.backbone.pretrained,
         image_size=config.data.image_size,
+        resize=config.data.resize,
     )
     try:
         return GGAMClassifier(backbone, create_head(backbone, num_classes, config.head))
@@ -130,20 +255,30 @@ def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
 
 
 def image_batches(
-    images: data.ImageSet, model: GGAMClassifier, config: TrainConfig, device: torch.device
+    images: data.ImageSet,
+    model: GGAMClassifier,
+    config: TrainConfig,
+    device: torch.device,
+    world: World = ALONE,
 ) -> dict[str, Batches]:
     """Batches of decoded images for every split; the training split augmented and shuffled."""
-    look = (model.backbone.image_size, model.backbone.mean, model.backbone.std)
+    look = model.backbone.preprocessing
+    if config.data.resize is None:
+        size, mean, std, _ = look
+        crops = data.train_transform(images, size, mean, std)
+    else:
+        crops = data.train_transform(images, *look)
     batches: dict[str, Batches] = {}
     for split, rows in images.splits.items():
         train = split == "train"
-        transform = data.train_transform(images, *look) if train else data.eval_transform(*look)
+        transform = crops if train else data.eval_transform(*look)
         batches[split] = ImageBatches(
             data.ImageFiles(images, split, transform),
             min(config.optim.batch_size, len(rows)),
             device,
             data.workers(config.data, device),
-            shuffle_seed=config.optim.seed if train else None,
+            config.optim.seed if train else None,
+            world,
         )
     return batches
 
@@ -153,28 +288,27 @@ def map_batches(
     model: GGAMClassifier,
     config: TrainConfig,
     device: torch.device,
+    dtype: torch.dtype,
     report: Report,
     interrupt: InterruptGuard,
+    world: World = ALONE,
 ) -> dict[str, Batches]:
     """Batches of the frozen backbone's maps for every split: from the cache, else computed now.
 
     The training split holds every image once for each of its mirrorings.
     """
     backbone = model.backbone.eval()
-    transform = data.eval_transform(backbone.image_size, backbone.mean, backbone.std)
+    transform = data.eval_transform(*backbone.preprocessing)
     folder = config.data.cache_dir or default_cache_dir()
     datasets = {
         split: data.ImageFiles(images, split, transform, images.flips if split == "train" else ((),))
         for split in images.splits
     }
     weights = backbone.fingerprint()
-    files = {
-        split: MapFile(folder, backbone, weights, dataset, map_dtype(device))
-        for split, dataset in datasets.items()
-    }
+    files = {split: MapFile(folder, backbone, weights, dataset, dtype) for split, dataset in datasets.items()}
     missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
     count = sum(map(len, missing.values()))
-    if count:
+    if count and world.speaks:
         report.note(
             f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
             f", kept in {folder}"
@@ -187,7 +321,7 @@ def map_batches(
         }
 
         def encode(inputs: Tensor) -> Tensor:
-            with autocast(device):
+            with autocast(device, dtype):
                 return backbone(inputs)
 
         if config.run.compile and count >= _COMPILE_BACKBONE_FROM:
@@ -202,14 +336,16 @@ def map_batches(
                 bar.advance(images)
 
             for split, source in sources.items():
-                files[split].write(encoded(source, encode, batch_size, on_batch))
+                files[split].write(encoded(source.epoch(0), encode, batch_size, on_batch))
+    world.wait()
     return {
         split: MapBatches(
             file.open(),
             datasets[split].labels,
             min(config.optim.batch_size, len(datasets[split])),
             device,
-            shuffle_seed=config.optim.seed if split == "train" else None,
+            config.optim.seed if split == "train" else None,
+            world,
         )
         for split, file in files.items()
     }

@@ -45,7 +45,7 @@ class MapFile:
         key = {
             "files": files,
             "weights": weights,
-            "preprocessing": (backbone.image_size, backbone.mean, backbone.std),
+            "preprocessing": backbone.preprocessing,
             "dtype": str(dtype),
             "torch": torch.__version__,
         }

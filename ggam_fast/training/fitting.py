@@ -1,160 +1,289 @@
-"""The training loop: steps, epochs, and their numbers."""
+"""The training loop: steps, epochs, their numbers, and going on in the middle."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ggam_fast import GGAMLoss
 from ggam_fast.training.batches import Batches
-from ggam_fast.training.classifier import GGAMClassifier
 from ggam_fast.training.compiling import compile_or_eager
-from ggam_fast.training.config import TrainConfig
+from ggam_fast.training.config import OptimConfig
 from ggam_fast.training.devices import autocast
-from ggam_fast.training.interrupts import InterruptGuard
+from ggam_fast.training.distributed import ALONE, World
+from ggam_fast.training.mixing import Mix, hard
 from ggam_fast.training.reports import Bar, Report
+from ggam_fast.training.run_log import RunLog
+from ggam_fast.training.snapshots import random_state, set_random_state
 
 # Reading a number waits for the device, so it is not done in every step.
 _READ_EVERY = 10
 _WARM_UP = 0.2
+_MOMENTUM = 0.9
+_NUMBERS = ("loss", "guidance", "accuracy")
+
+Groups = list[dict[str, Any]]
 
 
 class Fit:
-    """Trains `trained`: the head on maps, or with `finetune` the whole classifier on images.
+    """Trains `trained`, a GGAM head on maps or a whole classifier on images, as `optim` says.
 
-    `steps` counts the optimiser's steps so far.
+    `groups`: the parameter groups, each with its highest rate `lr`. `num_classes`: for mixed targets.
+    `steps` counts the optimiser's steps so far; `history` holds the numbers of every finished epoch.
+    `state_dict` between two steps is all that `load_state_dict` needs to go on bit for bit.
     """
 
     def __init__(
         self,
-        model: GGAMClassifier,
-        config: TrainConfig,
+        trained: nn.Module,
+        groups: Groups,
+        optim: OptimConfig,
+        num_classes: int,
         device: torch.device,
-        report: Report,
-        interrupt: InterruptGuard,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        world: World = ALONE,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        finetune = config.backbone.finetune
-        optim = config.optim
-        model.backbone.requires_grad_(finetune)
-        groups = [{"params": model.head.parameters(), "lr": optim.lr}]
-        if finetune:
-            groups.append({"params": model.backbone.parameters(), "lr": optim.backbone_lr})
-        self.trained: nn.Module = model if finetune else model.head
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=optim.weight_decay, fused=True)
+        self.trained = trained
+        self.optimizer = _optimizer(groups, optim)
         self.steps = 0
-        self._criterion = GGAMLoss(guidance_weight=optim.guidance_weight)
-        self._epochs = optim.epochs
-        self._compile = config.run.compile
+        self.history: list[dict[str, float]] = []
+        self._optim = optim
         self._device = device
-        self._report = report
-        self._interrupt = interrupt
+        self._dtype = dtype
+        self._compile = compile
+        self._world = world
+        self._check = check
+        self._criterion = GGAMLoss(
+            guidance_weight=optim.guidance_weight, label_smoothing=optim.label_smoothing
+        )
+        self._mix = Mix(num_classes, optim.mixup, optim.cutmix)
+        # Without float16 on a GPU it does nothing.
+        self._scaler = torch.amp.GradScaler(
+            device.type, enabled=dtype == torch.float16 and device.type == "cuda"
+        )
+        self._average = (
+            AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
+            if optim.ema
+            else None
+        )
+        self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._epoch, self._batch = 1, 0
+        self._sums = torch.zeros(len(_NUMBERS), device=device)
+        self._pending: dict[str, Any] | None = None
+
+    @property
+    def result(self) -> nn.Module:
+        """What is tested and saved: the average of the weights where there is one."""
+        return self.trained if self._average is None else self._average.module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "trained": self.trained.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "steps": self.steps,
+            "history": self.history,
+            "position": (self._epoch, self._batch),
+            "sums": self._sums,
+            "random": self._world.gather(random_state()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trained.load_state_dict(state["trained"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.steps, self.history = state["steps"], list(state["history"])
+        self._epoch, self._batch = state["position"]
+        self._sums.copy_(state["sums"])
+        self._pending = state
 
     def run(
-        self, train: Batches, val: Batches | None, board_folder: Path, save: Callable[[], object]
+        self,
+        train: Batches,
+        val: Batches | None,
+        *,
+        report: Report | None = None,
+        log: RunLog | None = None,
+        save: Callable[[], object] = lambda: None,
+        save_every: int = 0,
     ) -> list[dict[str, float]]:
-        """All epochs, `save` after each; their numbers.
+        """All epochs that are left, `save` after each and after every `save_every` steps; their numbers.
 
         Raises:
-            Interrupted: Ctrl-C, between two steps.
+            Interrupted: `check` raised it, between two steps.
         """
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            max_lr=[group["lr"] for group in self.optimizer.param_groups],
-            total_steps=self._epochs * len(train),
-            pct_start=_WARM_UP,
-            cycle_momentum=False,
-        )
-        loss_of = self._compiled(train) if self._compile else self._loss
-        history = []
-        with (
-            SummaryWriter(str(board_folder)) as board,
-            self._report.bar("training", self._epochs * len(train)) as bar,
-        ):
-            for epoch in range(1, self._epochs + 1):
-                numbers = self._epoch(epoch, train, loss_of, schedule, board, bar)
+        epochs, accumulate = self._optim.epochs, self._optim.accumulate
+        self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
+        loss_of = self._step_function(train, report)
+        if self._pending is not None:
+            # After the schedule is made, which sets the rates of the first step.
+            self.optimizer.load_state_dict(self._pending["optimizer"])
+            if self._pending["schedule"] is not None:
+                self._schedule.load_state_dict(self._pending["schedule"])
+            # Last of all: compiling and making the loaders may draw random numbers.
+            set_random_state(self._pending["random"][self._world.rank])
+            self._pending = None
+        quiet = Report.silent() if report is None else report
+        with quiet.bar("training", epochs * len(train), (self._epoch - 1) * len(train) + self._batch) as bar:
+            while self._epoch <= epochs:
+                numbers = self._run_epoch(train, loss_of, log, bar, save, save_every)
                 if val is not None:
-                    logits, labels = evaluate(self.trained, val, self._device)
+                    logits, labels = evaluate(
+                        self.result, val, self._device, self._dtype, self._world, self._check
+                    )
                     numbers["val_accuracy"] = (logits.argmax(1) == labels).float().mean().item()
-                    board.add_scalar("val/accuracy", numbers["val_accuracy"], self.steps)
-                history.append({"epoch": epoch, **numbers})
-                self._report.epoch(history[-1], self._epochs)
+                    if log is not None:
+                        log.numbers("val", self.steps, {"accuracy": numbers["val_accuracy"]})
+                self.history.append({"epoch": self._epoch, **numbers})
+                quiet.epoch(self.history[-1], epochs)
+                self._epoch, self._batch = self._epoch + 1, 0
+                self._sums.zero_()
                 save()
-        return history
+        return self.history
 
-    def _epoch(
+    def _run_epoch(
         self,
-        epoch: int,
         train: Batches,
         loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        board: SummaryWriter,
+        log: RunLog | None,
         bar: Bar,
+        save: Callable[[], object],
+        save_every: int,
     ) -> dict[str, float]:
         self.trained.train()
-        sums = torch.zeros(3, device=self._device)
-        images = unread = 0
+        unread = images = 0
         began = read_at = time.monotonic()
         means: dict[str, float] = {}
-        for index, (inputs, labels) in enumerate(train, 1):
-            self._interrupt.check()
-            loss, numbers = loss_of(inputs, labels)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            self.steps += 1
-            sums += numbers
+        accumulate = self._optim.accumulate
+        assert self._schedule is not None
+        for inputs, labels in train.epoch(self._epoch, self._batch):
+            if self._batch % accumulate == 0:  # never between the gradients of one step
+                self._check()
+            left_over = len(train) % accumulate
+            share = left_over if self._batch >= len(train) - left_over else accumulate
+            loss, numbers = loss_of(*self._mix(inputs, labels))
+            self._scaler.scale(loss / share).backward()
+            self._sums += numbers
+            self._batch += 1
             images += len(labels)
             unread += 1
-            if unread == _READ_EVERY or index == len(train):
-                means = dict(zip(("loss", "guidance", "accuracy"), (sums / index).tolist(), strict=True))
+            last = self._batch == len(train)
+            if last or self._batch % accumulate == 0:
+                self._step()
+                if save_every and self.steps % save_every == 0 and not last:
+                    save()
+            if unread == _READ_EVERY or last:
+                totals = torch.stack(self._world.gather(self._sums.cpu())).mean(0) / self._batch
+                means = dict(zip(_NUMBERS, totals.tolist(), strict=True))
                 now = time.monotonic()
-                speed = unread * len(labels) / (now - read_at)
-                for name, value in means.items():
-                    board.add_scalar(f"train/{name}", value, self.steps)
-                board.add_scalar("train/images_per_second", speed, self.steps)
-                board.add_scalar("train/lr", schedule.get_last_lr()[0], self.steps)
+                speed = unread * len(labels) * self._world.size / (now - read_at)
+                if log is not None:
+                    rate = float(self._schedule.get_last_lr()[0])
+                    log.numbers("train", self.steps, {**means, "lr": rate, "images_per_second": speed})
                 bar.advance(
                     unread,
                     f"loss {means['loss']:.4g} guidance {means['guidance']:.4g}"
                     f" accuracy {means['accuracy']:.3f} {speed:.0f} images/s",
-                    f"epoch {epoch}/{self._epochs}",
+                    f"epoch {self._epoch}/{self._optim.epochs}",
                 )
                 unread, read_at = 0, now
-        return {**means, "images_per_second": images / (time.monotonic() - began)}
+        seconds = time.monotonic() - began
+        return {**means, "images_per_second": images * self._world.size / seconds}
 
-    def _loss(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and (loss, guidance loss, accuracy) without a graph."""
-        with autocast(self._device):
-            out = self.trained(inputs, labels)
-            loss = self._criterion(out, labels)
-        accuracy = (out.logits.argmax(1) == labels).float().mean()
-        return loss, torch.stack([loss, out.guidance_loss, accuracy]).detach()
+    def _step(self) -> None:
+        assert self._schedule is not None
+        if self._optim.clip_grad:
+            self._scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self._optim.clip_grad)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        self.steps += 1
+        if self._average is not None:
+            self._average.update_parameters(self.trained)
 
-    def _compiled(self, train: Batches) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        self._report.note("compiling the training step")
+    def _step_function(
+        self, train: Batches, report: Report | None
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Loss of a batch, and its (loss, guidance loss, accuracy) without a graph; compiled if asked for."""
+        module = self._world.wrap(self.trained, self._device)
+
+        def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            with autocast(self._device, self._dtype):
+                out = module(inputs, targets)
+                loss = self._criterion(out, targets)
+            accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
+            return loss, torch.stack([loss, out.guidance_loss, accuracy]).detach()
+
+        if not self._compile:
+            return loss_of
+        note = (lambda text: None) if report is None else report.note
+        note("compiling the training step")
         self.trained.train()
-        inputs, labels = train.example()
-        return compile_or_eager(
-            self._loss,
-            self.trained,
-            lambda step: step(inputs, labels)[0].backward(),
-            self._report.note,
-        )
+        with torch.random.fork_rng():
+            inputs, targets = self._mix(*train.example())
+        return compile_or_eager(loss_of, self.trained, lambda step: step(inputs, targets)[0].backward(), note)
+
+
+def _optimizer(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    if optim.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=optim.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=optim.weight_decay, fused=True)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if optim.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=steps,
+        pct_start=_WARM_UP,
+        cycle_momentum=False,
+    )
 
 
 @torch.no_grad()
-def evaluate(classifier: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) in float32 and labels (N,) of all batches, on the CPU."""
+def evaluate(
+    classifier: nn.Module,
+    batches: Batches,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    world: World = ALONE,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) in float32 and labels (N,) of all batches, on the CPU, in every process."""
+    training = classifier.training
     classifier.eval()
     logits, labels = [], []
-    for inputs, target in batches:
-        with autocast(device):
-            logits.append(classifier(inputs).float())
-        labels.append(target)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    for inputs, target in batches.epoch(0):
+        check()
+        with autocast(device, dtype):
+            logits.append(classifier(inputs).float().cpu())
+        labels.append(target.cpu())
+    classifier.train(training)
+    if world.size == 1:
+        return torch.cat(logits), torch.cat(labels)
+    # Row r is at place r // size of process r % size.
+    parts = world.gather((torch.cat(logits), torch.cat(labels)))
+    rows = sum(len(part[1]) for part in parts)
+    all_logits = parts[0][0].new_empty(rows, parts[0][0].shape[1])
+    all_labels = parts[0][1].new_empty(rows)
+    for rank, (some_logits, some_labels) in enumerate(parts):
+        all_logits[rank :: world.size] = some_logits
+        all_labels[rank :: world.size] = some_labels
+    return all_logits, all_labels

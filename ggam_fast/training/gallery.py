@@ -60,7 +60,7 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
     chosen = choose_examples(logits, images.labels[rows], _ROWS * _COLUMNS)
     backbone = model.eval().backbone
     device = next(backbone.parameters()).device
-    transform = eval_transform(backbone.image_size, backbone.mean, backbone.std)
+    transform = eval_transform(*backbone.preprocessing)
     inputs = torch.stack([transform(read_image(images.files[rows[row]])) for row in chosen])
     predicted = logits[chosen].argmax(1)
     features = backbone(inputs.to(device))

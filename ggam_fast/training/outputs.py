@@ -15,12 +15,13 @@ from ggam_fast.training.errors import TrainError
 
 @contextmanager
 def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
-    """The folder of a run, made and tried; removed again if the run fails without a result.
+    """The folder of a run, made and tried; removed again if the run fails without a result. With
+    `config.resume`, that run's folder.
 
     Raises:
         TrainError: it cannot be made or written, or holds a run already.
     """
-    folder = config.out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = config.resume or config.out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +29,7 @@ def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
             pass
     except OSError as error:
         raise TrainError(f"--out {folder} cannot be written: {error.strerror}") from error
-    if any(folder.iterdir()) and not config.overwrite:
+    if any(folder.iterdir()) and not config.overwrite and config.resume is None:
         raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
     try:
         yield folder
@@ -45,6 +46,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = Path(name)
     try:
         write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; results get the permissions of any new file.
         mask = os.umask(0)
         os.umask(mask)

@@ -26,16 +26,16 @@ _PLAIN_SECONDS = 10.0
 class Bar:
     """One running count: a progress bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, progress: Progress | None, name: str, total: int) -> None:
+    def __init__(self, console: Console, progress: Progress | None, name: str, total: int, done: int) -> None:
         self._console = console
         self._progress = progress
         self._name = name
         self._total = total
-        self._done = 0
+        self._done = self._before = done
         self._start = self._spoke = time.monotonic()
         self._task = TaskID(0)
         if progress is not None:
-            self._task = progress.add_task(name, total=total, numbers="")
+            self._task = progress.add_task(name, total=total, completed=done, numbers="")
 
     def advance(self, count: int, numbers: str = "", name: str | None = None) -> None:
         self._done += count
@@ -46,7 +46,7 @@ class Bar:
         now = time.monotonic()
         if now - self._spoke >= _PLAIN_SECONDS or self._done == self._total:
             self._spoke = now
-            left = (now - self._start) / self._done * (self._total - self._done)
+            left = (now - self._start) / (self._done - self._before) * (self._total - self._done)
             numbers = f"  {numbers}" if numbers else ""
             self._console.print(
                 f"{self._name}: {self._done}/{self._total}{numbers}  {left:.0f} s left",
@@ -61,6 +61,11 @@ class Report:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
 
+    @classmethod
+    def silent(cls) -> Report:
+        """One that says nothing."""
+        return cls(Console(quiet=True, force_terminal=False))
+
     def note(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
@@ -73,9 +78,9 @@ class Report:
         )
 
     @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Bar]:
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
         if not self.console.is_terminal:
-            yield Bar(self.console, None, name, total)
+            yield Bar(self.console, None, name, total, done)
             return
         with Progress(
             TextColumn("{task.description}"),
@@ -86,7 +91,7 @@ class Report:
             expand=True,
             transient=True,
         ) as progress:
-            yield Bar(self.console, progress, name, total)
+            yield Bar(self.console, progress, name, total, done)
 
     def table(self, metrics: Metrics, classes: Sequence[str], split: str) -> None:
         table = Table(title=f"{split} split, {metrics.images} images", title_justify="left")

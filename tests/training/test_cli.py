@@ -13,6 +13,8 @@ import torch
 import ggam_fast
 from ggam_fast.training import load_checkpoint
 from ggam_fast.training.cli import main
+from ggam_fast.training.commands import COMMANDS, parse_train
+from ggam_fast.training.config import TrainConfig
 
 from .conftest import TINY
 
@@ -104,15 +106,26 @@ def test_unknown_option_is_code_2(capsys):
     assert "--nonesuch" in capsys.readouterr().err
 
 
-def test_help_lists_options_defaults_and_an_example(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["train", "--help"])
-    assert exit.value.code == 0
+def test_help_of_every_command_fits_a_screen_and_shows_an_example(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"ggam-fast {name}" in overview
+        assert main([name, "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 66
+        assert max(map(len, lines)) <= 120
+        assert any(line.strip().startswith(f"ggam-fast {name} ") for line in lines)
+
+
+def test_help_names_every_option_and_its_default(capsys):
+    assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    for option in ("--attention", "--cam-norm", "--guidance-weight", "--preset", "--finetune", "--root"):
-        assert option in shown
-    assert "tf_efficientnet_lite0" in shown
-    assert "ggam-fast train --data folder --root photos" in shown
+    for name, value in TrainConfig().values().items():
+        flag = name.replace("_", "-")
+        assert f"--{flag} " in shown or f"--[no-]{flag} " in shown
+        if isinstance(value, str | float | int) and not isinstance(value, bool):
+            assert f"default {value:g}" in shown if isinstance(value, float) else f"default {value}" in shown
 
 
 def test_version(capsys):
@@ -121,8 +134,6 @@ def test_version(capsys):
 
 
 def test_preset_fills_in_and_options_beside_it_win():
-    from ggam_fast.training.commands import parse_train
-
     config = parse_train(["--preset", "release", "--pool-type", "avg", "--epochs", "3"])
     keywords = config.head.keywords()
     assert {name: keywords[name] for name in ggam_fast.presets.RELEASE} == {

@@ -6,6 +6,7 @@ import torch
 from ggam_fast.training import data
 from ggam_fast.training.backbones import Backbone, create_backbone
 from ggam_fast.training.batches import ImageBatches, MapBatches
+from ggam_fast.training.distributed import World
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.feature_cache import MapFile, default_cache_dir, encoded
 
@@ -30,7 +31,9 @@ def map_file(folder, backbone, images, dtype=torch.float32) -> MapFile:
 
 
 def fill(file: MapFile, backbone, images, batch_size=7) -> None:
-    file.write(encoded(ImageBatches(images, batch_size, CPU, 0), backbone, batch_size, lambda _: None))
+    file.write(
+        encoded(ImageBatches(images, batch_size, CPU, 0).epoch(0), backbone, batch_size, lambda _: None)
+    )
 
 
 def test_cached_maps_are_those_computed_afresh(tmp_path, backbone, images):
@@ -92,7 +95,7 @@ def test_cache_follows_xdg(monkeypatch, tmp_path):
 def test_error_in_a_worker_process_is_one_line(images):
     images.items[3][0].write_bytes(b"broken")
     with pytest.raises(TrainError, match="cannot read image") as raised:
-        list(ImageBatches(images, 8, CPU, workers=1))
+        list(ImageBatches(images, 8, CPU, workers=1).epoch(0))
     assert "\n" not in str(raised.value)
 
 
@@ -104,14 +107,14 @@ def test_shuffled_batches_are_whole_and_repeatable():
     def two_passes(seed):
         batches = MapBatches(maps, labels, 4, CPU, shuffle_seed=seed)
         assert len(batches) == 2
-        return [target.tolist() for _ in range(2) for _, target in batches]
+        return [target.tolist() for epoch in (1, 2) for _, target in batches.epoch(epoch)]
 
     passes = two_passes(1)
     assert [len(batch) for batch in passes] == [4] * 4
     assert passes[:2] != passes[2:]
     assert passes == two_passes(1)
     assert passes != two_passes(2)
-    for inputs, target in MapBatches(maps, labels, 4, CPU, shuffle_seed=1):
+    for inputs, target in MapBatches(maps, labels, 4, CPU, shuffle_seed=1).epoch(1):
         assert inputs[:, 1, 2, 2].tolist() == target.tolist()
         assert inputs.is_contiguous(memory_format=torch.channels_last)
 
@@ -120,4 +123,42 @@ def test_batches_in_order_hold_every_row_once():
     maps = torch.randn(10, 2, 3, 3).contiguous(memory_format=torch.channels_last)
     batches = MapBatches(maps, torch.arange(10), 4, CPU)
     assert len(batches) == 3
-    assert torch.cat([inputs for inputs, _ in batches]).equal(maps)
+    assert torch.cat([inputs for inputs, _ in batches.epoch(0)]).equal(maps)
+
+
+def test_an_epoch_can_be_begun_in_the_middle_and_shared_between_processes():
+    maps = torch.arange(22.0).view(22, 1, 1, 1).expand(22, 2, 3, 3)
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(22)
+    whole = [target.tolist() for _, target in MapBatches(maps, labels, 3, CPU, 5).epoch(2)]
+    later = [target.tolist() for _, target in MapBatches(maps, labels, 3, CPU, 5).epoch(2, start=4)]
+    assert later == whole[4:]
+    shares = [
+        [target.tolist() for _, target in MapBatches(maps, labels, 3, CPU, 5, World(rank, 2)).epoch(2)]
+        for rank in (0, 1)
+    ]
+    assert [len(share) for share in shares] == [3, 3]
+    assert shares[0] == whole[0:6:2]
+    assert shares[1] == whole[1:6:2]
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone(images):
+    noisy = replace_transform(images, lambda image: torch.rand(3, 4, 4))
+
+    def rows(workers, seed, epoch):
+        return torch.cat([x for x, _ in ImageBatches(noisy, 8, CPU, workers, seed).epoch(epoch)])
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = rows(0, 1, 1)
+    assert torch.get_rng_state().equal(before)
+    torch.rand(5)
+    assert rows(0, 1, 1).equal(first)
+    assert rows(2, 1, 1).equal(first)
+    assert not rows(0, 1, 2).equal(first)
+    assert not rows(0, 2, 1).equal(first)
+
+
+def replace_transform(images, transform):
+    images.transform = transform
+    return images

@@ -1,0 +1,71 @@
+"""The processes of one run, as torchrun starts them; most runs have one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process is number `rank` of `size`; number 0 speaks and writes."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, in the order of their numbers."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def tell(self, value: Any) -> Any:
+        """The `value` of process 0."""
+        return self.gather(value)[0]
+
+    def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """`module` with its gradients averaged over the processes."""
+        if self.size == 1:
+            return module
+        devices = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+
+ALONE = World()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The world torchrun describes in the environment, or `ALONE`."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield World(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> str:
+    """Under torchrun, the GPU of this process."""
+    return f"cuda:{os.environ['LOCAL_RANK']}"

@@ -1,0 +1,35 @@
+"""Mixup and CutMix: batches of mixed inputs with class probabilities for targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+
+class Mix:
+    """torchvision's MixUp (Zhang et al., arXiv 1710.09412) and CutMix (Yun et al., arXiv 1905.04899).
+
+    Maps inputs (n, ...) and labels (n,) to mixed inputs and probabilities (n, num_classes); with both, each
+    batch gets one of them, a coin deciding. With neither the batch comes back as it is.
+    """
+
+    def __init__(self, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+        self._mixers = []
+        if mixup:
+            self._mixers.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix:
+            self._mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._mixers:
+            return inputs, labels
+        index = int(torch.randint(len(self._mixers), ())) if len(self._mixers) > 1 else 0
+        channels_last = inputs.is_contiguous(memory_format=torch.channels_last)
+        mixed, targets = self._mixers[index](inputs, labels)
+        return mixed.contiguous(memory_format=torch.channels_last) if channels_last else mixed, targets
+
+
+def hard(targets: Tensor) -> Tensor:
+    """The commonest class of each target: labels (n,) from labels or from probabilities (n, K)."""
+    return targets.argmax(1) if targets.is_floating_point() else targets

@@ -1,0 +1,89 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ggam_fast.training import engine
+from ggam_fast.training.cli import main
+from ggam_fast.training.commands import parse_train
+from ggam_fast.training.config import TrainConfig
+from ggam_fast.training.config_file import read_config_file, write_config_file
+from ggam_fast.training.errors import TrainError
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "epochs: 3\nlr: 0.01\nfinetune: true\ncompile: false\nroot: photos\ncam-norm: softmax\n"),
+        ("a.toml", 'epochs = 3\nlr = 1e-2\nfinetune = true\ncompile = false\nroot = "photos"\n'
+                   'cam_norm = "softmax"\n'),
+    ],
+)  # fmt: skip
+def test_file_sets_options_and_flags_win(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    config = parse_train(["--config", str(path), "--epochs", "5"])
+    assert (config.optim.epochs, config.optim.lr) == (5, 0.01)
+    assert (config.backbone.finetune, config.run.compile) == (True, False)
+    assert (config.data.root, config.head.cam_norm) == (Path("photos"), "softmax")
+    assert config.optim.batch_size == TrainConfig().optim.batch_size
+
+
+def test_recipe_preset_file_and_flags_in_that_order(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("recipe: paper\nepochs: 7\npool_type: flatten\n")
+    config = parse_train(["--config", str(path), "--preset", "release", "--weight-decay", "0.5"])
+    assert (config.optim.optimizer, config.data.image_size, config.data.resize) == ("sgd", 448, 600)
+    assert config.optim.backbone_lr == pytest.approx(config.optim.lr / 10)
+    assert config.optim.epochs == 7
+    assert (config.head.pool_type, config.head.spatial_norm) == ("flatten", "sigmoid")
+    assert config.optim.weight_decay == 0.5
+
+
+def test_written_options_are_read_back(tmp_path):
+    config = parse_train(["--recipe", "paper", "--preset", "paper", "--root", "here", "--lr", "1e-5"])
+    write_config_file(tmp_path / "options.yaml", config.values())
+    assert parse_train(["--config", str(tmp_path / "options.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", "unknown option epoch; the nearest is epochs"),
+        ("guidance-wieght: 3", "the nearest is guidance_weight"),
+        ("optim:\n  epochs: 3", "unknown option optim"),
+        ("epochs: {a: 3}", "epochs must be one value"),
+        ("- epochs", "must hold options"),
+        ("epochs: [3", "not YAML"),
+    ],
+)
+def test_bad_file_is_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_missing_file_and_bad_toml(tmp_path):
+    with pytest.raises(TrainError, match="cannot be read"):
+        read_config_file(tmp_path / "none.yaml", ["epochs"])
+    (tmp_path / "a.toml").write_text("epochs 3")
+    with pytest.raises(TrainError, match="not TOML"):
+        read_config_file(tmp_path / "a.toml", ["epochs"])
+
+
+def test_wrong_type_in_a_file_is_code_2(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("epochs: many\n")
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--config", str(path)])
+    assert exit.value.code == 2
+    assert "many" in capsys.readouterr().err
+
+
+def test_options_saved_with_a_run_repeat_it(tiny_config, report, tmp_path):
+    engine.train(tiny_config, report)
+    again = parse_train(["--config", str(tiny_config.run.out / engine.OPTIONS), "--out", str(tmp_path / "b")])
+    assert again == replace(tiny_config, run=replace(tiny_config.run, out=tmp_path / "b"))

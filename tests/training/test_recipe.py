@@ -1,0 +1,155 @@
+"""Options of the training recipe, each seen to do what it says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ggam_fast.training import engine, load_checkpoint
+from ggam_fast.training.commands import parse_train
+from ggam_fast.training.config import OptimConfig
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.fitting import Fit, _schedule
+from ggam_fast.training.mixing import Mix, hard
+
+
+def with_(config, **options):
+    return replace(config, optim=replace(config.optim, **options))
+
+
+def test_paper_recipe_runs_on_a_small_model(photos, tmp_path, report):
+    arguments = ["--recipe", "paper", "--preset", "paper", "--data", "folder", "--root", str(photos)]
+    arguments += ["--backbone", "test_resnet", "--no-pretrained", "--image-size", "64", "--resize", "72"]
+    arguments += ["--epochs", "2", "--batch-size", "8", "--no-compile", "--out", str(tmp_path / "out")]
+    config = parse_train([*arguments, "--hidden-size", "16"])
+    outcome = engine.train(config, report)
+    assert outcome.metrics is not None
+    backbone = load_checkpoint(tmp_path / "out").model.backbone
+    assert (backbone.image_size, backbone.resize) == (64, 72)
+
+
+def test_cosine_falls_from_the_highest_rate_to_nothing():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    schedule = _schedule(optimizer, OptimConfig(schedule="cosine"), 10)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0.5
+    assert rates == sorted(rates, reverse=True)
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def fitted(head, batches, **options) -> Fit:
+    optim = OptimConfig(epochs=1, schedule="cosine", optimizer="sgd", lr=0.1, weight_decay=0, **options)
+    fit = Fit(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
+    fit.run(batches, None)
+    return fit
+
+
+@pytest.fixture
+def maps():
+    from ggam_fast.training.batches import MapBatches
+
+    features = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(16) % 3
+    return lambda size: MapBatches(features, labels, size, torch.device("cpu"), shuffle_seed=0)
+
+
+def new_head():
+    import ggam_fast
+
+    torch.manual_seed(0)
+    return ggam_fast.GGAMHead(8, 3, hidden_size=0, rd_channels=4)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(maps):
+    whole = fitted(new_head(), maps(8))
+    parts = fitted(new_head(), maps(2), accumulate=4)
+    assert whole.steps == parts.steps == 2
+    for ours, theirs in zip(parts.trained.parameters(), whole.trained.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
+    fit = fitted(new_head(), maps(4), accumulate=3)
+    assert fit.steps == 2
+    assert all(p.grad is None for p in fit.trained.parameters())
+
+
+def test_average_is_the_running_one(maps):
+    weights = []
+
+    class Recorded(Fit):
+        def _step(self):
+            super()._step()
+            weights.append(self.trained.classifier.weight.detach().clone())
+
+    head = new_head()
+    optim = OptimConfig(epochs=1, ema=0.75)
+    fit = Recorded(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
+    fit.run(maps(4), None)
+    # torch's first update copies.
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    torch.testing.assert_close(fit.result.classifier.weight, expected)
+    assert fit.result is not head
+
+
+def test_gradients_are_clipped(maps):
+    before = new_head()
+    fit = fitted(new_head(), maps(16), clip_grad=1e-3)
+    moved = torch.cat(
+        [(a - b).flatten() for a, b in zip(fit.trained.parameters(), before.parameters(), strict=True)]
+    )
+    assert moved.norm().item() == pytest.approx(0.1 * 1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}])
+def test_mixed_targets_are_the_shares_of_what_was_mixed(options):
+    inputs = torch.zeros(6, 3, 32, 32)
+    inputs[:, 0] = torch.arange(6.0).view(6, 1, 1) % 3  # an image of class k is k in channel 0
+    mixed, targets = Mix(3, **options)(
+        inputs.contiguous(memory_format=torch.channels_last), torch.arange(6) % 3
+    )
+    assert targets.shape == (6, 3)
+    assert targets.sum(1).allclose(torch.ones(6))
+    assert mixed[:, 0].mean((1, 2)).allclose(targets @ torch.arange(3.0), atol=1e-5)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+    assert hard(targets).equal(targets.argmax(1))
+
+
+def test_without_mixing_a_batch_stays_as_it_is():
+    inputs, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    assert Mix(4)(inputs, labels) == (inputs, labels)
+    assert hard(labels) is labels
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ema": 1.0}, "--ema must be 0 or more and below 1; got 1.0"),
+        ({"label_smoothing": -0.1}, "--label-smoothing"),
+        ({"accumulate": 0}, "--accumulate"),
+        ({"cutmix": 1.0}, "--cutmix pastes patches of images"),
+    ],
+)
+def test_options_out_of_range(tiny_config, options, words):
+    with pytest.raises(TrainError, match=words):
+        with_(tiny_config, **options).check()
+
+
+def test_crop_larger_than_the_resized_image(tiny_config, report):
+    config = replace(tiny_config, data=replace(tiny_config.data, resize=32))
+    with pytest.raises(TrainError, match="--resize"):
+        engine.train(config, report)
+
+
+def test_half_precision_backbone_on_the_cpu(tiny_config, report):
+    config = replace(tiny_config, run=replace(tiny_config.run, precision="bfloat16"))
+    assert engine.train(config, report).metrics is not None
+    [maps] = {path.suffix for path in tiny_config.data.cache_dir.iterdir()}
+    assert maps == ".maps"

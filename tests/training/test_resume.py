@@ -1,0 +1,172 @@
+"""Runs that are stopped in any way go on as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ggam_fast.training import engine, snapshots
+from ggam_fast.training.cli import main
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.fitting import Fit
+
+from .conftest import TINY
+
+
+class Stopped(BaseException):
+    """What a test raises where a run would be killed."""
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    step = Fit._step
+
+    def counted(fit):
+        if fit.steps == steps:
+            raise Stopped
+        step(fit)
+
+    monkeypatch.setattr(Fit, "_step", counted)
+
+
+def weights(folder, name="model.safetensors"):
+    return load_file(folder / name)
+
+
+def same(ours, theirs) -> bool:
+    return ours.keys() == theirs.keys() and all(t.equal(theirs[name]) for name, t in ours.items())
+
+
+VARIANTS = {
+    "frozen, averaged, mixed": {"optim": {"ema": 0.9, "mixup": 0.4}},
+    "dropout, accumulated": {"optim": {"accumulate": 2, "clip_grad": 0.5}, "head": {"drop_rate": 0.5}},
+    "fine-tuned, sgd": {
+        "backbone": {"finetune": True},
+        "optim": {"optimizer": "sgd", "schedule": "cosine", "cutmix": 1.0, "mixup": 1.0},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("killed_after", [1, 7])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    tiny_config, report, elsewhere, monkeypatch, variant, killed_after
+):
+    config = tiny_config
+    for part, options in VARIANTS[variant].items():
+        config = replace(config, **{part: replace(getattr(config, part), **options)})
+    engine.train(config, report)
+    stopped = elsewhere(config, "stopped")
+    stopped = replace(stopped, run=replace(stopped.run, save_every=2))
+    with monkeypatch.context() as patch:
+        stop_after(patch, killed_after)
+        with pytest.raises(Stopped):
+            engine.train(stopped, report)
+    out = stopped.run.out
+    if not (out / snapshots.FOLDER).is_dir():  # killed before its first snapshot
+        assert killed_after == 1
+        with pytest.raises(TrainError, match="no snapshot"):
+            engine.train(replace(stopped, run=replace(stopped.run, resume=out)), report)
+        return
+    torch.rand(7), np.random.rand(3), random.random()  # noqa: NPY002
+    engine.train(replace(stopped, run=replace(stopped.run, resume=out)), report)
+    assert same(weights(out), weights(config.run.out))
+    assert same(weights(out, "best.safetensors"), weights(config.run.out, "best.safetensors"))
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, config.run.out)]
+    for result in metrics:
+        for epoch in result["epochs"]:
+            del epoch["images_per_second"]
+    assert metrics[0]["test"] == metrics[1]["test"]
+    assert metrics[0]["epochs"] == metrics[1]["epochs"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
+    """Killed again and again from outside, until it is through."""
+    options = ("train", "--data", "folder", "--root", photos, *TINY, "--no-compile")
+    options = (*options, "--epochs", "12", "--drop-rate", "0.3", "--save-every", "1")
+    run = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    subprocess.run(command(*options, "--out", "whole"), **run, check=True, timeout=240)
+    arguments, kills = (*options, "--out", "killed"), 0
+    while True:
+        process = subprocess.Popen(command(*arguments), **run)
+        before = set((tmp_path / "killed").rglob("step-*"))
+        if kills < 3:
+            deadline = time.monotonic() + 120
+            while set((tmp_path / "killed").rglob("step-*")) <= before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(random.random() * 0.1)
+            process.send_signal(signal.SIGKILL)
+        _, error = process.communicate(timeout=240)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+        arguments = ("train", "--resume", "killed")
+    assert kills == 3
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+def test_last_three_snapshots_stay(tiny_config, report):
+    config = replace(tiny_config, optim=replace(tiny_config.optim, epochs=6))
+    engine.train(config, report)
+    names = sorted(path.name for path in (config.run.out / snapshots.FOLDER).iterdir())
+    assert names == ["step-000000024.pt", "step-000000030.pt", "step-000000036.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_full_disk_leaves_the_snapshot_before(tmp_path, monkeypatch, error):
+    snapshots.save_snapshot(tmp_path, 1, {"x": torch.ones(3)})
+
+    def half(state, part):
+        part.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(
+        TrainError, match=r"cannot write snapshot .*step-000000002.*the last whole one is .*0001"
+    ):
+        snapshots.save_snapshot(tmp_path, 2, {"x": torch.zeros(3)})
+    assert [path.name for path in (tmp_path / snapshots.FOLDER).iterdir()] == ["step-000000001.pt"]
+    assert snapshots.load_snapshot(tmp_path)["x"].equal(torch.ones(3))
+
+
+def test_options_of_another_run_are_refused(tiny_config, report, capsys):
+    engine.train(tiny_config, report)
+    out = str(tiny_config.run.out)
+    capsys.readouterr()
+    assert main(["train", "--resume", out, "--epochs", "9"]) == 2
+    assert "--epochs is 4 there" in capsys.readouterr().err
+    assert main(["train", "--resume", out + "-not"]) == 2
+    assert "no run of ggam-fast train there" in capsys.readouterr().err
+
+
+def test_another_architecture_or_data_set_is_refused(tiny_config, report, photos):
+    engine.train(tiny_config, report)
+    resumed = replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out))
+    with pytest.raises(TrainError, match="another head"):
+        engine.train(replace(resumed, head=replace(resumed.head, hidden_size=0)), report)
+    os.rename(photos / "red", photos / "rouge")
+    with pytest.raises(TrainError, match="another classes"):
+        engine.train(resumed, report)
+
+
+def test_damaged_snapshot_is_one_line(tiny_config, report):
+    engine.train(tiny_config, report)
+    newest = max((tiny_config.run.out / snapshots.FOLDER).iterdir())
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.raises(TrainError, match="cannot read snapshot") as raised:
+        engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
+    assert "\n" not in str(raised.value)

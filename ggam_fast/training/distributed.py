@@ -41,7 +41,7 @@ class World:
         """The `value` of process 0."""
         return self.gather(value)[0]
 
-    def wrap(self, module: nn.Module, device: torch.device) -> nn.Module:
+    def wrap(self, module: Any, device: torch.device) -> Any:
         """`module` with its gradients averaged over the processes."""
         if self.size == 1:
             return module

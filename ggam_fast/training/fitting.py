@@ -218,23 +218,33 @@ class Fit:
         self, train: Batches, report: Report | None
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Loss of a batch, and its (loss, guidance loss, accuracy) without a graph; compiled if asked for."""
-        module = self._world.wrap(self.trained, self._device)
 
-        def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            with autocast(self._device, self._dtype):
-                out = module(inputs, targets)
-                loss = self._criterion(out, targets)
-            accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
-            return loss, torch.stack([loss, out.guidance_loss, accuracy]).detach()
+        def loss_by(module: Callable[..., Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+            def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+                with autocast(self._device, self._dtype):
+                    out = module(inputs, targets)
+                    loss = self._criterion(out, targets)
+                accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
+                return loss, torch.stack([loss, out.guidance_loss, accuracy]).detach()
+
+            return loss_of
 
         if not self._compile:
-            return loss_of
+            return loss_by(self._world.wrap(self.trained, self._device))
         note = (lambda text: None) if report is None else report.note
         note("compiling the training step")
         self.trained.train()
         with torch.random.fork_rng():
             inputs, targets = self._mix(*train.example())
-        return compile_or_eager(loss_of, self.trained, lambda step: step(inputs, targets)[0].backward(), note)
+
+        def probe(loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+            loss_of(inputs, targets)[0].backward()
+
+        if self._world.size == 1:
+            return compile_or_eager(loss_by(self.trained), self.trained, probe, note)
+        # The compiler does not look into DistributedDataParallel, so it gets the module inside.
+        module = compile_or_eager(self.trained, self.trained, lambda module: probe(loss_by(module)), note)
+        return loss_by(self._world.wrap(module, self._device))
 
 
 def _optimizer(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:

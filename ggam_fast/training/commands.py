@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -38,9 +38,35 @@ def train(arguments: Sequence[str]) -> int:
     return 0 if outcome.metrics is not None else 130
 
 
-# Each command's body; its docstring is its help.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train}
-_CONFIGS: dict[str, Any] = {"train": TrainConfig()}
+def data(arguments: Sequence[str]) -> int:
+    """List data sets, check one, or draw some of its images.
+
+    ggam-fast data list
+    ggam-fast data check --data cub --root datasets
+    ggam-fast data preview --data birds --root packages --out birds.png
+    """
+    from ggam_fast.training import data_commands
+    from ggam_fast.training.reports import Report
+
+    what = arguments[0] if arguments else "nothing"
+    if what not in ("list", "check", "preview"):
+        raise TrainError(f"ggam-fast data takes list, check or preview; got {what}")
+    config = tyro.cli(data_commands.ShowConfig, args=list(arguments[1:]), prog=f"ggam-fast data {what}")
+    if what == "list":
+        data_commands.show_list(Report())
+    elif what == "check":
+        return data_commands.check(config, Report())
+    else:
+        data_commands.preview(config, Report())
+    return 0
+
+
+# Each command's body, whose docstring is its help, and where its options are.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "data": data}
+_CONFIGS = {
+    "train": ("config", "TrainConfig"),
+    "data": ("data_commands", "ShowConfig"),
+}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -52,7 +78,9 @@ def run(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise TrainError(f"no command {name}; there are {', '.join(COMMANDS)}")
     if "--help" in rest or "-h" in rest:
-        print(screen(name, COMMANDS[name].__doc__ or "", _CONFIGS[name]))
+        module, config = _CONFIGS[name]
+        options = getattr(import_module(f"ggam_fast.training.{module}"), config)()
+        print(screen(name, COMMANDS[name].__doc__ or "", options))
         return 0
     if "--help-all" in rest:
         rest = ["--help"]

@@ -11,13 +11,15 @@ from typing import Any, Literal
 from ggam_fast import presets
 from ggam_fast.training.errors import TrainError
 
+DataName = Literal["elpv", "folder", "birds", "cub", "cars", "aircraft", "pets", "flowers"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    data: Literal["elpv", "folder"] = "elpv"
-    """Solar cells, installed with the `train` extra, or your images."""
+    data: DataName = "elpv"
+    """Which images; ggam-fast data list explains."""
     root: Path | None = None
-    """A folder of class folders, or one that holds train/ and test/ (or val/), for --data folder."""
+    """Folder of the data set, such as one of class folders for --data folder."""
     image_size: int | None = None
     """Side of the square network input. By default what the backbone was trained on."""
     resize: int | None = None
@@ -26,6 +28,10 @@ class DataConfig:
     """Processes that decode images. By default none on the CPU and up to 8 on a GPU."""
     cache_dir: Path | None = None
     """Where cached feature maps are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
+    skip_bad_images: bool = False
+    """Leave out, count and name files that cannot be read."""
+    enlarge: bool = False
+    """Allow images that are smaller than the network's input."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
-"""Labelled image files with fixed splits: elpv, and any folder of class folders."""
+"""Labelled image files with fixed splits, and what turns them into tensors."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
+from ggam_fast.training.annotations import Annotations
 from ggam_fast.training.config import DataConfig
 from ggam_fast.training.errors import TrainError
 
@@ -24,7 +24,8 @@ class ImageSet:
 
     `files`: N paths. `labels`: (N,) int64 in [0, len(classes)). `splits`: row numbers (int64) of
     "train", "test" and, where there is one, "val". `flips`: the mirrorings that leave the label
-    as it is, as sets of axes. `notes`: what a user must know, a line each.
+    as it is, as sets of axes. `notes`: what a user must know, a line each. `banner`: pixels cut off at
+    the bottom of every image; `annotations` are about what is left.
     """
 
     name: str
@@ -34,12 +35,50 @@ class ImageSet:
     splits: dict[str, Tensor]
     flips: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
+    annotations: Annotations | None = None
+    banner: int = 0
+
+    def read(self, row: int) -> Image.Image:
+        """The image of a row, in RGB.
+
+        Raises:
+            TrainError: it cannot be read.
+        """
+        return read_image(self.files[row], self.banner)
+
+    def cropped(self, banner: int) -> ImageSet:
+        """The same images without their lowest `banner` pixels."""
+        note = f"the lowest {banner} pixels of every image are cut off"
+        return replace(self, banner=banner, notes=(*self.notes, note))
+
+    def without(self, rows: Sequence[int]) -> ImageSet:
+        """The set without some rows.
+
+        Raises:
+            TrainError: too little is left to train on.
+        """
+        gone = set(rows)
+        kept = [row for row in range(len(self.files)) if row not in gone]
+        new = {row: index for index, row in enumerate(kept)}
+        return replace(
+            self,
+            files=tuple(self.files[row] for row in kept),
+            labels=self.labels[torch.tensor(kept, dtype=torch.int64)],
+            splits={
+                name: torch.tensor([new[row] for row in part.tolist() if row in new], dtype=torch.int64)
+                for name, part in self.splits.items()
+            },
+            annotations=None if self.annotations is None else self.annotations.of(kept),
+        )
 
     def summary(self) -> str:
         splits = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())
         return f"{len(self.files)} images ({splits}), {len(self.classes)} classes"
 
     def __post_init__(self) -> None:
+        empty = [name for name, rows in self.splits.items() if not len(rows)]
+        if empty:
+            raise TrainError(f"{self.name} has no image in its {empty[0]} split")
         if len(self.classes) < 2:
             raise TrainError(f"{self.name} has one class ({self.classes[0]}); a classifier needs two or more")
         missing = set(range(len(self.classes))) - set(self.labels[self.splits["train"]].tolist())
@@ -48,147 +87,6 @@ class ImageSet:
             raise TrainError(f"{self.name} has no training image of class {names}")
         if len(self.splits["train"]) < 2:
             raise TrainError(f"{self.name} has fewer than two training images")
-
-
-# Modules of 60 cells are the commonest in elpv: cell types change at rows 60, 360, 540 and 900.
-ELPV_BLOCK = 120
-# Of the 22 blocks: the choice, of those with a fifth to a quarter of the rows in each split,
-# whose class shares are closest to those of the whole set.
-ELPV_VAL_BLOCKS = (0, 9, 13, 16, 19)
-ELPV_TEST_BLOCKS = (2, 4, 10, 15, 18)
-_ELPV_TYPES = ("mono", "poly")
-
-
-def elpv() -> ImageSet:
-    """Electroluminescence photographs of 2,624 solar cells: 4 defect grades x 2 cell types.
-
-    The grade is how likely an expert thought a defect: 0, 33, 67 or 100 %. The set has no boxes
-    and no masks.
-
-    It is split by blocks of consecutive rows, never at random: neighbouring rows come from the
-    same solar module and look alike. For 88 % of the images the nearest neighbour in feature
-    space lies within 82 rows, so a random split would test on what was trained on. With these
-    blocks 10 % of the test images have their nearest neighbour in the training split, with a
-    random split of three quarters 74 %.
-    """
-    try:
-        import elpv_dataset
-    except ImportError as error:
-        raise TrainError("--data elpv needs its package: pip install elpv-dataset") from error
-    folder = Path(elpv_dataset.__file__).parent / "data"
-    rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
-    grades = torch.tensor([round(3 * float(probability)) for _, probability, _ in rows])
-    types = torch.tensor([_ELPV_TYPES.index(cell_type) for _, _, cell_type in rows])
-    block = torch.arange(len(rows)) // ELPV_BLOCK
-    val = torch.isin(block, torch.tensor(ELPV_VAL_BLOCKS))
-    test = torch.isin(block, torch.tensor(ELPV_TEST_BLOCKS))
-    return ImageSet(
-        name="elpv",
-        files=tuple(folder / path for path, _, _ in rows),
-        labels=4 * types + grades,
-        classes=tuple(f"{kind} {grade} %" for kind in _ELPV_TYPES for grade in (0, 33, 67, 100)),
-        splits={
-            name: mask.nonzero().flatten()
-            for name, mask in (("train", ~(val | test)), ("val", val), ("test", test))
-        },
-        flips=((), (-1,), (-2,), (-2, -1)),
-        notes=(
-            "elpv-dataset: Buerhop-Lutz, Deitsch et al., licence CC BY-NC-SA 4.0 "
-            "(attribution, no commercial use, share alike)",
-            f"split by blocks of {ELPV_BLOCK} consecutive rows: neighbouring rows show the same solar module",
-        ),
-    )
-
-
-_HOLDOUTS = ("test", "val", "valid")
-# The same images are held out whatever --seed is.
-_SPLIT_SEED = 0
-
-
-def image_folder(root: Path | None) -> ImageSet:
-    """A folder of class folders, or one that holds train/ and at least one of test/, val/, valid/.
-
-    Without such folders a fifth of every class, at least one image, is held out as the test
-    split. With only a val/ or valid/ folder, that is the test split.
-
-    Raises:
-        TrainError: no such folder, no or empty class folders, one class, classes that differ.
-    """
-    if root is None:
-        raise TrainError("--data folder needs --root DIR, a folder of class folders")
-    root = Path(root)
-    if not root.is_dir():
-        raise TrainError(f"--root {root} is not a folder")
-    if not (root / "train").is_dir():
-        return _stratified(root)
-    held = {name: root / name for name in _HOLDOUTS if (root / name).is_dir()}
-    if not held:
-        raise TrainError(f"--root {root} has train/ but none of test/, val/ and valid/")
-    if "valid" in held:
-        held.setdefault("val", held.pop("valid"))
-    if "test" not in held:
-        held["test"] = held.pop("val")
-    parts = {"train": _scan(root / "train")} | {name: _scan(path) for name, path in held.items()}
-    classes = parts["train"].classes
-    files: list[Path] = []
-    labels: list[int] = []
-    splits = {}
-    for name, part in parts.items():
-        strangers = sorted(set(part.classes) - set(classes))
-        if strangers:
-            raise TrainError(f"{part.root} has class {strangers[0]}, which train/ has not")
-        splits[name] = torch.arange(len(files), len(files) + len(part.samples))
-        files += [Path(path) for path, _ in part.samples]
-        labels += [classes.index(part.classes[label]) for _, label in part.samples]
-    return _folder_set(root, files, labels, classes, splits, f"splits: {', '.join(sorted(splits))}")
-
-
-def _stratified(root: Path) -> ImageSet:
-    images = _scan(root)
-    labels = torch.tensor(images.targets)
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    train, test = [], []
-    for index, name in enumerate(images.classes):
-        rows = (labels == index).nonzero().flatten()
-        if len(rows) < 2:
-            raise TrainError(f"{root / name} holds one image; two are needed to train and to test")
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        held = max(1, len(rows) // 5)
-        test.append(rows[:held])
-        train.append(rows[held:])
-    splits = {"train": torch.cat(train).sort().values, "test": torch.cat(test).sort().values}
-    files = [Path(path) for path, _ in images.samples]
-    note = (
-        "no train/ and test/ folders: a fifth of every class is held out at random, the same "
-        "images in every run; if your images come in groups that look alike, split by group"
-    )
-    return _folder_set(root, files, images.targets, images.classes, splits, note)
-
-
-def _folder_set(
-    root: Path,
-    files: list[Path],
-    labels: list[int],
-    classes: list[str],
-    splits: dict[str, Tensor],
-    note: str,
-) -> ImageSet:
-    return ImageSet(
-        name=root.resolve().name,
-        files=tuple(files),
-        labels=torch.tensor(labels),
-        classes=tuple(classes),
-        splits=splits,
-        flips=((), (-1,)),
-        notes=(note,),
-    )
-
-
-def _scan(root: Path) -> ImageFolder:
-    try:
-        return ImageFolder(root)
-    except OSError as error:  # torchvision names the folder or the empty class
-        raise TrainError(f"{root}: {str(error).splitlines()[0]}") from error
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
@@ -203,6 +101,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     ) -> None:
         rows = images.splits[split].tolist()
         self.items = [(images.files[row], flip) for flip in flips for row in rows]
+        self.banner = images.banner
         self.labels = images.labels[images.splits[split]].repeat(len(flips))
         self.transform = transform
 
@@ -211,19 +110,22 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, flip = self.items[index]
-        image = self.transform(read_image(path))
+        image = self.transform(read_image(path, self.banner))
         return image.flip(flip) if flip else image, int(self.labels[index])
 
 
-def read_image(path: Path) -> Image.Image:
-    """The image at `path` in RGB.
+def read_image(path: Path, banner: int = 0) -> Image.Image:
+    """The image at `path` in RGB, without its lowest `banner` pixels.
 
     Raises:
         TrainError: it cannot be read.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            whole = image.convert("RGB")
+            return whole.crop((0, 0, whole.width, whole.height - banner)) if banner else whole
+    except FileNotFoundError as error:
+        raise TrainError(f"cannot read image {path}: no such file") from error
     except UnidentifiedImageError as error:
         raise TrainError(f"cannot read image {path}: not an image file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

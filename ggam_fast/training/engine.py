@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ggam_fast import GGAMHead
 from ggam_fast.training import checkpoints, data
-from ggam_fast.training.backbones import create_backbone
+from ggam_fast.training.backbones import Backbone, create_backbone
 from ggam_fast.training.batches import Batches, ImageBatches, MapBatches
 from ggam_fast.training.classifier import GGAMClassifier, create_head
 from ggam_fast.training.compiling import compile_or_eager
@@ -32,8 +32,10 @@ from ggam_fast.training.gallery import draw_gallery
 from ggam_fast.training.interrupts import InterruptGuard
 from ggam_fast.training.metrics import Metrics, classification_metrics
 from ggam_fast.training.outputs import output_folder, write_atomically
+from ggam_fast.training.readers import read_images
 from ggam_fast.training.reports import Report
 from ggam_fast.training.run_log import RunLog
+from ggam_fast.training.scanning import readable
 from ggam_fast.training.snapshots import load_snapshot, save_snapshot
 
 METRICS = "metrics.json"
@@ -84,6 +86,8 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
         f"{channels} x {height} x {width}; GGAM head; {device_name(device)}"
         + (f"; {world.size} processes" if world.size > 1 else "")
     )
+    if config.backbone.finetune or config.data.skip_bad_images:
+        images = check_images(images, backbone, config.data, report)
     with run_folder(config.run, images.name, world) as out, InterruptGuard() as interrupt:
         model.backbone.requires_grad_(config.backbone.finetune)
         fit = Fit(
@@ -229,11 +233,20 @@ def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
 
 def load_images(config: DataConfig) -> data.ImageSet:
     """The data set that `config` names."""
-    if config.data == "folder":
-        return data.image_folder(config.root)
-    if config.root is not None:
-        raise TrainError("--root goes with --data folder")
-    return data.elpv()
+    return read_images(config.data, config.root, config.cache_dir or default_cache_dir())
+
+
+def check_images(
+    images: data.ImageSet, backbone: Backbone, config: DataConfig, report: Report
+) -> data.ImageSet:
+    """`scanning.readable` as configured."""
+    return readable(
+        images,
+        backbone.image_size,
+        skip_bad=config.skip_bad_images,
+        enlarge=config.enlarge,
+        note=report.note,
+    )
 
 
 def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
@@ -309,6 +322,8 @@ def map_batches(
     missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
     count = sum(map(len, missing.values()))
     if count and world.speaks:
+        if not config.data.skip_bad_images:  # else it was done before
+            check_images(images, backbone, config.data, report)
         report.note(
             f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
             f", kept in {folder}"

@@ -40,12 +40,15 @@ class MapFile:
     ) -> None:
         files = []
         for path, flip in dataset.items:
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise TrainError(f"cannot read image {path}: {error.strerror}") from error
             files.append((str(path), status.st_size, status.st_mtime_ns, flip))
         key = {
             "files": files,
             "weights": weights,
-            "preprocessing": backbone.preprocessing,
+            "preprocessing": (*backbone.preprocessing, dataset.banner),
             "dtype": str(dtype),
             "torch": torch.__version__,
         }

@@ -20,6 +20,7 @@ CHECKOUT = Path(__file__).parents[2]
 TINY = (
     *("--backbone", "test_resnet", "--no-pretrained", "--image-size", "64"),
     *("--epochs", "2", "--batch-size", "8", "--hidden-size", "16", "--device", "cpu"),
+    "--enlarge",
 )
 
 
@@ -96,7 +97,7 @@ def tiny_config(tmp_path: Path, photos: Path):
     )
 
     return TrainConfig(
-        data=DataConfig("folder", photos, image_size=64, cache_dir=tmp_path / "cache"),
+        data=DataConfig("folder", photos, 64, cache_dir=tmp_path / "cache", enlarge=True),
         backbone=BackboneConfig("test_resnet", pretrained=False),
         head=HeadConfig(hidden_size=16),
         optim=OptimConfig(epochs=4, batch_size=8),

@@ -5,13 +5,15 @@ import torch
 
 from ggam_fast.training import data
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.readers import elpv as elpv_reader
+from ggam_fast.training.readers import folder, read_images
 
 from .conftest import write_image
 
 
 @pytest.fixture(scope="module")
 def elpv() -> data.ImageSet:
-    return data.elpv()
+    return elpv_reader.read(Path(), Path())
 
 
 def test_elpv_is_the_published_set(elpv):
@@ -25,7 +27,7 @@ def test_elpv_is_the_published_set(elpv):
 
 
 def test_elpv_splits_share_no_block_and_leave_nothing_out(elpv):
-    blocks = {name: set((rows // data.ELPV_BLOCK).tolist()) for name, rows in elpv.splits.items()}
+    blocks = {name: set((rows // elpv_reader.BLOCK).tolist()) for name, rows in elpv.splits.items()}
     assert not blocks["train"] & blocks["test"]
     assert not blocks["train"] & blocks["val"]
     assert not blocks["val"] & blocks["test"]
@@ -42,16 +44,16 @@ def test_elpv_splits_have_every_class_in_similar_shares(elpv):
 
 
 def test_elpv_splits_are_the_same_every_time(elpv):
-    again = data.elpv()
+    again = elpv_reader.read(Path(), Path())
     assert all(rows.equal(again.splits[name]) for name, rows in elpv.splits.items())
 
 
 def test_plain_folder_is_split_within_every_class(photos):
-    images = data.image_folder(photos)
+    images = folder.read(photos, photos)
     assert images.classes == ("blue", "green", "red")
     assert torch.bincount(images.labels[images.splits["test"]]).tolist() == [2, 2, 2]
     assert torch.bincount(images.labels[images.splits["train"]]).tolist() == [8, 8, 8]
-    again = data.image_folder(photos)
+    again = folder.read(photos, photos)
     assert images.splits["test"].equal(again.splits["test"])
     assert any("held out at random" in note for note in images.notes)
 
@@ -65,11 +67,11 @@ def test_plain_folder_is_split_within_every_class(photos):
     ],
 )
 def test_folder_with_splits_keeps_them(tmp_path, folders, splits):
-    for number, folder in enumerate(folders):
+    for number, part in enumerate(folders):
         for colour, name in enumerate("ab"):
             for index in range(2 + number):
-                write_image(tmp_path / folder / name / f"{index}.png", colour, index)
-    images = data.image_folder(tmp_path)
+                write_image(tmp_path / part / name / f"{index}.png", colour, index)
+    images = folder.read(tmp_path, tmp_path)
     assert set(images.splits) == splits
     for rows in images.splits.values():
         parents = {images.files[row].parents[1].name for row in rows}
@@ -84,7 +86,7 @@ def test_labels_follow_names_where_a_split_lacks_a_class(tmp_path):
         for index in range(2):
             write_image(tmp_path / "train" / name / f"{index}.png", 0, index)
     write_image(tmp_path / "test" / "c" / "0.png", 0, 0)
-    images = data.image_folder(tmp_path)
+    images = folder.read(tmp_path, tmp_path)
     assert images.labels[images.splits["test"]].tolist() == [2]
 
 
@@ -132,7 +134,7 @@ def _single_image(root: Path) -> Path:
 )
 def test_bad_folder_is_one_line(tmp_path, make, words):
     with pytest.raises(TrainError, match=words) as raised:
-        data.image_folder(make(tmp_path))
+        read_images("folder", make(tmp_path), tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -154,7 +156,7 @@ def test_transform_resizes_the_shorter_side_and_crops_the_centre(photos):
 
 
 def test_flips_come_after_all_plain_images(photos):
-    images = data.image_folder(photos)
+    images = folder.read(photos, photos)
     look = data.eval_transform(32, (0.0,) * 3, (1.0,) * 3)
     files = data.ImageFiles(images, "train", look, images.flips)
     count = len(images.splits["train"])

@@ -9,6 +9,7 @@ from ggam_fast.training.batches import ImageBatches, MapBatches
 from ggam_fast.training.distributed import World
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.feature_cache import MapFile, default_cache_dir, encoded
+from ggam_fast.training.readers import folder
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,7 @@ def backbone() -> Backbone:
 @pytest.fixture
 def images(photos, backbone) -> data.ImageFiles:
     look = data.eval_transform(64, backbone.mean, backbone.std)
-    found = data.image_folder(photos)
+    found = folder.read(photos, photos)
     return data.ImageFiles(found, "train", look, found.flips)
 
 

@@ -1,10 +1,11 @@
 import torch
 from PIL import Image
 
-from ggam_fast.training import data, gallery
+from ggam_fast.training import gallery
 from ggam_fast.training.backbones import create_backbone
 from ggam_fast.training.classifier import GGAMClassifier, create_head
 from ggam_fast.training.config import HeadConfig
+from ggam_fast.training.readers import folder
 
 
 def one_hot(predicted: torch.Tensor, classes: int) -> torch.Tensor:
@@ -33,7 +34,7 @@ def test_examples_without_mistakes_or_without_successes():
 
 def test_picture_is_written_whole(tmp_path, photos):
     torch.manual_seed(0)
-    images = data.image_folder(photos)
+    images = folder.read(photos, photos)
     backbone = create_backbone("test_resnet", pretrained=False, image_size=64)
     model = GGAMClassifier(backbone, create_head(backbone, 3, HeadConfig(hidden_size=16)))
     logits = torch.randn(len(images.splits["test"]), 3)

@@ -20,7 +20,16 @@ def with_(config, **options):
 def test_paper_recipe_runs_on_a_small_model(photos, tmp_path, report):
     arguments = ["--recipe", "paper", "--preset", "paper", "--data", "folder", "--root", str(photos)]
     arguments += ["--backbone", "test_resnet", "--no-pretrained", "--image-size", "64", "--resize", "72"]
-    arguments += ["--epochs", "2", "--batch-size", "8", "--no-compile", "--out", str(tmp_path / "out")]
+    arguments += [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "8",
+        "--no-compile",
+        "--enlarge",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     config = parse_train([*arguments, "--hidden-size", "16"])
     outcome = engine.train(config, report)
     assert outcome.metrics is not None

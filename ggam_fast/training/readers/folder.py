@@ -1,0 +1,97 @@
+"""Any folder of class folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+
+from ggam_fast.training.data import ImageSet
+from ggam_fast.training.errors import TrainError
+
+_HOLDOUTS = ("test", "val", "valid")
+# The same images are held out whatever --seed is.
+_SPLIT_SEED = 0
+
+
+def read(root: Path, cache: Path) -> ImageSet:
+    """A folder of class folders, or one that holds train/ and at least one of test/, val/, valid/.
+
+    Without such folders a fifth of every class, at least one image, is held out as the test
+    split. With only a val/ or valid/ folder, that is the test split.
+
+    Raises:
+        TrainError: no such folder, no or empty class folders, one class, classes that differ.
+    """
+    if not (root / "train").is_dir():
+        return _stratified(root)
+    held = {name: root / name for name in _HOLDOUTS if (root / name).is_dir()}
+    if not held:
+        raise TrainError(f"--root {root} has train/ but none of test/, val/ and valid/")
+    if "valid" in held:
+        held.setdefault("val", held.pop("valid"))
+    if "test" not in held:
+        held["test"] = held.pop("val")
+    parts = {"train": _scan(root / "train")} | {name: _scan(path) for name, path in held.items()}
+    classes = parts["train"].classes
+    files: list[Path] = []
+    labels: list[int] = []
+    splits = {}
+    for name, part in parts.items():
+        strangers = sorted(set(part.classes) - set(classes))
+        if strangers:
+            raise TrainError(f"{part.root} has class {strangers[0]}, which train/ has not")
+        splits[name] = torch.arange(len(files), len(files) + len(part.samples))
+        files += [Path(path) for path, _ in part.samples]
+        labels += [classes.index(part.classes[label]) for _, label in part.samples]
+    return _folder_set(root, files, labels, classes, splits, f"splits: {', '.join(sorted(splits))}")
+
+
+def _stratified(root: Path) -> ImageSet:
+    images = _scan(root)
+    labels = torch.tensor(images.targets)
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    train, test = [], []
+    for index, name in enumerate(images.classes):
+        rows = (labels == index).nonzero().flatten()
+        if len(rows) < 2:
+            raise TrainError(f"{root / name} holds one image; two are needed to train and to test")
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        held = max(1, len(rows) // 5)
+        test.append(rows[:held])
+        train.append(rows[held:])
+    splits = {"train": torch.cat(train).sort().values, "test": torch.cat(test).sort().values}
+    files = [Path(path) for path, _ in images.samples]
+    note = (
+        "no train/ and test/ folders: a fifth of every class is held out at random, the same "
+        "images in every run; if your images come in groups that look alike, split by group"
+    )
+    return _folder_set(root, files, images.targets, images.classes, splits, note)
+
+
+def _folder_set(
+    root: Path,
+    files: list[Path],
+    labels: list[int],
+    classes: list[str],
+    splits: dict[str, Tensor],
+    note: str,
+) -> ImageSet:
+    return ImageSet(
+        name=root.resolve().name,
+        files=tuple(files),
+        labels=torch.tensor(labels),
+        classes=tuple(classes),
+        splits=splits,
+        flips=((), (-1,)),
+        notes=(note,),
+    )
+
+
+def _scan(root: Path) -> ImageFolder:
+    try:
+        return ImageFolder(root)
+    except OSError as error:  # torchvision names the folder or the empty class
+        raise TrainError(f"{root}: {str(error).splitlines()[0]}") from error

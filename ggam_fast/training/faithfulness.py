@@ -1,0 +1,61 @@
+"""Whether the pixels a heat map calls important matter to the classifier: insertion and deletion.
+
+Petsiuk et al., RISE (arXiv 1806.07421). Pixels are taken in the order of the map, the hottest first. Deletion
+blanks them in the image: the sooner the class's probability falls, the better. Insertion uncovers them in a
+blurred image: the sooner it rises, the better. Both are compared with pixels taken in random order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF  # type: ignore[import-untyped]
+
+# RISE's blur, on 224 x 224 images.
+_KERNEL, _SIGMA = 11, 5.0
+
+
+def ranks(heat: Tensor, generator: torch.Generator) -> Tensor:
+    """Rank of every pixel of maps (N, H, W), 0 for the hottest; equals, such as zeros, in random order."""
+    flat = heat.flatten(1)
+    shuffled = torch.randperm(flat.shape[1], generator=generator)
+    order = shuffled[flat[:, shuffled].argsort(dim=1, descending=True, stable=True)]
+    return (
+        torch.empty_like(order).scatter_(1, order, torch.arange(flat.shape[1]).expand_as(order)).view_as(heat)
+    )
+
+
+def deletion_curves(
+    probability: Callable[[Tensor], Tensor], images: Tensor, rank: Tensor, steps: int
+) -> Tensor:
+    """Probabilities (N, steps + 1) while the image loses its pixels in the order of `rank` (N, H, W).
+
+    `probability` maps normalised images (N, 3, H, W) to that of each image's class, (N,). Lost pixels
+    are 0, the mean of the data.
+    """
+    return _curves(probability, images, torch.zeros_like(images), rank, steps)
+
+
+def insertion_curves(
+    probability: Callable[[Tensor], Tensor], images: Tensor, rank: Tensor, steps: int
+) -> Tensor:
+    """Probabilities (N, steps + 1) while the image, blurred at first, gains its pixels."""
+    return _curves(probability, TF.gaussian_blur(images, _KERNEL, _SIGMA), images, rank, steps)
+
+
+def area(curves: Tensor) -> Tensor:
+    """Area under each curve (N, steps + 1) over shares of the pixels from 0 to 1: (N,)."""
+    return torch.trapezoid(curves, dim=1) / (curves.shape[1] - 1)
+
+
+def _curves(
+    probability: Callable[[Tensor], Tensor], before: Tensor, after: Tensor, rank: Tensor, steps: int
+) -> Tensor:
+    pixels = rank[0].numel()
+    points = []
+    for step in range(steps + 1):
+        taken = rank[:, None] < pixels * step / steps
+        points.append(probability(torch.where(taken, after, before)))
+    return torch.stack(points, 1)

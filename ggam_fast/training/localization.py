@@ -8,6 +8,8 @@ map is the share of the picture that the object covers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy import ndimage  # type: ignore[import-untyped]
@@ -99,6 +101,41 @@ def max_box_acc_v2(overlaps: Tensor) -> float:
     Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (arXiv 2001.07437).
     """
     return float(np.mean([(overlaps >= delta).double().mean(0).max().item() for delta in DELTAS]))
+
+
+def measured(
+    heat: Tensor,
+    *,
+    areas: Tensor | None,
+    boxes: Tensor | None,
+    parts: Tensor | None,
+    thresholds: int = 100,
+) -> dict[str, Tensor]:
+    """Every measure that the annotations of these N images allow, a row for each image, of maps (N, H, W).
+
+    "pointing" and "pointing_15px" (the published tolerance, for pictures of about 224 pixels), "energy",
+    "box_overlaps", and "parts" within a tenth of the longer side of the box, or of the picture.
+    """
+    rows: dict[str, Tensor] = {}
+    if areas is not None:
+        rows["pointing"] = pointing_game(heat, areas)
+        rows["pointing_15px"] = pointing_game(heat, areas, 15)
+        rows["energy"] = energy(heat, areas)
+    if boxes is not None:
+        rows["box_overlaps"] = box_overlaps(heat, boxes, thresholds)
+    if parts is not None:
+        longer = (boxes[:, 2:] - boxes[:, :2]).amax(1) if boxes is not None else max(heat.shape[1:])
+        rows["parts"] = part_hits(heat, parts, longer / 10)
+    return rows
+
+
+def summary(batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over all images of what `measured` found, batch by batch; "max_box_acc_v2" for the overlaps."""
+    rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    means = {name: values.double().mean().item() for name, values in rows.items() if name != "box_overlaps"}
+    if "box_overlaps" in rows:
+        means["max_box_acc_v2"] = max_box_acc_v2(rows["box_overlaps"])
+    return means
 
 
 def _overlap(ours: tuple[int, ...], theirs: np.ndarray) -> float:

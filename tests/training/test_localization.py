@@ -115,3 +115,23 @@ def test_centred_map_peaks_in_the_middle():
 def test_enlarged_keeps_the_place():
     maps = heat((1, 3, 1.0), size=(5, 5))
     assert loc.peaks(loc.enlarged(maps, (50, 50))).float().sub(torch.tensor([15.0, 35.0])).abs().max() <= 1
+
+
+def test_measures_of_a_data_set_are_means_over_its_images():
+    maps = heat((1, 1, 1.0)).expand(2, 10, 10)
+    areas = torch.stack([mask(0, 0, 5, 5)[0], mask(5, 5, 10, 10)[0]])
+    boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0], [5.0, 5.0, 10.0, 10.0]])
+    parts = torch.tensor([[[1.4, 1.0, 1.0]], [[9.0, 9.0, 1.0]]])
+    both = loc.measured(maps, areas=areas, boxes=boxes, parts=parts)
+    found = loc.summary(
+        [{name: rows[:1] for name, rows in both.items()}, {name: rows[1:] for name, rows in both.items()}]
+    )
+    assert found == loc.summary([both])
+    assert found["pointing"] == found["energy"] == found["parts"] == 0.5
+    assert found["pointing_15px"] == 1
+    assert set(found) == {"pointing", "pointing_15px", "energy", "parts", "max_box_acc_v2"}
+    assert set(loc.measured(maps, areas=areas, boxes=None, parts=None)) == {
+        "pointing",
+        "pointing_15px",
+        "energy",
+    }

@@ -51,6 +51,10 @@ class ImageSet:
         note = f"the lowest {banner} pixels of every image are cut off"
         return replace(self, banner=banner, notes=(*self.notes, note))
 
+    def with_splits(self, splits: dict[str, Tensor], note: str) -> ImageSet:
+        """The same images in other splits, and the note that says so."""
+        return replace(self, splits=splits, notes=(*self.notes, note))
+
     def without(self, rows: Sequence[int]) -> ImageSet:
         """The set without some rows.
 

@@ -7,19 +7,18 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
 from ggam_fast import cam
 from ggam_fast.training.classifier import GGAMClassifier
-from ggam_fast.training.data import ImageSet, eval_transform, read_image
+from ggam_fast.training.data import ImageSet, eval_transform
 from ggam_fast.training.outputs import write_atomically
+from ggam_fast.training.pictures import colour_key, show_heat, show_image
 
 _ROWS, _COLUMNS = 4, 2
 # Okabe and Ito's blue and vermilion: told apart with any colour vision. A sign says it too.
 _RIGHT, _WRONG = "#0072B2", "#D55E00"
-_COLOUR_MAP = "viridis"
 
 
 def choose_examples(logits: Tensor, labels: Tensor, count: int) -> list[int]:
@@ -61,7 +60,7 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
     backbone = model.eval().backbone
     device = next(backbone.parameters()).device
     transform = eval_transform(*backbone.preprocessing)
-    inputs = torch.stack([transform(read_image(images.files[rows[row]])) for row in chosen])
+    inputs = torch.stack([transform(images.read(int(rows[row]))) for row in chosen])
     predicted = logits[chosen].argmax(1)
     features = backbone(inputs.to(device))
     out = model.head(features, predicted.to(device))
@@ -97,30 +96,14 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
             f"attention, {relative.min():.2f} to {relative.max():.2f} of mean",
         )
         _show(axes[2], pictures[index], grad_cam[index], f"Grad-CAM, {guess}")
-    _colour_key(legend)
+    colour_key(legend, (0.36, 0.62, 0.28, 0.2))
     write_atomically(path, lambda part: figure.savefig(part, format="png"))
     return path
 
 
 def _show(axes: Axes, picture: Tensor, heat: Tensor | None, title: str) -> None:
     if heat is None:
-        axes.imshow(picture.numpy(), interpolation="bilinear")
+        show_image(axes, picture)
     else:
-        # On grey, the colours are those of the map alone.
-        axes.imshow(picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
-        fine = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
-        axes.imshow(fine.numpy(), cmap=_COLOUR_MAP, alpha=0.5, interpolation="bilinear")
+        show_heat(axes, picture, heat)
     axes.set_xlabel(title, fontsize=8.5, labelpad=4)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _colour_key(legend: SubFigure) -> None:
-    axes = legend.add_axes((0.36, 0.62, 0.28, 0.2))
-    axes.imshow(torch.linspace(0, 1, 256)[None].numpy(), cmap=_COLOUR_MAP, aspect="auto")
-    axes.set_xticks([0, 255], ["lowest", "highest"], fontsize=9)
-    axes.set_yticks([])
-    axes.set_xlabel("within each map", fontsize=9, labelpad=-9)
-    axes.tick_params(length=0)

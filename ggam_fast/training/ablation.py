@@ -72,6 +72,8 @@ class StudyConfig:
     """Highest learning rate."""
     thresholds: int = 25
     """Thresholds of MaxBoxAccV2, which takes most of the time of localisation."""
+    pictures: bool = True
+    """Draw photographs too. Leave them out of what you pass on if their licence asks for it."""
     device: str = "auto"
     """Such as cpu or cuda:1; auto is the first GPU, or the CPU."""
     compile: bool = True
@@ -238,7 +240,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
         best_weights: dict[str, float | None] = {
             norm: chosen_weight(results, norm) for norm in study.cam_norms
         }
-        for path in write_report(study.out, about, results, best_weights, images):
+        for path in write_report(study.out, about, results, best_weights, images if study.pictures else None):
             report.note(f"wrote {path}")
     return finished
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -161,6 +161,6 @@ def _plain(axes: Axes, grid: str) -> None:
 
 def _save(figure: Figure, path: Path) -> bool:
     # Photographs are a tenth of the size as JPEG.
-    quality = {"pil_kwargs": {"quality": 88}} if path.suffix == ".jpg" else {}
+    quality: dict[str, Any] = {"pil_kwargs": {"quality": 88}} if path.suffix == ".jpg" else {}
     write_atomically(path, lambda part: figure.savefig(part, format=path.suffix[1:], **quality))
     return True

@@ -94,14 +94,14 @@ def write_report(
     about: dict[str, Any],
     results: Sequence[dict[str, Any]],
     best: Mapping[str, float | None],
-    images: ImageSet,
+    images: ImageSet | None,
 ) -> list[Path]:
-    """Write everything into `out`; the paths."""
+    """Write everything into `out`, photographs only with `images`; the paths."""
     groups = grouped(results)
     first = about["cam_norms"][0]
     rows = table_rows(groups, first, best[first])
     paths = [out / REPORT, out / NUMBERS]
-    text = markdown(about, groups, rows, best)
+    text = markdown(about, groups, rows, best, images is not None)
     write_atomically(paths[0], lambda part: part.write_text(text))
     numbers = {"about": about, "chosen_weights": best, "groups": [numbers_of(group) for group in groups]}
     write_atomically(paths[1], lambda part: part.write_text(json.dumps(numbers, indent=1) + "\n"))
@@ -109,8 +109,10 @@ def write_report(
         ("table.png", lambda path: draw_table(path, rows)),
         ("sweep.png", lambda path: draw_sweep(path, groups, about["cam_norms"])),
         ("beta.png", lambda path: draw_beta(path, groups, about["cam_norms"], best)),
-        ("side_by_side.jpg", lambda path: draw_side_by_side(path, rows, images, about["preprocessing"])),
     ]
+    if images is not None:
+        sides = about["preprocessing"]
+        drawings.append(("side_by_side.jpg", lambda path: draw_side_by_side(path, rows, images, sides)))
     return paths + [out / name for name, draw in drawings if draw(out / name)]
 
 
@@ -149,9 +151,13 @@ def _leaves(tree: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def markdown(
-    about: dict[str, Any], groups: Sequence[Group], rows: Sequence[Group], best: Mapping[str, float | None]
+    about: dict[str, Any],
+    groups: Sequence[Group],
+    rows: Sequence[Group],
+    best: Mapping[str, float | None],
+    pictures: bool = True,
 ) -> str:
-    """The whole report as Markdown."""
+    """The whole report as Markdown; with `pictures`, of photographs too."""
     norms = about["cam_norms"]
     cell = groups[0].cells[0]
     seeds = sorted({one["cell"]["seed"] for group in groups for one in group.cells})
@@ -174,7 +180,9 @@ def markdown(
     ]
     localisation = _localisation_table(rows)
     if localisation:
-        parts += ["## Localisation", localisation, "![Grad-CAM of every variant](side_by_side.jpg)"]
+        parts += ["## Localisation", localisation]
+    if pictures:
+        parts.append("![Grad-CAM of every variant](side_by_side.jpg)")
     parts += [
         "## Lambda and the norm of beta",
         _sweep_table(groups),

@@ -262,7 +262,8 @@ def _schedule(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=steps,
-        pct_start=_WARM_UP,
+        # It divides by zero where the warm-up is one step exactly.
+        pct_start=_WARM_UP + 1e-6 * (steps * _WARM_UP == 1),
         cycle_momentum=False,
     )
 

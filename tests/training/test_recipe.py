@@ -162,3 +162,15 @@ def test_half_precision_backbone_on_the_cpu(tiny_config, report):
     assert engine.train(config, report).metrics is not None
     [maps] = {path.suffix for path in tiny_config.data.cache_dir.iterdir()}
     assert maps == ".maps"
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_one_cycle_of_any_length(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = _schedule(optimizer, OptimConfig(), steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert 0 < min(rates) <= max(rates) <= 0.1

@@ -29,7 +29,7 @@ from ggam_fast.training.devices import device_name, precision, resolve_device
 from ggam_fast.training.engine import create_classifier, load_images, map_batches
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.interrupts import InterruptGuard
-from ggam_fast.training.outputs import write_atomically
+from ggam_fast.training.outputs import remove_parts, write_atomically
 from ggam_fast.training.reports import Report
 
 CELLS = "cells"
@@ -258,6 +258,7 @@ def cells_folder(out: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainError(f"--out {out} cannot be written: {error.strerror}") from error
+    remove_parts(out)
     return folder
 
 

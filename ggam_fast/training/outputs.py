@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 
 from ggam_fast.training.config import RunConfig
 from ggam_fast.training.errors import TrainError
+
+
+_PART = ".part-"
 
 
 @contextmanager
@@ -31,6 +35,7 @@ def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
         raise TrainError(f"--out {folder} cannot be written: {error.strerror}") from error
     if any(folder.iterdir()) and not config.overwrite and config.resume is None:
         raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
+    remove_parts(folder)
     try:
         yield folder
     finally:
@@ -39,19 +44,22 @@ def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
                 path.rmdir()
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed run was writing anywhere in `folder`."""
+    for part in list(folder.rglob(f"{_PART}*")):
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    part = Path(name)
-    try:
+    """Let `write` make the file in a temporary folder beside `path`, then put it in place in one step."""
+    # A folder, because some writers make temporary files of their own beside the file they are given.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_PART) as folder:
+        part = Path(folder) / path.name
         write(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; results get the permissions of any new file.
+        # safetensors makes files for the owner alone; results get the permissions of any new file.
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o666 & ~mask)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

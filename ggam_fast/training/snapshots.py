@@ -28,8 +28,6 @@ def save_snapshot(folder: Path, steps: int, state: dict[str, Any]) -> Path:
     path = snapshots / f"step-{steps:09d}.pt"
     try:
         snapshots.mkdir(exist_ok=True)
-        for part in snapshots.glob(".step-*"):  # what a killed run was writing
-            part.unlink(missing_ok=True)
         write_atomically(path, lambda part: torch.save(state, part))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = (str(error).splitlines() or [type(error).__name__])[0]

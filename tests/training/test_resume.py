@@ -95,12 +95,16 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
     run = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     subprocess.run(command(*options, "--out", "whole"), **run, check=True, timeout=240)
     arguments, kills = (*options, "--out", "killed"), 0
+
+    def written():
+        return set((tmp_path / "killed" / snapshots.FOLDER).glob("step-*"))
+
     while True:
         process = subprocess.Popen(command(*arguments), **run)
-        before = set((tmp_path / "killed").rglob("step-*"))
+        before = written()
         if kills < 3:
             deadline = time.monotonic() + 120
-            while set((tmp_path / "killed").rglob("step-*")) <= before and time.monotonic() < deadline:
+            while written() <= before and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(random.random() * 0.1)
             process.send_signal(signal.SIGKILL)
@@ -117,6 +121,16 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
     ]
     assert steps == sorted(steps)
     assert not list((tmp_path / "killed").rglob(".*"))
+
+
+def test_what_a_killed_run_was_writing_goes(tiny_config, report):
+    engine.train(tiny_config, report)
+    out = tiny_config.run.out
+    for folder in (out, out / snapshots.FOLDER):
+        (folder / ".part-killed").mkdir()
+        (folder / ".part-killed" / "best.safetensors").write_bytes(b"half")
+    engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=out)), report)
+    assert not list(out.rglob(".*"))
 
 
 def test_last_three_snapshots_stay(tiny_config, report):

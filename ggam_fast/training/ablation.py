@@ -43,7 +43,7 @@ class StudyConfig:
     """Folder of the results; one that holds a part of this study is gone on with."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each cell is trained once with each: initial weights and order of the batches."""
-    guidance_weights: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    guidance_weights: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     """Lambdas that are tried; validation accuracy chooses among them."""
     cam_norms: tuple[CamNorm, ...] = ("standardized", "sigmoid", "softmax")
     """What makes beta comparable with S, each with all lambdas; the first one is in the paper's table."""

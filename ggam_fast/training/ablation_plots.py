@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ggam_fast.training.data import ImageSet, eval_transform
 from ggam_fast.training.outputs import write_atomically
-from ggam_fast.training.pictures import show_heat, show_image
+from ggam_fast.training.pictures import new_figure, show_heat, show_image
 
 if TYPE_CHECKING:
     from ggam_fast.training.ablation_report import Group
@@ -30,7 +29,7 @@ def draw_table(path: Path, rows: Sequence[Group]) -> bool:
     panels: list[tuple[str, tuple[str, ...]]] = [("test accuracy, %", ("test", "accuracy"))]
     if rows[0].values("localisation", "grad_cam", "pointing"):
         panels.append(("pointing game of Grad-CAM, %", ("localisation", "grad_cam", "pointing")))
-    figure = _figure(4.6 * len(panels) + 1.6, 0.42 * len(rows) + 1.1)
+    figure = new_figure(4.6 * len(panels) + 1.6, 0.42 * len(rows) + 1.1)
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for place, row in enumerate(rows):
             values = 100 * np.array(row.values(*keys))
@@ -50,7 +49,7 @@ def draw_sweep(path: Path, groups: Sequence[Group], norms: Sequence[str]) -> boo
     both = [group for group in groups if group.attention == "channel_spatial"]
     if not any(group.weight for group in both):
         return False
-    figure = _figure(10, 3.6)
+    figure = new_figure(10, 3.6)
     for axes, split in zip(figure.subplots(1, 2, sharey=True), ("val", "test"), strict=True):
         for group in both:
             if not group.weight:
@@ -90,7 +89,7 @@ def draw_beta(
     ]
     if not chosen:
         return False
-    figure = _figure(11, 3.4)
+    figure = new_figure(11, 3.4)
     panels = (
         ("median |beta|", "median", "log"),
         ("spread of b~ over channels", "spread", "log"),
@@ -130,7 +129,7 @@ def draw_side_by_side(
     kept = rows[0].cells[0]["pictures"]["rows"]
     size, resize = preprocessing
     transform = eval_transform(size, (0.0,) * 3, (1.0,) * 3, resize)
-    figure = _figure(1.75 * len(kept) + 1.5, 1.85 * (len(rows) + 1))
+    figure = new_figure(1.75 * len(kept) + 1.5, 1.85 * (len(rows) + 1))
     grid = figure.subplots(len(rows) + 1, len(kept), squeeze=False)
     for column, row in enumerate(images.splits["test"][kept].tolist()):
         picture = transform(images.read(row)).clamp(0, 1).permute(1, 2, 0)
@@ -145,12 +144,6 @@ def draw_side_by_side(
     note = f"Grad-CAM of the label, seed {seed}; each map from its lowest (dark) to its highest value"
     figure.supxlabel(note, fontsize=9)
     return _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _plain(axes: Axes, grid: str) -> None:

@@ -65,6 +65,21 @@ def data(arguments: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure a trained classifier, and whether it looks where the object is.
+
+    Writes evaluation.json and evaluation.html, one page with tables and pictures, into the run's folder.
+
+        ggam-fast evaluate runs/photos
+        ggam-fast evaluate runs/birds --split val --weights best --out looked
+    """
+    from ggam_fast.training import evaluation
+    from ggam_fast.training.reports import Report
+
+    evaluation.evaluate_run(_parsed(evaluation.EvaluateConfig, arguments), Report())
+    return 0
+
+
 def ablate(arguments: Sequence[str]) -> int:
     """The paper's ablations and the guidance weight, over seeds.
 
@@ -82,10 +97,16 @@ def ablate(arguments: Sequence[str]) -> int:
 
 
 # Each command's body, whose docstring is its help, and where its options are.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "ablate": ablate, "data": data}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "ablate": ablate,
+    "data": data,
+}
 _CONFIGS = {
     "train": ("config", "TrainConfig"),
     "data": ("data_commands", "ShowConfig"),
+    "evaluate": ("evaluation", "EvaluateConfig"),
     "ablate": ("ablation", "AblateConfig"),
 }
 

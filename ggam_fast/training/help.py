@@ -26,6 +26,8 @@ def screen(command: str, doc: str, config: Any) -> str:
 
 
 def _line(name: str, kind: str, value: Any, doc: str) -> str:
+    if "Positional" in kind:
+        return f"  {name.upper():24s}{doc.split('. ')[0].rstrip('.')}"
     flag = name.replace("_", "-")
     flag = f"[no-]{flag}" if value is True else flag
     notes = []

@@ -13,7 +13,6 @@ from pathlib import Path
 from ggam_fast.training.config import RunConfig
 from ggam_fast.training.errors import TrainError
 
-
 _PART = ".part-"
 
 

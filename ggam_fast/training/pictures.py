@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, linspace
 from torch.nn import functional as F
 
 COLOUR_MAP = "viridis"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, on white, that lays itself out."""
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def show_image(axes: Axes, picture: Tensor) -> None:

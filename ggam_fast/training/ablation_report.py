@@ -12,6 +12,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from ggam_fast.training.ablation_plots import draw_beta, draw_side_by_side, draw_sweep, draw_table
 from ggam_fast.training.data import ImageSet
+from ggam_fast.training.localization import MEASURES
 from ggam_fast.training.outputs import write_atomically
 
 REPORT, NUMBERS = "report.md", "report.json"
@@ -246,20 +247,11 @@ def _differences(rows: Sequence[Group]) -> str:
     return "\n".join(lines)
 
 
-_MEASURES = {
-    "pointing": "pointing game",
-    "pointing_15px": "within 15 px",
-    "energy": "energy inside",
-    "max_box_acc_v2": "MaxBoxAccV2",
-    "parts": "part hits",
-}
-
-
 def _localisation_table(rows: Sequence[Group]) -> str:
     first = rows[0].cells[0].get("localisation")
     if not first:
         return ""
-    names = [name for name in _MEASURES if name in first["grad_cam"]]
+    names = [name for name in MEASURES if name in first["grad_cam"]]
     lines = [
         [f"{kind} of {row.label}", *(percent(row.values("localisation", key, name)) for name in names)]
         for kind, key in (("Grad-CAM", "grad_cam"), ("attention", "attention"))
@@ -269,7 +261,7 @@ def _localisation_table(rows: Sequence[Group]) -> str:
     for kind, key in (("a Gaussian around the centre", "centre"), ("a uniform map", "uniform")):
         if key in first:
             lines.append([kind, *(percent(rows[0].values("localisation", key, name)[:1]) for name in names)])
-    return _table(["map", *(_MEASURES[name] for name in names)], lines) + (
+    return _table(["map", *(MEASURES[name] for name in names)], lines) + (
         "\n\nGrad-CAM is that of the label, on all test images; MaxBoxAccV2 over "
         f"{rows[0].cells[0]['options']['thresholds']} thresholds. The last lines know nothing of the image."
     )

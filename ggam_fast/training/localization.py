@@ -146,3 +146,22 @@ def _overlap(ours: tuple[int, ...], theirs: np.ndarray) -> float:
     both = width * height
     areas = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (ours, theirs))
     return float(both / (areas - both))
+
+
+MEASURES = {
+    "pointing": "pointing game",
+    "pointing_15px": "within 15 px",
+    "energy": "energy inside",
+    "max_box_acc_v2": "MaxBoxAccV2",
+    "parts": "part hits",
+}
+
+
+def localisation_rows(found: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table of `summary` results by map, in percent."""
+    names = [name for name in MEASURES if any(name in values for values in found.values())]
+    lines = [
+        [name, *(f"{100 * values[one]:.1f}" if one in values else "-" for one in names)]
+        for name, values in found.items()
+    ]
+    return ["map", *(MEASURES[name] for name in names)], lines

@@ -25,6 +25,20 @@ def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
         TrainError: it cannot be made or written, or holds a run already.
     """
     folder = config.resume or config.out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with writable_folder(folder):
+        if any(folder.iterdir()) and not config.overwrite and config.resume is None:
+            raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
+        remove_parts(folder)
+        yield folder
+
+
+@contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """`folder`, made and tried; removed again if nothing was put into it.
+
+    Raises:
+        TrainError: it cannot be made or written.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,11 +46,8 @@ def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
             pass
     except OSError as error:
         raise TrainError(f"--out {folder} cannot be written: {error.strerror}") from error
-    if any(folder.iterdir()) and not config.overwrite and config.resume is None:
-        raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
-    remove_parts(folder)
     try:
-        yield folder
+        yield
     finally:
         for path in made:
             with suppress(OSError):  # it holds results

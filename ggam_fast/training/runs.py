@@ -1,0 +1,48 @@
+"""A finished run, opened again: its classifier, and the images it was trained for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ggam_fast.training.checkpoints import BEST, Checkpoint, load_checkpoint
+from ggam_fast.training.config import DataName
+from ggam_fast.training.data import ImageSet
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.feature_cache import default_cache_dir
+from ggam_fast.training.readers import read_images
+
+
+def open_run(run: Path, weights: str = "last") -> Checkpoint:
+    """The checkpoint of a run's folder, or the file itself."""
+    if weights == "best" and run.is_dir():
+        return load_checkpoint(run / BEST)
+    return load_checkpoint(run)
+
+
+def run_images(
+    checkpoint: Checkpoint, name: DataName | None, root: Path | None, cache_dir: Path | None
+) -> ImageSet:
+    """The images asked for, by default the run's own; their classes must be the checkpoint's.
+
+    Raises:
+        TrainError: another list of classes.
+    """
+    theirs = checkpoint.description["data"]
+    if name is None:
+        name = theirs["data"]
+        root = root or (Path(theirs["root"]) if theirs["root"] else None)
+    assert name is not None
+    images = read_images(name, root, cache_dir or default_cache_dir())
+    if images.classes != checkpoint.classes:
+        strangers = sorted(set(images.classes) - set(checkpoint.classes))
+        missing = sorted(set(checkpoint.classes) - set(images.classes))
+        detail = "; ".join(
+            f"{side} has no class {absent[0]}" + (f" nor {len(absent) - 1} more" if absent[1:] else "")
+            for side, absent in (("the checkpoint", strangers), ("the data", missing))
+            if absent
+        )
+        raise TrainError(
+            f"--data {name} has {len(images.classes)} classes and the checkpoint {len(checkpoint.classes)}, "
+            f"which must be the same: {detail or 'their order differs'}"
+        )
+    return images

@@ -44,7 +44,12 @@ def describe(model: GGAMClassifier, classes: tuple[str, ...], config: TrainConfi
         "preprocessing": {"mean": list(model.backbone.mean), "std": list(model.backbone.std)},
         "head": config.head.keywords(),
         "classes": list(classes),
-        "data": {"data": config.data.data, "root": config.data.root and str(config.data.root)},
+        "data": {
+            "data": config.data.data,
+            "root": config.data.root and str(config.data.root),
+            "enlarge": config.data.enlarge,
+            "skip_bad_images": config.data.skip_bad_images,
+        },
         "optim": asdict(config.optim),
         "finetune": config.backbone.finetune,
     }

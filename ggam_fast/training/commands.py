@@ -80,6 +80,21 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def explain(arguments: Sequence[str]) -> int:
+    """Draw where a trained classifier looks: one figure for each image.
+
+    The image, spatial attention, Grad-CAM and the five likeliest classes; of two runs side by side.
+
+        ggam-fast explain photo.jpg --run runs/photos
+        ggam-fast explain photos/*.jpg --run runs/guided --compare runs/unguided --out figures
+    """
+    from ggam_fast.training import explanation
+    from ggam_fast.training.reports import Report
+
+    explanation.explain(_parsed(explanation.ExplainConfig, arguments), Report())
+    return 0
+
+
 def ablate(arguments: Sequence[str]) -> int:
     """The paper's ablations and the guidance weight, over seeds.
 
@@ -100,6 +115,7 @@ def ablate(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "explain": explain,
     "ablate": ablate,
     "data": data,
 }
@@ -107,6 +123,7 @@ _CONFIGS = {
     "train": ("config", "TrainConfig"),
     "data": ("data_commands", "ShowConfig"),
     "evaluate": ("evaluation", "EvaluateConfig"),
+    "explain": ("explanation", "ExplainConfig"),
     "ablate": ("ablation", "AblateConfig"),
 }
 

@@ -32,6 +32,7 @@ from ggam_fast.training.metrics import classification_metrics
 from ggam_fast.training.outputs import writable_folder, write_atomically
 from ggam_fast.training.reports import Report
 from ggam_fast.training.runs import open_run, run_images
+from ggam_fast.training.scanning import readable
 
 NUMBERS, PAGE = "evaluation.json", "evaluation.html"
 ATTENTION, CAM_LABEL, CAM_PREDICTED = "attention", "Grad-CAM, label", "Grad-CAM, guess"
@@ -67,6 +68,10 @@ class EvaluateConfig:
     """Processes that decode images. By default none on the CPU and up to 8 on a GPU."""
     cache_dir: Path | None = None
     """Where composed images are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
+    skip_bad_images: bool = False
+    """Leave out, count and name files that cannot be read, as a run trained with it does by itself."""
+    enlarge: bool = False
+    """Allow images that are smaller than the network's input, as a run trained with it does by itself."""
     device: str = "auto"
     """Such as cpu or cuda:1; auto is the first GPU, or the CPU."""
 
@@ -104,8 +109,16 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
     checkpoint = open_run(config.run, config.weights)
     model = checkpoint.model.to(device)
     images = run_images(checkpoint, config.data, config.root, config.cache_dir)
+    theirs = checkpoint.description["data"] if config.data is None else {}
     if config.split not in images.splits:
         raise TrainError(f"--split {config.split}: {images.name} has {', '.join(images.splits)}")
+    images = readable(
+        images,
+        model.backbone.image_size,
+        skip_bad=config.skip_bad_images or theirs.get("skip_bad_images", False),
+        enlarge=config.enlarge or theirs.get("enlarge", False),
+        note=report.note,
+    )
     out = config.out or (config.run if config.run.is_dir() else config.run.parent)
     with writable_folder(out):
         results, examples = evaluated(model, checkpoint, images, config, device, report)

@@ -8,6 +8,8 @@ import textwrap
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import tyro
+
 _WIDTH = 118
 
 
@@ -33,7 +35,9 @@ def _line(name: str, kind: str, value: Any, doc: str) -> str:
     notes = []
     if kind.startswith("Literal["):
         notes.append(kind.removeprefix("Literal[").split("]")[0].replace("'", "").replace('"', ""))
-    if value is not None and not isinstance(value, bool):
+    if value is tyro.MISSING:
+        notes.append("needed")
+    elif value is not None and not isinstance(value, bool):
         notes.append(f"default {value:g}" if isinstance(value, float) else f"default {value}")
     note = f" ({'; '.join(notes)})" if notes else ""
     first = doc.split(". ")[0].split(";")[0].rstrip(".")

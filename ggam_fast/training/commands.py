@@ -111,12 +111,28 @@ def ablate(arguments: Sequence[str]) -> int:
     return 0 if ablation.ablate(config, Report(), command) else 130
 
 
+def export(arguments: Sequence[str]) -> int:
+    """Write a trained classifier as torch.export or ONNX file, checked against the eager model.
+
+    Images (N, 3, H, W), normalised, for any N, to logits (N, K); --maps adds attention and Grad-CAM.
+
+        ggam-fast export runs/photos
+        ggam-fast export runs/photos --format both --maps --out deployed
+    """
+    from ggam_fast.training import exporting
+    from ggam_fast.training.reports import Report
+
+    exporting.export_run(_parsed(exporting.ExportConfig, arguments), Report())
+    return 0
+
+
 # Each command's body, whose docstring is its help, and where its options are.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "explain": explain,
     "ablate": ablate,
+    "export": export,
     "data": data,
 }
 _CONFIGS = {
@@ -125,6 +141,7 @@ _CONFIGS = {
     "evaluate": ("evaluation", "EvaluateConfig"),
     "explain": ("explanation", "ExplainConfig"),
     "ablate": ("ablation", "AblateConfig"),
+    "export": ("exporting", "ExportConfig"),
 }
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,14 +62,21 @@ def remove_parts(folder: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the file in a temporary folder beside `path`, then put it in place in one step."""
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """`write_atomically` of several files, none of which is put in place before all are written."""
     # A folder, because some writers make temporary files of their own beside the file they are given.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_PART) as folder:
-        part = Path(folder) / path.name
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        # safetensors makes files for the owner alone; results get the permissions of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
-        part.replace(path)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as made:
+        parts = [Path(made) / name for name in writers]
+        for part, write in zip(parts, writers.values(), strict=True):
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            # safetensors makes files for the owner alone; results get the permissions of any new file.
+            mask = os.umask(0)
+            os.umask(mask)
+            part.chmod(0o666 & ~mask)
+        for part in parts:
+            part.replace(folder / part.name)

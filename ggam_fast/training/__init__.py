@@ -3,10 +3,14 @@
 Needs the extra: pip install "ggam-fast[train]". Importing `ggam_fast` never imports this.
 
     config       the options             data, batches       images, splits, batches
+    readers      data sets' layouts      annotations         their boxes, parts and masks
     backbones    timm feature maps       feature_cache       a frozen backbone's maps on disk
     classifier   backbone + GGAM head    fitting, compiling  the loop and its compiled step
     metrics      numbers of a split      reports, gallery    what the user sees
-    checkpoints  saving and loading      engine              a run from start to end
+    checkpoints  saving and loading      snapshots           all that --resume needs
+    engine       a run from start to end
+    heatmaps     attention, Grad-CAM     localization        whether they lie on the object
+    evaluation, explanation, ablation, exporting             the other commands
 """
 
 from importlib import import_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,12 @@ from ggam_fast.training.help import screen
 from ggam_fast.training.recipes import RECIPES
 
 Config = TypeVar("Config")
-Options = tyro.conf.OmitArgPrefixes[TrainConfig]
 
+# The options of `train` that its --help describes; of the others it gives name and default.
+_EVERYDAY = (
+    *("data", "root", "backbone", "finetune", "preset", "attention", "recipe", "epochs", "batch_size"),
+    *("lr", "guidance_weight", "seed", "out", "resume", "device"),
+)
 # What the parts of one run may differ in.
 _PER_PART = {"out", "overwrite", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
 
@@ -52,10 +56,12 @@ def data(arguments: Sequence[str]) -> int:
     from ggam_fast.training import data_commands
     from ggam_fast.training.reports import Report
 
-    what = arguments[0] if arguments else "nothing"
+    what, *rest = arguments or ["nothing"]
+    if what == "--help":
+        what, rest = "preview", ["--help"]  # its options are those of all three
     if what not in ("list", "check", "preview"):
         raise TrainError(f"ggam-fast data takes list, check or preview; got {what}")
-    config = tyro.cli(data_commands.ShowConfig, args=list(arguments[1:]), prog=f"ggam-fast data {what}")
+    config = tyro.cli(data_commands.ShowConfig, args=rest, prog=f"ggam-fast data {what}")
     if what == "list":
         data_commands.show_list(Report())
     elif what == "check":
@@ -68,7 +74,7 @@ def data(arguments: Sequence[str]) -> int:
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure a trained classifier, and whether it looks where the object is.
 
-    Writes evaluation.json and evaluation.html, one page with tables and pictures, into the run's folder.
+    Writes evaluation.json and evaluation.html, one page of tables and pictures, into the run's folder.
 
         ggam-fast evaluate runs/photos
         ggam-fast evaluate runs/birds --split val --weights best --out looked
@@ -76,7 +82,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from ggam_fast.training import evaluation
     from ggam_fast.training.reports import Report
 
-    evaluation.evaluate_run(_parsed(evaluation.EvaluateConfig, arguments), Report())
+    evaluation.evaluate_run(_parsed("evaluate", evaluation.EvaluateConfig(), arguments), Report())
     return 0
 
 
@@ -91,7 +97,7 @@ def explain(arguments: Sequence[str]) -> int:
     from ggam_fast.training import explanation
     from ggam_fast.training.reports import Report
 
-    explanation.explain(_parsed(explanation.ExplainConfig, arguments), Report())
+    explanation.explain(_parsed("explain", explanation.ExplainConfig(), arguments), Report())
     return 0
 
 
@@ -106,7 +112,7 @@ def ablate(arguments: Sequence[str]) -> int:
     from ggam_fast.training import ablation
     from ggam_fast.training.reports import Report
 
-    config = _parsed(ablation.AblateConfig, arguments)
+    config = _parsed("ablate", ablation.AblateConfig(), arguments)
     command = shlex.join(["ggam-fast", "ablate", *arguments])
     return 0 if ablation.ablate(config, Report(), command) else 130
 
@@ -122,7 +128,7 @@ def export(arguments: Sequence[str]) -> int:
     from ggam_fast.training import exporting
     from ggam_fast.training.reports import Report
 
-    exporting.export_run(_parsed(exporting.ExportConfig, arguments), Report())
+    exporting.export_run(_parsed("export", exporting.ExportConfig(), arguments), Report())
     return 0
 
 
@@ -156,7 +162,7 @@ def run(arguments: Sequence[str]) -> int:
     if "--help" in rest or "-h" in rest:
         module, config = _CONFIGS[name]
         options = getattr(import_module(f"ggam_fast.training.{module}"), config)()
-        print(screen(name, COMMANDS[name].__doc__ or "", options))
+        print(screen(name, COMMANDS[name].__doc__ or "", options, _EVERYDAY if name == "train" else None))
         return 0
     if "--help-all" in rest:
         rest = ["--help"]
@@ -172,13 +178,25 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def _parsed(kind: type[Config], arguments: Sequence[str]) -> Config:
+def _parsed(command: str, default: Config, arguments: Sequence[str]) -> Config:
     """The configuration of a command: defaults, the file given with --config, the other flags."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     given, rest = early.parse_known_args(arguments)
-    options = {} if given.config is None else read_config_file(Path(given.config), _names(kind()))
-    return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=[*as_arguments(options), *rest])  # type: ignore[misc, valid-type]
+    options = {} if given.config is None else read_config_file(Path(given.config), _names(default))
+    # What has no flag, because it is told by its place on the command line: paths.
+    for name in [field.name for field in fields(default) if "Positional" in str(field.type)]:  # type: ignore[arg-type]
+        if name in options:
+            value = options.pop(name)
+            several = isinstance(getattr(default, name), tuple)
+            paths = tuple(map(Path, value if isinstance(value, list) else [str(value)]))
+            default = replace(default, **{name: paths if several else paths[0]})  # type: ignore[type-var]
+    return _cli(command, default, [*as_arguments(options), *rest])
+
+
+def _cli(command: str, default: Config, arguments: Sequence[str]) -> Config:
+    kind: Any = tyro.conf.OmitArgPrefixes[type(default)]  # type: ignore[misc]
+    return tyro.cli(kind, args=list(arguments), default=default, prog=f"ggam-fast {command}")
 
 
 def _names(config: Any) -> list[str]:
@@ -212,11 +230,11 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         if (value := getattr(given, name) or options.get(name)) is not None
     }
     # Only to learn that the two names are right.
-    tyro.cli(Options, args=as_arguments(named))
+    _cli("train", TrainConfig(), as_arguments(named))
     default = TrainConfig().replaced(RECIPES[str(named.get("recipe", "modern"))])
     if "preset" in named:
         default = default.replaced(vars(HeadConfig.from_preset(named["preset"])))
-    return tyro.cli(Options, args=[*as_arguments({**options, **named}), *rest], default=default)
+    return _cli("train", default, [*as_arguments({**options, **named}), *rest])
 
 
 def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
@@ -225,8 +243,8 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
     if not (folder / OPTIONS).is_file():
         raise TrainError(f"--resume {folder}: no run of ggam-fast train there (no {OPTIONS})")
     saved = read_config_file(folder / OPTIONS, TrainConfig().values())
-    before = tyro.cli(Options, args=as_arguments(saved))
-    config = tyro.cli(Options, args=list(arguments), default=before)
+    before = _cli("train", TrainConfig(), as_arguments(saved))
+    config = _cli("train", before, arguments)
     old, new = before.values(), config.values()
     for name in sorted(set(old) - _PER_PART):
         if old[name] != new[name]:

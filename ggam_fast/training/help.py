@@ -5,43 +5,70 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import tyro
 
-_WIDTH = 118
+_WIDTH = 100
+_COLUMNS = 3
 
 
-def screen(command: str, doc: str, config: Any) -> str:
-    """What `ggam-fast COMMAND --help` shows: `doc`, then every option of `config` with its default."""
-    lines = [inspect.cleandoc(doc), ""]
-    sections = [(f.name, getattr(config, f.name)) for f in fields(config)]
-    if not all(is_dataclass(section) for _, section in sections):
-        sections = [("options", config)]
-    for name, section in sections:
-        lines.append(f"{name}:")
+def screen(command: str, doc: str, config: Any, described: Collection[str] | None = None) -> str:
+    """What `ggam-fast COMMAND --help` shows: `doc`, then every option of `config` with its default.
+
+    Only the options in `described`, by default all of them, get a line of their own that says what they do.
+    """
+    sections = [getattr(config, f.name) for f in fields(config)]
+    if not all(map(is_dataclass, sections)):
+        sections = [config]
+    lines, others = [inspect.cleandoc(doc), ""], []
+    for section in sections:
         docs = _field_docs(type(section))
-        lines += [_line(f.name, str(f.type), getattr(section, f.name), docs[f.name]) for f in fields(section)]
+        for f in fields(section):
+            value = getattr(section, f.name)
+            if described is None or f.name in described:
+                lines.append(_line(f.name, str(f.type), value, docs[f.name]))
+            else:
+                others.append(f"{_flag(f.name, value)} {_default(value)}")
+    if others:
+        width = _WIDTH // _COLUMNS
+        cells = [f"  {other}".ljust(width) for other in others]
+        rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
+        lines += ["", "and, with their defaults:", *("".join(row).rstrip() for row in rows)]
     lines += ["", f"ggam-fast {command} --help-all explains them in full."]
+    if command != "data":
+        lines.append("--config FILE takes them from a YAML or TOML file; flags win.")
     return "\n".join(lines)
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    return f"--[no-]{flag}" if value is True else f"--{flag}"
+
+
+def _default(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(map(_default, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _line(name: str, kind: str, value: Any, doc: str) -> str:
     if "Positional" in kind:
-        return f"  {name.upper():24s}{doc.split('. ')[0].rstrip('.')}"
-    flag = name.replace("_", "-")
-    flag = f"[no-]{flag}" if value is True else flag
-    notes = []
-    if kind.startswith("Literal["):
-        notes.append(kind.removeprefix("Literal[").split("]")[0].replace("'", "").replace('"', ""))
+        return f"  {name.upper():21s}{doc.split('. ')[0].rstrip('.')}"
+    choices = kind.removeprefix("Literal[").split("]")[0] if kind.startswith("Literal[") else ""
+    note = choices.replace("'", "").replace('"', "")
     if value is tyro.MISSING:
-        notes.append("needed")
-    elif value is not None and not isinstance(value, bool):
-        notes.append(f"default {value:g}" if isinstance(value, float) else f"default {value}")
-    note = f" ({'; '.join(notes)})" if notes else ""
+        note = "needed"
+    elif default := _default(value):
+        others = [choice for choice in note.split(", ") if choice not in ("", default)]
+        note = f"default {default}" + (f"; or {', '.join(others)}" if others else "")
+    note = f" ({note})" if note else ""
     first = doc.split(". ")[0].split(";")[0].rstrip(".")
-    left = f"  --{flag:22s}"
+    left = f"  {_flag(name, value):20s} "
     return left + textwrap.shorten(first, _WIDTH - len(left) - len(note), placeholder="...") + note
 
 

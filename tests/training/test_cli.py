@@ -103,7 +103,9 @@ def test_unknown_option_is_code_2(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train", "--nonesuch"])
     assert exit.value.code == 2
-    assert "--nonesuch" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--nonesuch" in error
+    assert "ggam-fast train --help" in error
 
 
 def test_help_of_every_command_fits_a_screen_and_shows_an_example(capsys):
@@ -113,19 +115,28 @@ def test_help_of_every_command_fits_a_screen_and_shows_an_example(capsys):
         assert f"ggam-fast {name}" in overview
         assert main([name, "--help"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) <= 66
-        assert max(map(len, lines)) <= 120
+        assert len(lines) <= 40
+        assert max(map(len, lines)) <= 100
         assert any(line.strip().startswith(f"ggam-fast {name} ") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["train", "data"])
+def test_all_help_has_the_full_text(name, run_command):
+    done = run_command(name, "--help-all")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "By default $XDG_CACHE_HOME" in " ".join(done.stdout.replace("│", " ").split())
 
 
 def test_help_names_every_option_and_its_default(capsys):
     assert main(["train", "--help"]) == 0
-    shown = capsys.readouterr().out
+    shown = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("  --"))
     for name, value in TrainConfig().values().items():
-        flag = name.replace("_", "-")
-        assert f"--{flag} " in shown or f"--[no-]{flag} " in shown
+        found = re.search(rf"--(\[no-\])?{name.replace('_', '-')}(?= |$)(.*)", shown, re.MULTILINE)
+        assert found is not None
+        assert bool(found[1]) == (value is True)
         if isinstance(value, str | float | int) and not isinstance(value, bool):
-            assert f"default {value:g}" in shown if isinstance(value, float) else f"default {value}" in shown
+            default = f"{value:g}" if isinstance(value, float) else str(value)
+            assert re.match(rf" ({re.escape(default)}( |$)|.*\(default {re.escape(default)}[;)])", found[2])
 
 
 def test_version(capsys):

@@ -5,10 +5,12 @@ import pytest
 
 from ggam_fast.training import engine
 from ggam_fast.training.cli import main
-from ggam_fast.training.commands import parse_train
+from ggam_fast.training.commands import _parsed, parse_train
 from ggam_fast.training.config import TrainConfig
 from ggam_fast.training.config_file import read_config_file, write_config_file
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.evaluation import EvaluateConfig
+from ggam_fast.training.explanation import ExplainConfig
 
 
 @pytest.mark.parametrize(
@@ -87,3 +89,17 @@ def test_options_saved_with_a_run_repeat_it(tiny_config, report, tmp_path):
     engine.train(tiny_config, report)
     again = parse_train(["--config", str(tiny_config.run.out / engine.OPTIONS), "--out", str(tmp_path / "b")])
     assert again == replace(tiny_config, run=replace(tiny_config.run, out=tmp_path / "b"))
+
+
+def test_what_is_told_by_its_place_can_stand_in_a_file_too(tmp_path):
+    """The path of a run or of images has no flag; on the command line it wins."""
+    (tmp_path / "a.yaml").write_text("run: runs/a\nsteps: 3\n")
+    for given, run in (((), "runs/a"), (("runs/b",), "runs/b")):
+        config = _parsed("evaluate", EvaluateConfig(), ["--config", str(tmp_path / "a.yaml"), *given])
+        assert (config.run, config.steps) == (Path(run), 3)
+    (tmp_path / "b.toml").write_text('run = "runs/a"\nimages = ["a.png", "b.png"]\n')
+    config = _parsed("explain", ExplainConfig(), ["--config", str(tmp_path / "b.toml")])
+    assert (config.run, config.images) == (Path("runs/a"), (Path("a.png"), Path("b.png")))
+    (tmp_path / "c.yaml").write_text("run: runs/a\nimages: a.png\n")
+    config = _parsed("explain", ExplainConfig(), ["--config", str(tmp_path / "c.yaml")])
+    assert config.images == (Path("a.png"),)

@@ -16,7 +16,8 @@ from torchmetrics.functional.classification import (
 @dataclass(frozen=True)
 class Metrics:
     """Shares in [0, 1]. `majority`: the accuracy of always saying the split's commonest class.
-    `balanced_accuracy`: the mean of the classes' recalls. `confusion`: rows are true classes.
+    `balanced_accuracy`: the mean recall of the classes that the split has. `confusion`: rows are true
+    classes.
     """
 
     images: int
@@ -40,13 +41,15 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     def average(metric, kind: str | None) -> Tensor:
         return metric(logits, labels, num_classes=classes, average=kind)
 
+    recall = average(multiclass_accuracy, "none")
     return Metrics(
         images=len(labels),
         majority=support.max().item() / len(labels),
         accuracy=average(multiclass_accuracy, "micro").item(),
-        balanced_accuracy=average(multiclass_accuracy, "macro").item(),
+        # torchmetrics' macro average counts a class that is only ever predicted as a recall of 0.
+        balanced_accuracy=recall[support > 0].mean().item(),
         macro_f1=average(multiclass_f1_score, "macro").item(),
-        recall=average(multiclass_accuracy, "none").tolist(),
+        recall=recall.tolist(),
         support=support.tolist(),
         confusion=multiclass_confusion_matrix(logits, labels, num_classes=classes).tolist(),
     )

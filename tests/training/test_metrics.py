@@ -19,6 +19,13 @@ def test_numbers_worked_out_by_hand():
     assert metrics.support == [5, 2, 1]
 
 
+def test_class_that_is_only_predicted_has_no_recall():
+    labels, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 1, 1])
+    metrics = classification_metrics(torch.eye(3)[predicted], labels)
+    assert metrics.balanced_accuracy == pytest.approx((1 / 2 + 1) / 2)
+    assert metrics.macro_f1 == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
 def test_class_without_images_does_not_count_against_the_mean():
     labels = torch.tensor([0, 0, 2])
     metrics = classification_metrics(torch.eye(3)[labels], labels)

@@ -98,7 +98,7 @@ def max_box_acc_v2(overlaps: Tensor) -> float:
     """MaxBoxAccV2 in [0, 1] from `box_overlaps`: for each delta in `DELTAS` the share of images whose overlap
     reaches delta at the one threshold that suits the data set best; the mean over the deltas.
 
-    Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (arXiv 2001.07437).
+    Choe et al., Evaluation for Weakly Supervised Object Localization (arXiv 2007.04178).
     """
     return float(np.mean([(overlaps >= delta).double().mean(0).max().item() for delta in DELTAS]))
 

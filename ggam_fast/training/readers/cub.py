@@ -26,21 +26,22 @@ def read(root: Path, cache: Path) -> ImageSet:
     classes = numbered(base / "classes.txt")
     label = numbered(base / "image_class_labels.txt")
     train = numbered(base / "train_test_split.txt")
-    boxes = {int(row[0]): [float(value) for value in row[1:5]] for row in map(str.split, _lines(base, 4))}
+    boxes = {int(image): numbers for image, *numbers in _table(base / "bounding_boxes.txt", 5)}
     for name, table in zip(_FILES[1:], (label, None, train, boxes), strict=True):
         if table is not None and set(table) != set(ids):
             raise TrainError(f"{base / name} is not about the images that images.txt lists")
-    strangers = {int(number) for number in label.values()} - set(classes)
+    order = sorted(classes)
+    position = {str(number): n for n, number in enumerate(order)}
+    strangers = set(label.values()) - set(position)
     if strangers:
         raise TrainError(f"{base / _FILES[1]}: class {min(strangers)} is not in classes.txt")
-    order = sorted(classes)
     xywh = torch.tensor([boxes[i] for i in ids])
     split_of_row = ["train" if train[i] == "1" else "test" for i in ids]
     names, parts = _parts(base, ids)
     return ImageSet(
         name="cub",
         files=tuple(base / "images" / paths[i] for i in ids),
-        labels=torch.tensor([order.index(int(label[i])) for i in ids]),
+        labels=torch.tensor([position[label[i]] for i in ids]),
         classes=tuple(classes[number] for number in order),
         splits={name: rows_of(split_of_row, name) for name in ("train", "test")},
         flips=((), (-1,)),
@@ -49,13 +50,17 @@ def read(root: Path, cache: Path) -> ImageSet:
     )
 
 
-def _lines(base: Path, values: int) -> list[str]:
-    path = base / "bounding_boxes.txt"
-    found = lines(path)
-    for line in found:
-        if len(line.split()) != values + 1:
-            raise TrainError(f"{path}: expected an image and {values} numbers; got {line!r}")
-    return found
+def _table(path: Path, columns: int) -> list[list[float]]:
+    rows = []
+    for line in lines(path):
+        try:
+            row = [float(value) for value in line.split()]
+        except ValueError:
+            row = []
+        if len(row) != columns:
+            raise TrainError(f"{path}: expected {columns} numbers; got {line!r}")
+        rows.append(row)
+    return rows
 
 
 def _parts(base: Path, ids: list[int]) -> tuple[tuple[str, ...], torch.Tensor | None]:
@@ -64,9 +69,8 @@ def _parts(base: Path, ids: list[int]) -> tuple[tuple[str, ...], torch.Tensor | 
     names = numbered(base / _PARTS[0])
     row, column = {i: n for n, i in enumerate(ids)}, {i: n for n, i in enumerate(sorted(names))}
     parts = torch.zeros(len(ids), len(names), 3)
-    for line in lines(base / _PARTS[1]):
-        image, part, x, y, visible = line.split()
-        if int(image) not in row or int(part) not in column:
-            raise TrainError(f"{base / _PARTS[1]}: no such image or part: {line!r}")
-        parts[row[int(image)], column[int(part)]] = torch.tensor([float(x), float(y), float(visible)])
+    for image, part, *seen in _table(base / _PARTS[1], 5):
+        if image not in row or part not in column:
+            raise TrainError(f"{base / _PARTS[1]}: no such image or part: {image:g} {part:g}")
+        parts[row[int(image)], column[int(part)]] = torch.tensor(seen)
     return tuple(names[i] for i in sorted(names)), parts

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import ggam_fast
 from ggam_fast.training.backbones import create_backbone
@@ -69,11 +70,8 @@ def save_checkpoint(
     text = json.dumps(description, indent=2)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     path = folder / name
-    try:
-        write_atomically(path, lambda part: save_file(tensors, part, {_METADATA_KEY: text}))
-        write_atomically(folder / CONFIG, lambda part: part.write_text(text + "\n"))
-    except (OSError, SafetensorError) as error:
-        raise TrainError(f"cannot write checkpoint {path}: {error}") from error
+    write_atomically(path, lambda part: part.write_bytes(save(tensors, {_METADATA_KEY: text})))
+    write_atomically(folder / CONFIG, lambda part: part.write_text(text + "\n"))
     return path
 
 
@@ -81,7 +79,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Rebuild the classifier of a run from its folder or its `model.safetensors`.
 
     Raises:
-        TrainError: no such file, or not a checkpoint of this package.
+        TrainError: no such file, not a checkpoint of this package, or weights that do not fit what it says.
     """
     file = Path(path)
     file = file / WEIGHTS if file.is_dir() else file
@@ -95,10 +93,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise TrainError(f"cannot read checkpoint {file}: {error}") from error
     if _METADATA_KEY not in metadata:
         raise TrainError(f"{file} was not written by ggam_fast")
-    description = json.loads(metadata[_METADATA_KEY])
-    backbone = create_backbone(**description["backbone"], pretrained=False)
-    classes = tuple(description["classes"])
-    head = create_head(backbone, len(classes), HeadConfig(**description["head"]))
-    model = GGAMClassifier(backbone, head)
-    model.load_state_dict(tensors)
+    try:
+        description = json.loads(metadata[_METADATA_KEY])
+        backbone = create_backbone(**description["backbone"], pretrained=False)
+        classes = tuple(description["classes"])
+        model = GGAMClassifier(
+            backbone, create_head(backbone, len(classes), HeadConfig(**description["head"]))
+        )
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise TrainError(f"{file} is of another architecture or version: {reason}") from error
     return Checkpoint(model.eval(), classes, description)

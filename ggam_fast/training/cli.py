@@ -50,7 +50,7 @@ def _run(arguments: list[str]) -> int:
 
     try:
         return commands.run(arguments)
-    except TrainError as error:
+    except (TrainError, OSError) as error:  # of the system, such as a disk that is full while the log grows
         print(f"ggam-fast: {error}", file=sys.stderr)
         return _BAD_INPUT
 

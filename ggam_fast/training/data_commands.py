@@ -101,6 +101,8 @@ def preview(config: ShowConfig, report: Report) -> Path:
         raise TrainError(f"--split {config.split}: {images.name} has {', '.join(images.splits)}")
     if config.images < 1:
         raise TrainError(f"--images must be 1 or more; got {config.images}")
+    if not config.out.parent.is_dir():
+        raise TrainError(f"--out {config.out} cannot be written: no folder {config.out.parent}")
     rows = _spread(images, config.split, config.images)
     lines = -(-len(rows) // _COLUMNS)
     figure = Figure(figsize=(2.3 * _COLUMNS, 2.5 * lines), dpi=100, layout="constrained", facecolor="white")
@@ -124,10 +126,7 @@ def preview(config: ShowConfig, report: Report) -> Path:
         if found.parts is not None:
             seen = found.parts[row][found.parts[row][:, 2] > 0]
             axes.plot(seen[:, 0], seen[:, 1], "o", color="#F0E442", markersize=3, markeredgecolor="black")
-    try:
-        write_atomically(config.out, lambda part: figure.savefig(part, format="png"))
-    except OSError as error:
-        raise TrainError(f"--out {config.out} cannot be written: {error.strerror}") from error
+    write_atomically(config.out, lambda part: figure.savefig(part, format="png"))
     report.note(f"{len(rows)} images of {images.name}, split {config.split}: {config.out}")
     return config.out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ggam_fast import GGAMHead
-from ggam_fast.training import checkpoints, data
+from ggam_fast.training import checkpoints, data, snapshots
 from ggam_fast.training.backbones import Backbone, create_backbone
 from ggam_fast.training.batches import Batches, ImageBatches, MapBatches
 from ggam_fast.training.classifier import GGAMClassifier, create_head
@@ -34,9 +35,8 @@ from ggam_fast.training.metrics import Metrics, classification_metrics
 from ggam_fast.training.outputs import output_folder, write_atomically
 from ggam_fast.training.readers import read_images
 from ggam_fast.training.reports import Report
-from ggam_fast.training.run_log import RunLog
+from ggam_fast.training.run_log import BOARD, RunLog
 from ggam_fast.training.scanning import readable
-from ggam_fast.training.snapshots import load_snapshot, save_snapshot
 
 METRICS = "metrics.json"
 OPTIONS = "options.yaml"
@@ -112,6 +112,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 kept.go_on()
                 report.note(f"going on after {fit.steps} steps")
             elif world.speaks:
+                kept.start()
                 write_config_file(out / OPTIONS, {**config.values(), "resume": None, "overwrite": None})
             log = RunLog(out, fit.steps) if world.speaks else None
             with log or nullcontext():
@@ -182,13 +183,20 @@ class Kept:
         # What all parts of one run have in common.
         self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
 
+    def start(self) -> None:
+        """Remove what an older run (--overwrite) left: --resume would go on with its snapshots."""
+        for name in (snapshots.FOLDER, BOARD):
+            shutil.rmtree(self._out / name, ignore_errors=True)
+        for name in (checkpoints.WEIGHTS, checkpoints.BEST, METRICS, GALLERY):
+            (self._out / name).unlink(missing_ok=True)
+
     def go_on(self) -> None:
         """Put the fit where the newest snapshot in the folder is.
 
         Raises:
             TrainError: no snapshot, or one of another model or data set.
         """
-        state = load_snapshot(self._out)
+        state = snapshots.load_snapshot(self._out)
         for name, value in self._run.items():
             if state["run"][name] != value:
                 raise TrainError(f"--resume {self._out}: its snapshot has another {name}")
@@ -206,13 +214,14 @@ class Kept:
         state = {"run": self._run, "fit": self._fit.state_dict()}  # in every process: each has its own part
         if not self._world.speaks:
             return
-        save_snapshot(self._out, self._fit.steps, state)
+        # The best first: a run killed between the two goes on from before this epoch, and saves it again.
         history = self._fit.history
         if len(history) > self._epochs:
             self._epochs = len(history)
             scores = [epoch.get("val_accuracy", -epoch["loss"]) for epoch in history]
             if scores[-1] > max(scores[:-1], default=-math.inf):
                 self._save(checkpoints.BEST)
+        snapshots.save_snapshot(self._out, self._fit.steps, state)
 
     def save_result(self) -> Path:
         if self._world.speaks:

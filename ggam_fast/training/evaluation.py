@@ -122,12 +122,9 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
     out = config.out or (config.run if config.run.is_dir() else config.run.parent)
     with writable_folder(out):
         results, examples = evaluated(model, checkpoint, images, config, device, report)
-        try:
-            text = json.dumps(results, indent=1) + "\n"
-            write_atomically(out / NUMBERS, lambda part: part.write_text(text))
-            write_html(out / PAGE, results, examples)
-        except OSError as error:
-            raise TrainError(f"--out {out} cannot be written: {error.strerror}") from error
+        text = json.dumps(results, indent=1) + "\n"
+        write_atomically(out / NUMBERS, lambda part: part.write_text(text))
+        write_html(out / PAGE, results, examples)
     report.note(f"results in {out}: {NUMBERS}, {PAGE}")
     return out / PAGE
 

@@ -91,10 +91,7 @@ def explain(config: ExplainConfig, report: Report) -> list[Path]:
             seen += [look(other, picture, seen[0].of, device) for other in checkpoints[1:]]
             figure = draw(source.name, seen, labels, classes)
             path = config.out / name
-            try:
-                write_atomically(path, lambda part, figure=figure: figure.savefig(part, format="png"))  # type: ignore[misc]
-            except OSError as error:
-                raise TrainError(f"cannot write {path}: {error.strerror}") from error
+            write_atomically(path, lambda part, figure=figure: figure.savefig(part, format="png"))  # type: ignore[misc]
             paths.append(path)
             for one, label in zip(seen, labels, strict=True):
                 best = one.probabilities.topk(min(_TOP, len(classes)))

@@ -99,7 +99,7 @@ def export_run(config: ExportConfig, report: Report) -> list[Path]:
             with _quiet():
                 exported = (_torch if kind == "torch" else _onnx)(model, side, part, text)
         except OSError:
-            raise
+            raise  # of writing
         except Exception as error:  # exporters raise errors of many kinds
             raise TrainError(f"cannot export to {kind}: {_first_line(error)}") from error
         differences[kind] = difference(model, exported, side, kind)
@@ -110,10 +110,7 @@ def export_run(config: ExportConfig, report: Report) -> list[Path]:
     }
     writers[DESCRIPTION] = lambda part: part.write_text(text + "\n")
     with writable_folder(out):
-        try:
-            write_together(out, writers)
-        except OSError as error:
-            raise TrainError(f"--out {out} cannot be written: {error.strerror}") from error
+        write_together(out, writers)
     for kind, value in differences.items():
         report.note(
             f"{out / NAMES[kind]}: images (N, 3, {side}, {side}) to {', '.join(model.names)}; largest "

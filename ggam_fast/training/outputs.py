@@ -61,22 +61,26 @@ def remove_parts(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file in a temporary folder beside `path`, then put it in place in one step."""
+    """Let `write` make the file in a temporary folder beside `path`, then put it in place in one step.
+
+    Raises:
+        TrainError: it cannot be written, such as to a full disk; an older file is untouched.
+    """
     write_together(path.parent, {path.name: write})
 
 
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """`write_atomically` of several files, none of which is put in place before all are written."""
-    # A folder, because some writers make temporary files of their own beside the file they are given.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as made:
-        parts = [Path(made) / name for name in writers]
-        for part, write in zip(parts, writers.values(), strict=True):
-            write(part)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            # safetensors makes files for the owner alone; results get the permissions of any new file.
-            mask = os.umask(0)
-            os.umask(mask)
-            part.chmod(0o666 & ~mask)
-        for part in parts:
-            part.replace(folder / part.name)
+    try:
+        # A folder, because some writers make temporary files of their own beside the file they are given.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as made:
+            parts = [Path(made) / name for name in writers]
+            for part, write in zip(parts, writers.values(), strict=True):
+                write(part)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+            for part in parts:
+                part.replace(folder / part.name)
+    except OSError as error:
+        names = ", ".join(str(folder / name) for name in writers)
+        raise TrainError(f"cannot write {names}: {error.strerror or error}") from error

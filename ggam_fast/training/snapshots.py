@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from pathlib import Path
@@ -24,16 +25,17 @@ def save_snapshot(folder: Path, steps: int, state: dict[str, Any]) -> Path:
     Raises:
         TrainError: it cannot be written; the snapshots before it are untouched.
     """
-    snapshots = folder / FOLDER
-    path = snapshots / f"step-{steps:09d}.pt"
+    path = folder / FOLDER / f"step-{steps:09d}.pt"
+    # In memory first: of a full disk torch says no more than "unexpected pos".
+    whole = io.BytesIO()
+    torch.save(state, whole)
     try:
-        snapshots.mkdir(exist_ok=True)
-        write_atomically(path, lambda part: torch.save(state, part))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda part: part.write_bytes(whole.getbuffer()))
+    except (OSError, TrainError) as error:
         kept = _paths(folder)
-        held = f"; the last whole one is {kept[-1]}" if kept else ""
-        raise TrainError(f"cannot write snapshot {path}: {reason}{held}") from error
+        held = f"; the last whole snapshot is {kept[-1]}" if kept else ""
+        raise TrainError(f"{error}{held}") from error
     for old in _paths(folder)[:-_KEPT]:
         old.unlink(missing_ok=True)
     return path

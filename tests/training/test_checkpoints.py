@@ -86,6 +86,32 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"classes": ["a", "b"]},
+        {"head": {"hidden_size": 7}},
+        {"head": {"attention": "sideways"}},
+        {"head": {"of_a_later_version": 1}},
+        {"backbone": {"name": "test_vit", "image_size": 160, "resize": 160}},
+        {"backbone": {"name": "nonesuch", "image_size": 64, "resize": 64}},
+        {"backbone": None},
+        {"head": None},
+    ],
+)
+def test_weights_of_another_architecture_are_one_line(tmp_path, changed):
+    from safetensors.torch import load_file, save_file
+
+    path = save(tmp_path, classifier(HeadConfig()), HeadConfig())
+    description = json.loads((tmp_path / "config.json").read_text()) | changed
+    description = {name: value for name, value in description.items() if value is not None}
+    save_file(load_file(path), path, {"ggam_fast": json.dumps(description)})
+    with pytest.raises(TrainError, match=r"model\.safetensors is of another architecture") as raised:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
 def test_weights_of_another_program_are_refused(tmp_path):
     from safetensors.torch import save_file
 

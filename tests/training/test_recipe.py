@@ -88,6 +88,11 @@ def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
     assert all(p.grad is None for p in fit.trained.parameters())
 
 
+def test_batches_of_all_processes_larger_than_the_split_are_refused(maps):
+    with pytest.raises(TrainError, match="--batch-size 64 on 1 processes is more than"):
+        fitted(new_head(), maps(17))
+
+
 def test_average_is_the_running_one(maps):
     weights = []
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from ggam_fast.training import engine, snapshots
 from ggam_fast.training.cli import main
+from ggam_fast.training.commands import COMMANDS
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.fitting import Fit
 
@@ -140,21 +143,95 @@ def test_last_three_snapshots_stay(tiny_config, report):
     assert names == ["step-000000024.pt", "step-000000030.pt", "step-000000036.pt"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
-def test_full_disk_leaves_the_snapshot_before(tmp_path, monkeypatch, error):
+def full_disk(monkeypatch, name: str) -> None:
+    """From now on a file called `name` does not fit."""
+    write, write_text = Path.write_bytes, Path.write_text
+
+    def half(path, content, *rest, whole):
+        if path.name != name:
+            return whole(path, content, *rest)
+        whole(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", partialmethod(half, whole=write))
+    monkeypatch.setattr(Path, "write_text", partialmethod(half, whole=write_text))
+
+
+def test_full_disk_leaves_the_snapshot_before(tmp_path, monkeypatch):
     snapshots.save_snapshot(tmp_path, 1, {"x": torch.ones(3)})
-
-    def half(state, part):
-        part.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(torch, "save", half)
+    full_disk(monkeypatch, "step-000000002.pt")
     with pytest.raises(
-        TrainError, match=r"cannot write snapshot .*step-000000002.*the last whole one is .*0001"
+        TrainError,
+        match=r"cannot write .*snapshots/step-000000002.pt: No space left on device; the last whole snapshot "
+        r"is .*0001",
     ):
         snapshots.save_snapshot(tmp_path, 2, {"x": torch.zeros(3)})
     assert [path.name for path in (tmp_path / snapshots.FOLDER).iterdir()] == ["step-000000001.pt"]
     assert snapshots.load_snapshot(tmp_path)["x"].equal(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "name", ["options.yaml", "step-000000012.pt", "best.safetensors", "model.safetensors", "metrics.json"]
+)
+def test_after_a_full_disk_a_run_goes_on(tiny_config, report, elsewhere, monkeypatch, name):
+    """One line, nothing half-written; with room again, the bits of a run that had it all along."""
+    engine.train(tiny_config, report)
+    config = elsewhere(tiny_config, "full")
+    with monkeypatch.context() as patch:
+        full_disk(patch, name)
+        with pytest.raises(TrainError, match=rf"^cannot write .*{name}: No space left on device") as raised:
+            engine.train(config, report)
+    assert "\n" not in str(raised.value)
+    out = config.run.out
+    assert not (out.is_dir() and list(out.rglob(".*")))
+    if not (out / snapshots.FOLDER).is_dir():
+        return
+    engine.train(replace(config, run=replace(config.run, resume=out)), report)
+    for file in ("model.safetensors", "best.safetensors"):
+        assert same(weights(out, file), weights(tiny_config.run.out, file))
+
+
+def test_system_errors_are_one_line_too(monkeypatch, capsys):
+    def full(arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(COMMANDS, "train", full)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "ggam-fast: [Errno 28] No space left on device\n"
+
+
+def test_killed_between_its_best_and_its_snapshot(tiny_config, report, elsewhere, monkeypatch):
+    engine.train(tiny_config, report)
+    config = elsewhere(tiny_config, "killed")
+    save = snapshots.save_snapshot
+    with monkeypatch.context() as patch:
+
+        def killed(folder, steps, state):
+            best = (folder / "best.safetensors").read_bytes()
+            if steps == 12:
+                raise Stopped
+            assert best
+            return save(folder, steps, state)
+
+        patch.setattr(snapshots, "save_snapshot", killed)
+        with pytest.raises(Stopped):
+            engine.train(config, report)
+    engine.train(replace(config, run=replace(config.run, resume=config.run.out)), report)
+    for file in ("model.safetensors", "best.safetensors"):
+        assert same(weights(config.run.out, file), weights(tiny_config.run.out, file))
+
+
+def test_overwriting_leaves_nothing_to_go_on_with_of_the_older_run(tiny_config, report, elsewhere):
+    longer = replace(tiny_config, optim=replace(tiny_config.optim, epochs=6))
+    engine.train(longer, report)
+    out = longer.run.out
+    engine.train(replace(tiny_config, run=replace(tiny_config.run, overwrite=True)), report)
+    names = sorted(path.name for path in (out / snapshots.FOLDER).iterdir())
+    assert names == ["step-000000012.pt", "step-000000018.pt", "step-000000024.pt"]
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    first = weights(out)
+    engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=out)), report)
+    assert same(weights(out), first)
 
 
 def test_options_of_another_run_are_refused(tiny_config, report, capsys):

@@ -22,9 +22,17 @@ class Order:
     what does not fill a batch is left out; so a run can go on in the middle of an epoch.
 
     Every process of `world` gets its own batches; in order, row r goes to process r modulo their number.
+
+    Raises:
+        TrainError: shuffled, and no batch for every process.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None, world: World = ALONE) -> None:
+        if seed is not None and count < batch_size * world.size:
+            raise TrainError(
+                f"--batch-size must be at most {count // world.size} for {count} training images on "
+                f"{world.size} processes"
+            )
         self.count = count
         self.batch_size = batch_size
         self.seed = seed

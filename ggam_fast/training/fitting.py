@@ -16,7 +16,6 @@ from ggam_fast.training.compiling import compile_or_eager
 from ggam_fast.training.config import OptimConfig
 from ggam_fast.training.devices import autocast
 from ggam_fast.training.distributed import ALONE, World
-from ggam_fast.training.errors import TrainError
 from ggam_fast.training.mixing import Mix, hard
 from ggam_fast.training.reports import Bar, Report
 from ggam_fast.training.run_log import RunLog
@@ -123,13 +122,7 @@ class Fit:
 
         Raises:
             Interrupted: `check` raised it, between two steps.
-            TrainError: the processes' batches are larger than the training split.
         """
-        if not len(train):
-            raise TrainError(
-                f"--batch-size {self._optim.batch_size} on {self._world.size} processes is more than the "
-                "training split holds"
-            )
         epochs, accumulate = self._optim.epochs, self._optim.accumulate
         self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
         loss_of = self._step_function(train, report)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from ggam_fast.training import engine, load_checkpoint
+from ggam_fast.training.batches import Order
 from ggam_fast.training.commands import parse_train
 from ggam_fast.training.config import OptimConfig
+from ggam_fast.training.distributed import World
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.fitting import Fit, _schedule
 from ggam_fast.training.mixing import Mix, hard
@@ -88,9 +90,11 @@ def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
     assert all(p.grad is None for p in fit.trained.parameters())
 
 
-def test_batches_of_all_processes_larger_than_the_split_are_refused(maps):
-    with pytest.raises(TrainError, match="--batch-size 64 on 1 processes is more than"):
-        fitted(new_head(), maps(17))
+def test_batches_of_all_processes_larger_than_the_split_are_refused():
+    assert len(Order(16, 8, 0, World(1, 2))) == 1
+    assert len(Order(16, 9, None, World(1, 2))) == 1
+    with pytest.raises(TrainError, match="--batch-size must be at most 8 for 16 .* on 2 processes"):
+        Order(16, 9, 0, World(1, 2))
 
 
 def test_average_is_the_running_one(maps):

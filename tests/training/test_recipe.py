@@ -93,7 +93,7 @@ def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
 def test_batches_of_all_processes_larger_than_the_split_are_refused():
     assert len(Order(16, 8, 0, World(1, 2))) == 1
     assert len(Order(16, 9, None, World(1, 2))) == 1
-    with pytest.raises(TrainError, match="--batch-size must be at most 8 for 16 .* on 2 processes"):
+    with pytest.raises(TrainError, match=r"--batch-size must be at most 8 for 16 .* on 2 processes"):
         Order(16, 9, 0, World(1, 2))
 
 

@@ -1,5 +1,6 @@
 """Options of the training recipe, each seen to do what it says."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -69,11 +70,11 @@ def maps():
     return lambda size: MapBatches(features, labels, size, torch.device("cpu"), shuffle_seed=0)
 
 
-def new_head():
+def new_head(hidden_size=0):
     import ggam_fast
 
     torch.manual_seed(0)
-    return ggam_fast.GGAMHead(8, 3, hidden_size=0, rd_channels=4)
+    return ggam_fast.GGAMHead(8, 3, hidden_size=hidden_size, rd_channels=4)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(maps):
@@ -88,6 +89,12 @@ def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
     fit = fitted(new_head(), maps(4), accumulate=3)
     assert fit.steps == 2
     assert all(p.grad is None for p in fit.trained.parameters())
+    # Of as many batches as it has: one batch alone is a step like any other.
+    alone = fitted(new_head(), maps(16), accumulate=4)
+    for ours, theirs in zip(
+        alone.trained.parameters(), fitted(new_head(), maps(16)).trained.parameters(), strict=True
+    ):
+        assert ours.equal(theirs)
 
 
 def test_batches_of_all_processes_larger_than_the_split_are_refused():
@@ -97,23 +104,33 @@ def test_batches_of_all_processes_larger_than_the_split_are_refused():
         Order(16, 9, 0, World(1, 2))
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_processes_share_the_rows_of_an_epoch(seed):
+    parts = [Order(24, 4, seed, World(rank, 3)).batches(5) for rank in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert sorted(torch.cat([torch.cat(part) for part in parts]).tolist()) == list(range(24))
+
+
 def test_average_is_the_running_one(maps):
-    weights = []
+    states = []
 
     class Recorded(Fit):
         def _step(self):
             super()._step()
-            weights.append(self.trained.classifier.weight.detach().clone())
+            states.append(copy.deepcopy(self.trained.state_dict()))
 
-    head = new_head()
+    head = new_head(hidden_size=4)  # with batch norm, whose statistics are averaged too
     optim = OptimConfig(epochs=1, ema=0.75)
     fit = Recorded(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
     fit.run(maps(4), None)
     # torch's first update copies.
-    expected = weights[0]
-    for weight in weights[1:]:
-        expected = 0.75 * expected + 0.25 * weight
-    torch.testing.assert_close(fit.result.classifier.weight, expected)
+    for name, found in fit.result.state_dict().items():
+        if not found.is_floating_point():
+            continue
+        expected = states[0][name]
+        for state in states[1:]:
+            expected = 0.75 * expected + 0.25 * state[name]
+        torch.testing.assert_close(found, expected)
     assert fit.result is not head
 
 

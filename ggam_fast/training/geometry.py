@@ -24,7 +24,6 @@ class Placed(NamedTuple):
     areas: Tensor | None
     boxes: Tensor | None
     parts: Tensor | None
-    exact: bool
 
     def kinds(self) -> tuple[str, ...]:
         return tuple(name for name in ("areas", "boxes", "parts") if getattr(self, name) is not None)
@@ -37,7 +36,7 @@ def placed(images: ImageSet, rows: Sequence[int], transform: Transform, size: in
     """
     found = images.annotations
     if found is None:
-        return Placed(None, None, None, False)
+        return Placed(None, None, None)
     areas, boxes, parts = [], [], []
     for row in rows:
         image = images.read(row)
@@ -54,7 +53,7 @@ def placed(images: ImageSet, rows: Sequence[int], transform: Transform, size: in
     stacked_areas = torch.stack(areas) if areas else None
     if stacked_areas is None and stacked_boxes is not None:
         stacked_areas = boxes_to_masks(stacked_boxes, (size, size))
-    return Placed(stacked_areas, stacked_boxes, torch.stack(parts) if parts else None, bool(areas))
+    return Placed(stacked_areas, stacked_boxes, torch.stack(parts) if parts else None)
 
 
 def _moved(annotation: Tensor, image: Image.Image, transform: Transform) -> Tensor:

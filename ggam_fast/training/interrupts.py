@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from ggam_fast.training.errors import Interrupted
@@ -23,12 +23,7 @@ class InterruptGuard:
             self._previous = signal.signal(signal.SIGINT, self._request)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ggam_fast.training import engine, snapshots
+from ggam_fast.training import engine, fitting, snapshots
 from ggam_fast.training.cli import main
 from ggam_fast.training.commands import COMMANDS
 from ggam_fast.training.errors import TrainError
@@ -88,6 +88,28 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
             del epoch["images_per_second"]
     assert metrics[0]["test"] == metrics[1]["test"]
     assert metrics[0]["epochs"] == metrics[1]["epochs"]
+
+
+def test_logs_of_a_run_that_was_stopped_are_those_of_one_that_was_not(tiny_config, report, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(fitting, "_READ_EVERY", 1)
+    config = replace(tiny_config, run=replace(tiny_config.run, save_every=5))
+    out = config.run.out
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Stopped):
+            engine.train(config, report)
+    engine.train(replace(config, run=replace(config.run, resume=out)), report)
+    steps = list(range(1, 25))
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in logged if record["part"] == "train"] == steps
+    board = EventAccumulator(str(out / "tensorboard"))
+    board.Reload()
+    for name in ("loss", "guidance", "accuracy", "lr", "images_per_second"):
+        assert [point.step for point in board.Scalars(f"train/{name}")] == steps
+    assert board.Scalars("test/accuracy")
+    assert len(board.Images("gallery")) == 1
 
 
 @pytest.mark.slow

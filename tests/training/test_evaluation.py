@@ -14,6 +14,9 @@ from ggam_fast.training.cli import main
 from ggam_fast.training.config import DataConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.evaluation import EvaluateConfig, evaluate_run, more_metrics, spread
+from ggam_fast.training.geometry import placed
+from ggam_fast.training.heatmaps import heat_maps
+from ggam_fast.training.localization import energy, enlarged
 from ggam_fast.training.readers import read_images
 
 from . import trees
@@ -69,6 +72,16 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
         *("attention", "Grad-CAM, label", "Grad-CAM, guess"),
         *("centre Gaussian", "uniform map"),
     }
+    # The shares inside boxes, of maps made one image at a time, of the class that the name says.
+    for name, classes_of in (("Grad-CAM, label", labels), ("Grad-CAM, guess", logits.argmax(1))):
+        shares = []
+        for row, of in zip(rows.tolist(), classes_of, strict=True):
+            inputs = transform(images.read(row))[None]
+            heat = heat_maps(model.head, model.backbone(inputs).detach(), of[None]).grad_cam
+            area = placed(images, [row], transform, 64).areas
+            shares.append(energy(enlarged(heat, (64, 64)), area).item())
+        assert found["localisation"][name]["energy"] == pytest.approx(sum(shares) / len(shares), rel=1e-3)
+    assert not labels.equal(logits.argmax(1))  # else the two could not be told apart
     for name in ("attention", "Grad-CAM, label", "centre Gaussian"):
         assert set(found["localisation"][name]) == {
             *("pointing", "pointing_15px", "energy", "max_box_acc_v2", "parts"),

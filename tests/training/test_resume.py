@@ -58,7 +58,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("killed_after", [1, 7])
+# Before the first snapshot, after one between two epochs, and after one within an epoch.
+@pytest.mark.parametrize("killed_after", [1, 7, 9])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tiny_config, report, elsewhere, monkeypatch, variant, killed_after
 ):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ggam_fast.training import engine, load_checkpoint
-from ggam_fast.training.batches import Order
+from ggam_fast.training.batches import Order, _Seeded
 from ggam_fast.training.commands import parse_train
 from ggam_fast.training.config import OptimConfig
 from ggam_fast.training.distributed import World
@@ -200,3 +200,18 @@ def test_one_cycle_of_any_length(steps):
         optimizer.step()
         schedule.step()
     assert 0 < min(rates) <= max(rates) <= 0.1
+
+
+def test_augmentation_is_that_of_seed_epoch_and_row():
+    class Noise:
+        def __getitem__(self, row):
+            return torch.rand(4), row
+
+    def drawn(seed, epoch, row):
+        return _Seeded(Noise(), seed)[epoch, row][0]
+
+    before = torch.get_rng_state()
+    first = drawn(0, 1, 2)
+    assert torch.get_rng_state().equal(before)
+    assert drawn(0, 1, 2).equal(first)
+    assert not any(drawn(*other).equal(first) for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)))

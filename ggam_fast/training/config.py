@@ -129,7 +129,7 @@ class RunConfig:
     out: Path | None = None
     """Folder of the results. By default runs/<data>-<time>."""
     overwrite: bool = False
-    """Allow a folder that already holds a run."""
+    """Allow a folder that already holds a run; what that one kept is removed."""
     resume: Path | None = None
     """Folder of a run to go on with, under its own options."""
     save_every: int = 0

@@ -41,10 +41,11 @@ SHAPES = [
 ]
 DTYPES = (torch.bfloat16, torch.float32)
 _MODULES = (
-    ops.channel_sum, ops.features_grad, ops.grad_cam_means, ops.hadamard, ops.max_pool,
-    ops.position_scatter, ops.spatial_norm, ops.spatial_sum,
+    ops.attention_backward, ops.attention_forward, ops.channel_sum, ops.features_grad,
+    ops.grad_cam_means, ops.hadamard, ops.max_pool, ops.position_scatter, ops.spatial_norm, ops.spatial_sum,
 )  # fmt: skip
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+            torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -57,7 +58,7 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        flags = ("POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA")
+        flags = ("HAS_MLP", "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA")
         return " ".join(f"{f}={self.keywords[f]:d}" for f in flags if f in self.keywords)
 
 
@@ -109,6 +110,17 @@ def _run_all(channels: int, positions: int, channels_last: bool, dtype: torch.dt
     for norm in ("softmax", "sum", "sigmoid"):
         stages.spatial_attention(a, s, norm)
         stages.spatial_attention_grad(a, s, t, t, total, norm)
+    weights = [torch.empty(x) for x in ((channels // 16, channels), (channels // 16,))]
+    weights += [torch.empty(x) for x in ((channels, channels // 16), (channels,))]
+    for pool_type in ("avg", "max", ""):
+        stages.attention_forward(a, *weights, "softmax", pool_type)
+        stages.attended(a, s, "softmax", pool_type)
+    for norm in ("sum", "sigmoid"):
+        stages.attention_forward(a, *weights, norm, "avg")
+    pair = torch.empty(batch, 2, channels)
+    stages.attention_backward(a, pair, None, t, total, "softmax")
+    for norm in ("softmax", "sum", "sigmoid"):
+        stages.attention_backward(a, pair[:, :1], pair[:, :1, :1].expand(-1, -1, positions), t, total, norm)
     stages.position_scatter(s, index, positions)
     for pool_type, first in (("avg", s), ("max", s), ("", a)):
         stages.features_grad(a, pool_type, first, index, t, t, s, s)
@@ -140,6 +152,8 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
 
 def inspect(launch: Launch, target: str) -> Code:
     """Compile one launch for one target and read its code."""
+    if target.startswith("gfx") and "PRECISION" in launch.keywords:
+        launch = launch._replace(keywords=launch.keywords | {"PRECISION": ops.PLAIN_DOT})
     kernel_source, options = source(launch)
     compiled = triton.compile(kernel_source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):

@@ -16,6 +16,7 @@ dA is a sum of outer products: it is written, A is not read for it, and nothing 
 but A.  One node means one write: the guidance loss reaches A through e, in the same dA.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,35 +90,50 @@ def attend(stages: Stages, features: Tensor, mlp: ChannelMLP, options: Options) 
     def empty() -> Tensor:  # autograd wants every output to be a tensor of its own
         return features.new_empty(0, dtype=dtype)
 
-    mean, hidden, total, peak, index = (empty() for _ in range(5))
+    if options.attention == "channel_spatial" and stages.whole_forward:
+        out, index, t, total, logits, mean, hidden = stages.attention_forward(
+            features, *mlp, options.spatial_norm, options.pool_type
+        )
+        pooled, peak = (out * t.gather(1, index), out) if options.pool_type == "max" else (out, empty())
+        return Attended(pooled, logits, t, mean, hidden, total, peak, index)
+
+    mean, hidden, total, peak = (empty() for _ in range(4))
     logits = features.new_zeros((batch, channels), dtype=dtype)
-    if options.uses_channel or (options.pool_type == "avg" and not options.uses_spatial):
-        mean = stages.spatial_sum(features, None, 1.0 / positions)
     if options.uses_channel:
+        mean = stages.spatial_sum(features, None, 1.0 / positions)
         w1, b1, w2, b2 = (p.to(dtype) for p in mlp if p is not None)
         hidden = torch.relu(torch.addmm(b1, mean, w1.t()))
         logits = torch.addmm(b2, hidden, w2.t())
     s = torch.softmax(logits, -1)
 
     if options.uses_spatial:
-        t, total = stages.spatial_attention(features, s, options.spatial_norm)
+        out, index, t, total = stages.attended(features, s, options.spatial_norm, options.pool_type)
         weights: Tensor | None = t
     else:
         t, weights = features.new_ones((batch, positions), dtype=dtype), None
+        if options.uses_channel and options.pool_type == "avg":
+            out, index = mean, features.new_empty(0, dtype=torch.int64)
+        else:
+            scale = s if options.uses_channel else torch.ones_like(s)
+            out, index = stages.pool(features, None, scale, options.pool_type)
 
-    scaled = options.attention == "channel"  # D = S * A: the scale comes after the pooling
-    if options.pool_type == "avg":
-        pooled = mean.clone() if weights is None else stages.spatial_sum(features, weights, 1 / positions)
-        pooled = s * pooled if scaled else pooled
-    elif options.pool_type == "max":
-        peak, index = stages.max_pool(features, weights)
+    pooled = out
+    if options.pool_type == "max":
+        peak = out
         pooled = peak.clone() if weights is None else peak * weights.gather(1, index)
-        pooled = s * pooled if scaled else pooled
-    else:
-        pooled = stages.hadamard(
-            features, weights, s if scaled else torch.ones_like(s), options.pool_type == "flatten"
-        )
+    if options.attention == "channel" and not options.dense:  # D = S * A: the scale comes after the pooling
+        pooled = s * pooled
     return Attended(pooled, logits, t, mean, hidden, total, peak, index)
+
+
+class Pullback(NamedTuple):
+    """A gradient of the pooled features, as far as A itself is needed."""
+
+    first_mean: Tensor  # (N, C): mean_l of dA's first term
+    first: Tensor  # (N, C): x, or the dense G
+    channel: Tensor  # (N, C): S (1 where nothing weights the dense G)
+    grad_map: Tensor | None  # (N, L): dU
+    grad_channel: Tensor | None  # (N, C): dS
 
 
 def pull_back(
@@ -131,13 +147,50 @@ def pull_back(
     grad_spatial: Tensor | None = None,
 ) -> Factors:
     """The backward down to dA's factors.  Grad-CAM is the same with grad_pooled = d y^k / d pooled."""
-    positions = features.shape[2]
+    (pulled,) = pull_back_to_channels(stages, features, options, attended, [grad_pooled], grad_spatial)
+    return pull_back_to_mean(mlp, options, attended, pulled, grad_logits)
+
+
+def pull_back_to_channels(
+    stages: Stages,
+    features: Tensor,
+    options: Options,
+    attended: Attended,
+    grads_pooled: Sequence[Tensor],
+    grad_spatial: Tensor | None = None,
+) -> list[Pullback]:
+    """dU and dS of one or two gradients of the pooled features, the only part that reads A.
+
+    With average pooling a pair shares its reads of A; only a single gradient may have a grad_spatial.
+    """
     t, s = attended.spatial, torch.softmax(attended.channel_logits, -1)
-    scaled = options.attention == "channel"
-    norm = options.spatial_norm
+    norm, total = options.spatial_norm, attended.total
+    if options.pool_type == "avg" and options.attention == "channel_spatial":
+        firsts = [g / features.shape[2] for g in grads_pooled]
+        extra = None if grad_spatial is None else grad_spatial.unsqueeze(1)
+        du, ds = stages.attention_backward(features, torch.stack(firsts, 1), extra, t, total, norm)
+        return [
+            Pullback(first * t.mean(-1, keepdim=True), first, s, du[:, r], ds[:, r])
+            for r, first in enumerate(firsts)
+        ]
+    return [_pull_back_one(stages, features, options, attended, s, g, grad_spatial) for g in grads_pooled]
+
+
+def _pull_back_one(
+    stages: Stages,
+    features: Tensor,
+    options: Options,
+    attended: Attended,
+    s: Tensor,
+    grad_pooled: Tensor,
+    grad_spatial: Tensor | None,
+) -> Pullback:
+    """The other poolings, and one attention alone or none."""
+    positions, t = features.shape[2], attended.spatial
+    scaled, norm = options.attention == "channel", options.spatial_norm
     ds: Tensor | None = None
     du: Tensor | None = None
-
+    first = grad_pooled
     if options.pool_type == "avg":
         first = grad_pooled / positions
         if scaled:
@@ -146,7 +199,6 @@ def pull_back(
             du = stages.spatial_attention_grad(features, first, grad_spatial, t, attended.total, norm)
         first_mean = first * t.mean(-1, keepdim=True)
     elif options.pool_type == "max":
-        first = grad_pooled
         if scaled:
             ds, first = grad_pooled * attended.peak, first * s
         if options.uses_spatial:
@@ -154,7 +206,6 @@ def pull_back(
             du = stages.spatial_norm_grad(dt, grad_spatial, t, attended.total, norm)
         first_mean = first * t.gather(1, attended.peak_index) / positions
     else:
-        first = grad_pooled
         first_mean, dots, dt = stages.grad_cam_means(
             features, grad_pooled, t if options.uses_spatial else None
         )
@@ -164,11 +215,22 @@ def pull_back(
             s = torch.ones_like(s)
         if options.uses_spatial:
             du = stages.spatial_norm_grad(dt, grad_spatial, t, attended.total, norm)
+    if options.uses_channel and du is not None:
+        ds = stages.spatial_sum(features, du)
+    return Pullback(first_mean, first, s, du, ds)
 
+
+def pull_back_to_mean(
+    mlp: ChannelMLP,
+    options: Options,
+    attended: Attended,
+    pulled: Pullback,
+    grad_logits: Tensor | None = None,
+) -> Factors:
+    """From dS through the channel MLP to dg; `grad_logits` is what the guidance loss adds to de."""
+    first_mean, first, s, du, ds = pulled
     if not options.uses_channel:
         return Factors(first_mean, first, s, du, None, None, None)
-    if du is not None:
-        ds = stages.spatial_sum(features, du)
     assert ds is not None
     assert mlp.fc1_weight is not None
     assert mlp.fc2_weight is not None
@@ -177,6 +239,28 @@ def pull_back(
         de = de + grad_logits
     dh = (de @ mlp.fc2_weight.to(de.dtype)) * (attended.hidden > 0)
     return Factors(first_mean, first, s, du, dh @ mlp.fc1_weight.to(de.dtype), de, dh)
+
+
+def features_grad(
+    stages: Stages, features: Tensor, options: Options, spatial: Tensor, peak_index: Tensor, f: Factors
+) -> Tensor:
+    """dA, written from its factors."""
+    g = f.grad_mean
+    constant = torch.zeros_like(f.channel) if g is None else g / features.shape[2]
+    return stages.features_grad(
+        features, options.pool_type, f.first, peak_index,
+        spatial if options.uses_spatial else None, f.grad_map, f.channel, constant,
+    )  # fmt: skip
+
+
+def mlp_grads(mlp: ChannelMLP, attended: Attended, f: Factors) -> list[Tensor | None]:
+    """d fc1 and d fc2, each in its parameter's type; None without channel attention."""
+    if f.grad_hidden is None or f.grad_logits is None:
+        return [None] * 4
+    dw1 = f.grad_hidden.t() @ attended.mean
+    dw2 = f.grad_logits.t() @ attended.hidden
+    found = (dw1, f.grad_hidden.sum(0), dw2, f.grad_logits.sum(0))
+    return [d.to(p.dtype) for d, p in zip(found, mlp, strict=True) if p is not None]
 
 
 class Attention(Function):
@@ -241,21 +325,10 @@ def _backward(
         grad_logits if options.uses_channel else None,
         grad_spatial if options.uses_spatial else None,
     )  # fmt: skip
-    da: Tensor | None = None
+    da = None
     if ctx.needs_input_grad[0]:
-        g = f.grad_mean
-        constant = torch.zeros_like(f.channel) if g is None else g / features.shape[2]
-        da = stages.features_grad(
-            features, options.pool_type, f.first, attended.peak_index,
-            attended.spatial if options.uses_spatial else None, f.grad_map, f.channel, constant,
-        )  # fmt: skip
-    if f.grad_hidden is None or f.grad_logits is None:
-        return da, None, None, None, None, None, None, None, None
-    dw1 = f.grad_hidden.t() @ attended.mean
-    dw2 = f.grad_logits.t() @ attended.hidden
-    mlp_grads = (dw1, f.grad_hidden.sum(0), dw2, f.grad_logits.sum(0))
-    typed = [d.to(p.dtype) for d, p in zip(mlp_grads, mlp, strict=True) if p is not None]
-    return da, *typed, None, None, None, None
+        da = features_grad(stages, features, options, attended.spatial, attended.peak_index, f)
+    return da, *mlp_grads(mlp, attended, f), None, None, None, None
 
 
 def _differentiable_backward(

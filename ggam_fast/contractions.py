@@ -84,6 +84,13 @@ class DifferentiableStages(Stages):
             return super().spatial_sum(features, None, scale)
         return SpatialSum.apply(features, weights, self.backend) * scale
 
+    def attention_backward(
+        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> tuple[Tensor, Tensor]:
+        (v,), extra = v.unbind(1), None if extra is None else extra.squeeze(1)
+        du = self.spatial_attention_grad(features, v, extra, t, total, norm)
+        return du.unsqueeze(1), self.spatial_sum(features, du).unsqueeze(1)
+
 
 _TORCH = Stages()
 

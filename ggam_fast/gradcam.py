@@ -12,7 +12,7 @@ written.  Source: Selvaraju et al., Grad-CAM (arXiv 1610.02391), eq. 1.
 import torch
 from torch import Tensor
 
-from .attention import Attended, ChannelMLP, Options, pull_back
+from .attention import Attended, ChannelMLP, Factors, Options, pull_back
 from .checks import full_precision
 from .contractions import DifferentiableStages, get_stages
 from .stages import Stages
@@ -55,10 +55,14 @@ def _beta(
         if options.dense:
             return stages.spatial_sum(grad_pooled, None, 1.0 / positions)
         return grad_pooled / positions
-    f = pull_back(stages, features, mlp, options, attended, grad_pooled)
-    beta = f.first_mean
+    return mean_gradient(pull_back(stages, features, mlp, options, attended, grad_pooled), positions)
+
+
+def mean_gradient(f: Factors, positions: int) -> Tensor:
+    """mean_l dA (N, C), from the factors of dA."""
+    mean = f.first_mean
     if f.grad_map is not None:
-        beta = beta + f.channel * f.grad_map.mean(-1, keepdim=True)
+        mean = mean + f.channel * f.grad_map.mean(-1, keepdim=True)
     if f.grad_mean is not None:
-        beta = beta + f.grad_mean / positions
-    return beta
+        mean = mean + f.grad_mean / positions
+    return mean

@@ -5,6 +5,7 @@ shapes and strides for `torch.compile` and `torch.export`.  Autograd lives outsi
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .stages import Stages
 _checkout.load_sibling_kernels()
 
 from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare checkout)
+    attention_backward,
+    attention_forward,
+    channel_mlp,
     channel_sum,
     features_grad,
     grad_cam_means,
@@ -28,6 +32,10 @@ from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare c
 
 _LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
 _NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
+# What CUDA's compiler alone knows: float32's exactness from three tensor-core products, and `maxnreg`.
+_CUDA = torch.version.cuda is not None
+PLAIN_DOT = "ieee"
+_DOT_PRECISION = "tf32x3" if _CUDA else PLAIN_DOT
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
 
 
@@ -48,10 +56,13 @@ def _native(features: Tensor) -> Tensor:
     return features if 1 in (features.stride(1), features.stride(2)) else features.contiguous()
 
 
+def _layout(features: Tensor) -> str:
+    return plan.POSITIONS_FIRST if features.stride(2) == 1 else plan.CHANNELS_FIRST
+
+
 def _tile(features: Tensor) -> plan.Tile:
     _, channels, positions = features.shape
-    layout = plan.POSITIONS_FIRST if features.stride(2) == 1 else plan.CHANNELS_FIRST
-    return plan.tile(channels, positions, layout)
+    return plan.tile(channels, positions, _layout(features))
 
 
 def _geometry(features: Tensor, tile: plan.Tile) -> dict[str, int]:
@@ -282,6 +293,207 @@ def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[T
     return means, dots, partials
 
 
+def _schedule(features: Tensor, accumulators: int = 1) -> plan.Schedule | None:
+    _, channels, positions = features.shape
+    return plan.schedule(channels, positions, features.element_size(), _layout(features), accumulators)
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at a time; any number gives the same bits."""
+    if device.type != "cuda":
+        return 2
+    return plan.PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _persistent(features: Tensor, schedule: plan.Schedule, registers: int = plan.REGISTERS) -> dict[str, int]:
+    constants = {
+        **_geometry(features, schedule.tile),
+        "TASK_C": schedule.task_c,
+        "BLOCK_MAP": schedule.block_map,
+    }
+    if _CUDA:
+        constants["maxnreg"] = registers
+    return constants
+
+
+def _launch_forward(
+    features: Tensor,
+    mlp: tuple[Tensor, ...] | None,
+    channel: Tensor,
+    norm: int,
+    pool: int,
+    for_flatten: bool,
+    schedule: plan.Schedule,
+) -> tuple[Tensor, ...]:
+    """(out, index, T, total, mean, hidden); `channel` is s, or with the MLP where e is stored."""
+    batch, channels, positions = features.shape
+    parts = plan.blocks(channels, schedule.task_c)
+    group = min(schedule.group, batch)
+    groups = plan.blocks(batch, max(group, 1))
+    device = features.device
+    out, index = _pooled(features, pool, for_flatten)
+    attention, total = _spatial_attention_fake(features, channel, norm)
+    partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=device)
+    counters = torch.zeros(1 + 3 * groups + batch, dtype=torch.int32, device=device)
+    hidden_size, fc1, fc2 = 1, 0, 0
+    mean = hidden = hidden_parts = statistics = partials  # not touched without the MLP
+    if mlp is not None:
+        hidden_size = mlp[0].shape[0]
+        fc1 = plan.blocks(channels, channel_mlp.FC1_C.value)
+        fc2 = plan.blocks(channels, channel_mlp.FC2_C.value)
+        mean, hidden = _small(batch, channels, features), _small(batch, hidden_size, features)
+        hidden_parts = torch.empty((fc1, batch, hidden_size), dtype=torch.float32, device=device)
+        statistics = torch.empty((batch, fc2, 2), dtype=torch.float32, device=device)
+    dense = pool == _POOL["flatten"]
+    registers = plan.MAXIMUM_REGISTERS if pool == _POOL["max"] else plan.REGISTERS
+    if batch:
+        with torch.cuda.device_of(features):
+            attention_forward.attention_forward_kernel[(_programs(device),)](
+                features, *(mlp or (partials,) * 4), channel, mean, hidden, hidden_parts, statistics,
+                partials, attention, total, out, index, counters,
+                batch, group, features.stride(0), out.stride(0), J=hidden_size,
+                OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
+                NORM=norm, POOL=pool, HAS_MLP=mlp is not None, PRECISION=_DOT_PRECISION,
+                **_persistent(features, schedule, registers),
+            )  # fmt: skip
+    return out, index, attention, total, mean, hidden
+
+
+def _pooled(features: Tensor, pool: int, for_flatten: bool) -> tuple[Tensor, Tensor]:
+    """Room for (out, index): the pooled features, A at the maxima and where, or D."""
+    batch, channels, _ = features.shape
+    index = torch.empty(0, dtype=torch.int64, device=features.device)
+    if pool == _POOL["max"]:
+        return _max_pool_fake(features, None)
+    if pool == _POOL["avg"]:
+        return _small(batch, channels, features), index
+    return _hadamard_fake(features, None, features, for_flatten), index
+
+
+def _attended_fake(
+    features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool
+) -> tuple[Tensor, ...]:
+    return *_pooled(features, pool, for_flatten), *_spatial_attention_fake(features, s, norm)
+
+
+@_register(
+    "attended(Tensor features, Tensor s, int norm, int pool, bool for_flatten)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _attended_fake,
+)
+def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
+    """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
+    features, s = _native(features), s.contiguous()
+    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
+    if schedule is not None:
+        return _launch_forward(features, None, s, norm, pool, for_flatten, schedule)[:4]
+    t, total = _spatial_attention(features, s, norm)
+    out, index = _pooled(features, pool, for_flatten)
+    if pool == _POOL["avg"]:
+        out = _spatial_sum(features, t, 1.0 / features.shape[2])
+    elif pool == _POOL["max"]:
+        out, index = _max_pool(features, t)
+    else:
+        out = _hadamard(features, t, s, for_flatten)
+    return out, index, t, total
+
+
+def _attention_forward_fake(
+    features: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    norm: int,
+    pool: int,
+    for_flatten: bool,
+) -> tuple[Tensor, ...]:
+    batch, channels, _ = features.shape
+    logits, mean = _small(batch, channels, features), _small(batch, channels, features)
+    hidden = _small(batch, fc1_weight.shape[0], features)
+    return *_attended_fake(features, logits, norm, pool, for_flatten), logits, mean, hidden
+
+
+@_register(
+    "attention_forward(Tensor features, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+    "Tensor fc2_bias, int norm, int pool, bool for_flatten)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_forward_fake,
+)
+def _attention_forward(
+    features: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    norm: int,
+    pool: int,
+    for_flatten: bool,
+) -> tuple[Tensor, ...]:
+    """The whole forward: (out, index, T, total, e, mean, hidden)"""
+    features = _native(features)
+    batch, channels, positions = features.shape
+    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
+    mlp = tuple(p.contiguous() for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    if schedule is not None and plan.mlp_inside(
+        channels, mlp[0].shape[0], mlp[0].element_size(), positions, features.element_size(), schedule.group
+    ):
+        logits = _small(batch, channels, features)
+        *attended, mean, hidden = _launch_forward(features, mlp, logits, norm, pool, for_flatten, schedule)
+        return *attended, logits, mean, hidden
+    mean = _spatial_sum(features, None, 1.0 / positions)
+    w1, b1, w2, b2 = (p.float() for p in mlp)
+    hidden = torch.relu(torch.addmm(b1, mean, w1.t()))
+    logits = torch.addmm(b2, hidden, w2.t())
+    return *_attended(features, logits.softmax(-1), norm, pool, for_flatten), logits, mean, hidden
+
+
+def _attention_backward_fake(
+    features: Tensor, weights: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+) -> tuple[Tensor, Tensor]:
+    batch, channels, positions = features.shape
+    shape, device = (batch, weights.shape[1]), features.device
+    du = torch.empty((*shape, positions), dtype=torch.float32, device=device)
+    return du, torch.empty((*shape, channels), dtype=torch.float32, device=device)
+
+
+@_register(
+    "attention_backward(Tensor features, Tensor weights, Tensor? extra, Tensor t, Tensor total, int norm)"
+    " -> (Tensor, Tensor)",
+    _attention_backward_fake,
+)
+def _attention_backward(
+    features: Tensor, weights: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+) -> tuple[Tensor, Tensor]:
+    """dU (N, R, L) and ds (N, R, C) for R = 1 or 2 rows of weights (N, R, C), extra (N, R, L)"""
+    features = _native(features)
+    batch, channels, positions = features.shape
+    rows = weights.shape[1]
+    schedule = _schedule(features, accumulators=rows)
+    if schedule is None:
+        extras = [None] * rows if extra is None else extra.unbind(1)
+        maps = [
+            _spatial_attention_grad(features, v, x, t, total, norm)
+            for v, x in zip(weights.unbind(1), extras, strict=True)
+        ]
+        return torch.stack(maps, 1), torch.stack([_spatial_sum(features, du, 1.0) for du in maps], 1)
+    du, ds = _attention_backward_fake(features, weights, extra, t, total, norm)
+    parts = plan.blocks(channels, schedule.task_c)
+    device = features.device
+    partials = torch.empty((batch, rows, parts, positions), dtype=torch.float32, device=device)
+    counters = torch.zeros(1 + batch, dtype=torch.int32, device=device)
+    if batch:
+        with torch.cuda.device_of(features):
+            attention_backward.attention_backward_kernel[(_programs(device),)](
+                features, weights.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
+                total.contiguous(), partials, du, ds, counters, batch,
+                min(schedule.group, batch), features.stride(0), R=rows, NORM=norm,
+                HAS_EXTRA=extra is not None, **_persistent(features, schedule),
+            )  # fmt: skip
+    return du, ds
+
+
 def _features_grad_fake(
     features: Tensor,
     pool: int,
@@ -340,11 +552,36 @@ def _features_grad(
 class TritonStages(Stages):
     """The stages as kernels.  Small results are float32; none of them is differentiable by itself."""
 
+    whole_forward = True
+
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
         return _channel_sum(features, weights.float())
 
     def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return _spatial_sum(features, None if weights is None else weights.float(), scale)
+
+    def attention_forward(
+        self,
+        features: Tensor,
+        fc1_weight: Tensor | None,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor | None,
+        fc2_bias: Tensor | None,
+        norm: str,
+        pool_type: str,
+    ) -> tuple[Tensor, ...]:
+        return _attention_forward(
+            features, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+            _NORM[norm], _POOL[pool_type], pool_type == "flatten",
+        )  # fmt: skip
+
+    def attended(self, features: Tensor, s: Tensor, norm: str, pool_type: str) -> tuple[Tensor, ...]:
+        return _attended(features, s, _NORM[norm], _POOL[pool_type], pool_type == "flatten")
+
+    def attention_backward(
+        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> tuple[Tensor, Tensor]:
+        return _attention_backward(features, v, extra, t, total, _NORM[norm])
 
     def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         return _spatial_attention(features, s, _NORM[norm])

@@ -37,6 +37,22 @@ def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor
 class Stages:
     """The stages in torch operations; `A` is (N, C, L), `s` and `v` are (N, C), `t` is (N, L)."""
 
+    whole_forward = False
+    """Whether `attention_forward` does all of `attention.attend` for channel and spatial attention."""
+
+    def attention_forward(
+        self,
+        features: Tensor,
+        fc1_weight: Tensor | None,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor | None,
+        fc2_bias: Tensor | None,
+        norm: str,
+        pool_type: str,
+    ) -> tuple[Tensor, ...]:
+        """(pooled, argmax, T, sum(U), e, g, hidden) in as few launches as the backend can"""
+        raise NotImplementedError
+
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
         """out[n, l] = sum_c weights[n, c] A[n, c, l]"""
         a = features.to(compute_dtype(features))
@@ -52,6 +68,30 @@ class Stages:
     def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         """T and sum(U) for U = channel_sum(A, s)"""
         return spatial_norm(self.channel_sum(features, s), norm)
+
+    def attended(self, features: Tensor, s: Tensor, norm: str, pool_type: str) -> tuple[Tensor, ...]:
+        """T and A pooled under it: (pooled, argmax, T, sum(U)); for "max", A at the argmax before T"""
+        t, total = self.spatial_attention(features, s, norm)
+        return *self.pool(features, t, s, pool_type), t, total
+
+    def pool(self, features: Tensor, t: Tensor | None, s: Tensor, pool_type: str) -> tuple[Tensor, Tensor]:
+        """The attended mean, A at the attended maximum, or D; and the argmax, empty but for "max" """
+        if pool_type == "max":
+            return self.max_pool(features, t)
+        index = torch.empty(0, dtype=torch.int64, device=features.device)
+        if pool_type == "avg":
+            return self.spatial_sum(features, t, 1.0 / features.shape[2]), index
+        return self.hadamard(features, t, s, pool_type == "flatten"), index
+
+    def attention_backward(
+        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> tuple[Tensor, Tensor]:
+        """dU (N, R, L) and ds = spatial_sum(A, dU) (N, R, C) for dT = channel_sum(A, v) + extra, where v is
+        (N, R, C): R gradients share the reads of A"""
+        a = features.to(compute_dtype(features))
+        dt = v @ a if extra is None else torch.baddbmm(extra, v, a)
+        du = spatial_norm_grad(dt, t.unsqueeze(1), total.unsqueeze(1), norm)
+        return du, du @ a.transpose(1, 2)
 
     def spatial_attention_grad(
         self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str

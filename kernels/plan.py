@@ -38,6 +38,47 @@ CHANNELS_PER_PARTIAL = 256
 A multiple of every block_c: no block straddles two parts."""
 
 
+GROUP_BYTES = 4 << 20
+"""A fused kernel takes as many images as a group as fit this many bytes of A.  From one read of an image to
+the next, the forward reads six groups at most, 24 MiB: half of an H100's 50 MiB of L2 cache, the other half
+of which may hold copies."""
+
+LARGEST_GROUP = 16
+"""The rows of the channel MLP's matrix products."""
+
+TASK_CHANNELS = 64
+"""Channels of one task at least: 25 KB of a 14 x 14 map in bfloat16, so that the tasks of 32 images of 2,048
+channels are about twice the programs that run at a time, and drawing one is short against doing it."""
+
+FUSED_TILE_BYTES = 8192
+"""A fused kernel's tile of A, 64 bytes for each of 128 threads: with PROGRAMS_PER_SM programs, 32 KB in
+flight on each multiprocessor.  Half of it where two accumulators are kept (a pair of gradients; a maximum
+and its place), which otherwise spill or leave fewer programs."""
+
+PROGRAMS_PER_SM = 4
+"""Programs of 128 threads on each multiprocessor, which leaves them REGISTERS a thread.  Should fewer fit,
+the others start when the first have ended, find no ticket and end."""
+
+REGISTERS = 128
+"""At most, said to the compiler: left alone, it takes up to 164, or spills at 48 (sm_100, sm_120) to make
+room for more programs than there are.  `tests/test_codegen.py` checks that nothing spills."""
+
+MAXIMUM_REGISTERS = 168
+"""For maximum pooling, which would spill at 128: three programs on each multiprocessor."""
+
+MAP_BLOCK = 1024
+"""Positions that a fused kernel normalises at a time."""
+
+
+class Schedule(NamedTuple):
+    """How a fused kernel cuts up its passes over A."""
+
+    group: int  # images whose phases follow one another
+    task_c: int  # channels of a task, a multiple of tile.block_c
+    tile: Tile
+    block_map: int
+
+
 def _row(table: tuple, size: int):
     return next(value for limit, value in table if limit is None or size <= limit)
 
@@ -66,3 +107,34 @@ def norm_block(positions: int) -> tuple[int, int]:
     """(BLOCK_L, warps) of a program that normalises one image over its L positions."""
     largest, num_warps = _row(_NORM_BLOCK, positions)
     return min(1 << (positions - 1).bit_length(), largest), num_warps
+
+
+def schedule(
+    channels: int, positions: int, itemsize: int, layout: str, accumulators: int = 1
+) -> Schedule | None:
+    """The fused kernels' schedule, or None where pass by pass is better: an image as large as a group would
+    have left the cache when it is read again.  Depends on one image alone, as its result does."""
+    image_bytes = channels * positions * itemsize
+    if image_bytes > GROUP_BYTES:
+        return None
+    elements = FUSED_TILE_BYTES // (itemsize * accumulators)
+    if layout == POSITIONS_FIRST:
+        block_l = _row(_POSITIONS_TILE, positions)
+        block_c = elements // block_l
+    else:
+        block_c = min(_row(_CHANNELS_TILE, channels), 2 * TASK_CHANNELS)
+        block_l = elements // block_c
+    return Schedule(
+        group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
+        task_c=max(block_c, TASK_CHANNELS),
+        tile=Tile(block_c, block_l, 4),
+        block_map=min(1 << (positions - 1).bit_length(), MAP_BLOCK),
+    )
+
+
+def mlp_inside(
+    channels: int, hidden: int, weight_itemsize: int, positions: int, itemsize: int, group: int
+) -> bool:
+    """Whether the fused forward computes the channel MLP itself.  Its weights are read once a group, from the
+    cache; where that is more than the group's own share of A, one matrix product for the batch is better."""
+    return 2 * channels * hidden * weight_itemsize <= group * channels * positions * itemsize

@@ -27,7 +27,15 @@ rows = [
 print(json.dumps(rows))
 """
 # Kernels that read (or write) something of A's size; the rest touch small tensors only.
-READS = ("spatial_sum", "channel_sum", "max_pool", "hadamard", "grad_cam_means")
+READS = (
+    "attention_forward",
+    "attention_backward",
+    "spatial_sum",
+    "channel_sum",
+    "max_pool",
+    "hadamard",
+    "grad_cam_means",
+)
 WRITES = ("hadamard", "features_grad")
 
 
@@ -59,7 +67,7 @@ def test_no_spills_and_wide_accesses(shape: tuple[int, int, bool], width: int) -
     for name, _, loads, stores, stack, registers, row in rows:
         short = name.removesuffix("_kernel")
         assert stack == 0, row
-        assert registers <= 128, row  # four programs of 128 threads on every multiprocessor
+        assert registers <= 128 or ("POOL=1" in row and registers <= 168), row  # four programs, or three
         if short in READS:
             assert max(loads) >= width, row
         if short in WRITES:

@@ -3,6 +3,7 @@
 On a GPU the compiled kernels run; elsewhere Triton's interpreter runs the same code, program by program.
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -237,6 +238,99 @@ def test_an_image_is_alone(layout: str, device: torch.device) -> None:
         assert with_bad[1].isnan().any()
 
 
+def set_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the fused operators do it: in one launch, with the MLP in front of it, or pass by pass."""
+    if path == "passes":
+        monkeypatch.setattr(ops.plan, "schedule", lambda *_, **__: None)
+    elif path == "mlp outside":
+        monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_, **__: False)
+    else:
+        monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_, **__: True)
+
+
+PATHS = ("one launch", "mlp outside", "passes")
+NORMS = ("softmax", "sum", "sigmoid")
+
+
+@ALL
+@pytest.mark.parametrize("pool_type", ["avg", "max", "", "flatten"])
+def test_the_whole_forward(
+    n: int,
+    c: int,
+    l: int,
+    layout: str,
+    dtype: torch.dtype,
+    pool_type: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    turn = zlib.crc32(request.node.nodeid.encode())  # spreads paths and norms over the cases
+    norm = NORMS[turn % 3]
+    set_path(PATHS[turn // 3 % 3], monkeypatch)
+    a = make(n, c, l, device, dtype, layout).abs()
+    j = 1 + turn % 40
+    w1, b1, w2, b2 = (torch.randn(x, device=device) for x in ((j, c), (j,), (c, j), (c,)))
+    pooled, index, t, total, logits, mean, hidden = S.attention_forward(a, w1, b1, w2, b2, norm, pool_type)
+
+    exact = a.double()
+    g = exact.mean(2)
+    h = torch.relu(g @ w1.double().t() + b1.double())
+    e = h @ w2.double().t() + b2.double()
+    u = torch.einsum("ncl,nc->nl", exact, e.softmax(1))
+    expected, _ = stages.spatial_norm(u, norm)
+    for found, wanted in ((mean, g), (hidden, h), (logits, e), (t, expected), (total, u.sum(1))):
+        check(found, wanted, 1e-5)
+    d = exact * expected.unsqueeze(1)
+    if pool_type == "avg":
+        check(pooled, d.mean(2), 1e-5)
+    elif pool_type == "max":
+        check(pooled * t.gather(1, index), d.amax(2), 1e-5)
+        assert torch.equal(pooled, a.float().gather(2, index.unsqueeze(2)).squeeze(2))
+    else:
+        check(pooled, d, 1e-5 if pool_type == "flatten" or dtype == torch.float32 else 2**-8)
+        assert pooled.dtype == (torch.float32 if pool_type == "flatten" else dtype)
+
+    again = S.attended(a, logits.softmax(1), norm, pool_type)
+    check(again[2], expected, 1e-5)
+    check(again[0], pooled.double(), 1e-5 if pool_type != "" else 2**-8)
+
+
+@ALL
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_backward_of_one_and_of_two_gradients(
+    n: int,
+    c: int,
+    l: int,
+    layout: str,
+    dtype: torch.dtype,
+    rows: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    turn = zlib.crc32(request.node.nodeid.encode())
+    norm = NORMS[turn % 3]
+    set_path(PATHS[turn // 3 % 2 * 2], monkeypatch)
+    a = make(n, c, l, device, dtype, layout).abs()
+    v, extra = torch.randn(n, rows, c, device=device), torch.randn(n, rows, l, device=device)
+    u = torch.einsum("ncl,nc->nl", a.double(), weights(n, c, device).double().abs() / 16).requires_grad_()
+    t, total = stages.spatial_norm(u, norm)
+    dt = v.double() @ a.double()
+    for upstream, given in ((dt, None), (dt + extra, extra)):
+        expected = [torch.autograd.grad(t, u, x, retain_graph=True)[0] for x in upstream.unbind(1)]
+        du = torch.stack(expected, 1)
+        found, ds = S.attention_backward(a, v, given, t.detach().float(), total.detach().float(), norm)
+        # dU is a difference of terms of the size of dT * dT/dU, and so is what is summed up of it.
+        scale = t.unsqueeze(1) if norm != "sum" else 1 / total[:, None, None]
+        terms = (scale * upstream).detach().abs()
+        assert torch.isfinite(found).all()
+        assert (found - du).norm() <= 1e-5 * terms.norm()
+        bound = terms @ a.double().transpose(1, 2).abs()
+        assert torch.isfinite(ds).all()
+        assert (ds - du @ a.double().transpose(1, 2)).norm() <= 1e-5 * bound.norm()
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schemas, fakes (strides included) and dispatch of every operator."""
@@ -245,6 +339,7 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
     g = make(2, 12, 10, device, torch.float32, "nchw")
     s, t, index = weights(2, 12, device), weights(2, 10, device), torch.randint(10, (2, 12), device=device)
     total, partials = torch.rand(2, device=device) + 1, torch.randn(2, 3, 10, device=device)
+    mlp = [torch.randn(x, device=device) for x in ((3, 12), (3,), (12, 3), (12,))]
     calls: dict[str, list[tuple[Any, ...]]] = {
         "spatial_sum": [(a, t, 0.5), (a, None, 0.5)],
         "channel_sum": [(a, s)],
@@ -255,6 +350,10 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         "position_scatter": [(s, index, 10)],
         "hadamard": [(a, t, s, False), (a, None, s, True)],
         "grad_cam_means": [(a, g, t), (a, g, None)],
+        "attended": [(a, s, 0, 0, False), (a, s, 1, 1, False), (a, s, 0, 2, True)],
+        "attention_forward": [(a, *mlp, 0, 0, False), (a, *mlp, 2, 1, False), (a, *mlp, 0, 2, False)],
+        "attention_backward": [(a, torch.stack([s, s], 1), None, t, total, 0),
+                               (a, s.unsqueeze(1), t.unsqueeze(1), t, total, 1)],
         "features_grad": [(a, 0, s, index, t, t, s, s), (a, 1, s, index, None, None, s, s),
                           (a, 2, g, index, t, t, s, s)],
     }  # fmt: skip

@@ -64,3 +64,46 @@ def test_no_program_has_more_threads_than_amd_allows() -> None:
 @pytest.mark.parametrize(("size", "block", "expected"), [(0, 8, 0), (1, 8, 1), (8, 8, 1), (9, 8, 2)])
 def test_blocks(size: int, block: int, expected: int) -> None:
     assert plan.blocks(size, block) == expected
+
+
+MAPS = [
+    (2048, 196),
+    (512, 784),
+    (512, 196),
+    (1280, 196),
+    (1280, 49),
+    (1024, 1024),
+    (1, 1),
+    (17, 3),
+    (64, 4096),
+]
+
+
+@pytest.mark.parametrize("layout", [plan.POSITIONS_FIRST, plan.CHANNELS_FIRST])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("accumulators", [1, 2])
+@pytest.mark.parametrize(("channels", "positions"), MAPS)
+def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
+    channels: int, positions: int, accumulators: int, itemsize: int, layout: str
+) -> None:
+    found = plan.schedule(channels, positions, itemsize, layout, accumulators)
+    assert found is not None
+    group, task_c, tile, block_map = found
+    assert 1 <= group <= plan.LARGEST_GROUP
+    assert group * channels * positions * itemsize <= plan.GROUP_BYTES
+    assert (group == plan.LARGEST_GROUP) or (group + 1) * channels * positions * itemsize > plan.GROUP_BYTES
+    assert task_c % tile.block_c == 0
+    assert tile.block_c * tile.block_l * itemsize * accumulators == plan.FUSED_TILE_BYTES
+    assert block_map & (block_map - 1) == 0
+    assert block_map == plan.MAP_BLOCK or positions <= block_map < 2 * positions
+
+
+def test_an_image_larger_than_a_group_goes_pass_by_pass() -> None:
+    limit = plan.GROUP_BYTES // (2 * 1024)
+    assert plan.schedule(1024, limit, 2, plan.POSITIONS_FIRST) is not None
+    assert plan.schedule(1024, limit + 1, 2, plan.POSITIONS_FIRST) is None
+
+
+def test_the_mlp_is_inside_where_its_weights_are_small_against_a_group() -> None:
+    assert plan.mlp_inside(2048, 128, 4, 196, 2, 5)  # 2.1 MB of weights, 4.0 MB of A
+    assert not plan.mlp_inside(2048, 2048, 4, 196, 2, 5)  # 33.6 MB of weights

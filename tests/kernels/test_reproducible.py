@@ -17,6 +17,13 @@ S = ops.TRITON
 N, C, L = 4, 300, 49
 
 
+def mlp(like: Tensor) -> list[Tensor]:
+    """fc1's and fc2's parameters, the same ones at every call."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((18, C), (18,), (C, 18), (C,))
+    return [torch.randn(shape, generator=generator).to(like.device) for shape in shapes]
+
+
 class Inputs:
     """All that the operators take, for the given rows of one batch."""
 
@@ -41,13 +48,20 @@ OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "hadamard": lambda x: S.hadamard(x.a, x.t, x.s, False),
     "hadamard by channel": lambda x: S.hadamard(x.a, None, x.s, True),
     "grad_cam_means": lambda x: S.grad_cam_means(x.a, x.g, x.t),
+    "attention_forward": lambda x: S.attention_forward(x.a, *mlp(x.a), "softmax", "avg"),
+    "attention_forward max": lambda x: S.attention_forward(x.a, *mlp(x.a), "sigmoid", "max"),
+    "attended": lambda x: S.attended(x.a, x.s, "softmax", "avg"),
+    "attention_backward": lambda x: S.attention_backward(
+        x.a, torch.stack([x.v, x.s], 1), None, x.t, x.total, "softmax"
+    ),
     "features_grad": lambda x: S.features_grad(x.a, "max", x.a[:, :, 0].float(), x.index, x.t, x.t, x.s, x.v),
     "features_grad dense": lambda x: S.features_grad(x.a, "", x.a, x.index, x.t, x.t, x.s, x.v),
 }
 
 
 def outputs(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else list(found)
+    found = [found] if isinstance(found, Tensor) else list(found)
+    return [x for x in found if len(x)]  # no index but of maxima
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

@@ -1,0 +1,119 @@
+"""What the backward and Grad-CAM need of A, in one persistent launch, by the tickets of `schedule`:
+
+    map     dT = sum_c v_c A_c;  dU = norm'(dT)        A from memory
+    sums    ds = sum_l dU_l A_l                        A from the L2 cache
+
+for R = 1 gradient v, or for R = 2 at once: that of the class scores (beta) and that of the loss.
+Reads A twice, whatever R, of which only the first needs memory.  Writes small tensors.
+"""
+
+import triton
+import triton.language as tl
+
+from .channel_sum import channel_sums, channel_sums_pair
+from .schedule import draw, finish, wait
+from .spatial_norm import normalise_grad
+from .spatial_sum import spatial_sums, spatial_sums_pair
+
+
+@triton.jit
+def _map_task(
+    image_ptr,
+    weights_ptr,  # (R, C)
+    extra_ptr, attention_ptr, total_ptr,  # (R, L), (L,), ()
+    partials_ptr,  # (R, P, L)
+    grad_map_ptr,  # (R, L): dU
+    done_ptr,  # (): parts of this map
+    part,
+    C: tl.constexpr, L: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_L: tl.constexpr,
+    R: tl.constexpr, NORM: tl.constexpr, HAS_EXTRA: tl.constexpr, TASK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_MAP: tl.constexpr,
+):  # fmt: skip
+    """One part of an image's dT; whoever stores the last part stores dU and counts once more."""
+    parts: tl.constexpr = (C + TASK_C - 1) // TASK_C
+    for start in range(0, L, BLOCK_L):
+        l = start + tl.arange(0, BLOCK_L)
+        if R == 1:
+            dt = channel_sums(
+                image_ptr, weights_ptr, 0.0, 1.0, part * TASK_C, l,
+                C, L, STRIDE_C, STRIDE_L, False, TASK_C, BLOCK_C, BLOCK_L,
+            )  # fmt: skip
+        else:
+            dt, dt_1 = channel_sums_pair(
+                image_ptr, weights_ptr, part * TASK_C, l,
+                C, L, STRIDE_C, STRIDE_L, TASK_C, BLOCK_C, BLOCK_L,
+            )  # fmt: skip
+            tl.store(partials_ptr + (parts + part) * L + l, dt_1, mask=l < L)
+        tl.store(partials_ptr + part * L + l, dt, mask=l < L)
+    if finish(done_ptr) == parts - 1:
+        for r in range(R):
+            normalise_grad(
+                partials_ptr + r * parts * L, extra_ptr + r * L, attention_ptr, total_ptr,
+                grad_map_ptr + r * L, parts, L, NORM, HAS_EXTRA, BLOCK_MAP,
+            )  # fmt: skip
+        finish(done_ptr)
+
+
+@triton.jit(do_not_specialize=["batch", "group_size"])
+def attention_backward_kernel(
+    features_ptr,  # (N, C, L), any dtype
+    weights_ptr,  # (N, R, C) float32: v / L
+    extra_ptr,  # (N, R, L) float32: the part of dT that does not come from A; only with HAS_EXTRA
+    attention_ptr,  # (N, L) float32: T
+    total_ptr,  # (N,) float32: sum(U)
+    partials_ptr,  # (N, R, P, L) float32, P = ceil(C / TASK_C)
+    grad_map_ptr,  # (N, R, L) float32: dU
+    sums_ptr,  # (N, R, C) float32: ds
+    counters_ptr,  # (1 + N,) int32 zeros: the ticket; map by image
+    batch,
+    group_size,
+    stride_n,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    STRIDE_C: tl.constexpr,
+    STRIDE_L: tl.constexpr,
+    R: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    TASK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_MAP: tl.constexpr,
+):
+    """This program draws tasks until none is left; a task is TASK_C channels of one image."""
+    parts: tl.constexpr = (C + TASK_C - 1) // TASK_C
+    maps = group_size * parts  # a round's phases: map | sums
+    groups = (batch + group_size - 1) // group_size
+
+    ticket = draw(counters_ptr)
+    while ticket < (groups + 1) * 2 * maps:
+        phase = ticket % (2 * maps) // maps
+        group = ticket // (2 * maps) - phase
+        n = (group * group_size + ticket % maps // parts).to(tl.int64)
+        part = ticket % parts
+        image_ptr = features_ptr + n * stride_n
+        if (group >= 0) & (n < batch):
+            if phase == 0:
+                _map_task(
+                    image_ptr, weights_ptr + n * R * C, extra_ptr + n * R * L, attention_ptr + n * L,
+                    total_ptr + n, partials_ptr + n * R * parts * L, grad_map_ptr + n * R * L,
+                    counters_ptr + 1 + n, part, C, L, STRIDE_C, STRIDE_L, R, NORM, HAS_EXTRA, TASK_C,
+                    BLOCK_C, BLOCK_L, BLOCK_MAP,
+                )  # fmt: skip
+            else:
+                wait(counters_ptr + 1 + n, parts + 1)
+                for start in range(0, TASK_C, BLOCK_C):
+                    c = part * TASK_C + start + tl.arange(0, BLOCK_C)
+                    if R == 1:
+                        ds = spatial_sums(
+                            image_ptr, grad_map_ptr + n * L, c,
+                            C, L, STRIDE_C, STRIDE_L, True, BLOCK_C, BLOCK_L,
+                        )  # fmt: skip
+                    else:
+                        ds, ds_1 = spatial_sums_pair(
+                            image_ptr, grad_map_ptr + n * R * L, c,
+                            C, L, STRIDE_C, STRIDE_L, BLOCK_C, BLOCK_L,
+                        )  # fmt: skip
+                        tl.store(sums_ptr + (n * R + 1) * C + c, ds_1, mask=c < C)
+                    tl.store(sums_ptr + n * R * C + c, ds, mask=c < C)
+        ticket = draw(counters_ptr)

@@ -1,0 +1,40 @@
+"""One persistent launch instead of several: tickets, and counters that say what is finished.
+
+A fused kernel's work is cut into phases (of one group of images) and tasks (of one phase).  Every program
+draws tickets from one integer; a ticket names its task by arithmetic alone:
+
+    round = ticket // tasks_per_round      phase p of group (round - LAG_p), in the order of the phases
+
+so that phase p+1 of a group comes right after phase p of a later group: what it waits for is nearly always
+finished, and the part of A that it reads again is still in the L2 cache.  Tickets are drawn in order, so the
+oldest unfinished task never waits for one that no running program has drawn: no deadlock, however few
+programs run, one after another in the interpreter included.
+
+`finish` makes a task's stores visible before it counts the task, `wait` sees them after it saw the count;
+what others stored is loaded past the L1 cache (".cg").  The counters are zeroed before every launch and
+belong to it alone.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def draw(ticket_ptr):
+    """The next ticket."""
+    return tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+
+
+@triton.jit
+def finish(counter_ptr):
+    """Count a task of this program as done, after all its stores; returns how many were done before."""
+    tl.debug_barrier()  # the stores of all threads, before the one thread that counts
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
+def wait(counter_ptr, tasks):
+    """Return when `tasks` tasks are done; their stores can be loaded then."""
+    done = tl.atomic_add(counter_ptr, 0, sem="acquire")
+    while done < tasks:
+        done = tl.atomic_add(counter_ptr, 0, sem="acquire")

@@ -1,0 +1,112 @@
+"""The ticket schedule of the fused kernels: any number of programs, and re-reads that find A in the cache."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ggam_fast import checks
+from tests.kernels.trace import Trace, counts, elements, needs_interpreter, traced
+
+pytestmark = needs_interpreter
+if checks.TRITON_AVAILABLE:
+    from ggam_fast import ops
+
+    S = ops.TRITON
+
+C, L, J = 150, 49, 9
+
+
+def features(n: int, layout: str) -> Tensor:
+    a = torch.randn(n, C, L).abs()
+    return a.transpose(1, 2).contiguous().transpose(1, 2) if layout == "channels_last" else a
+
+
+def forward(a: Tensor, pool_type: str = "avg") -> tuple[Tensor, ...]:
+    weights = [torch.full(shape, 0.1) for shape in ((J, C), (J,), (C, J), (C,))]
+    return S.attention_forward(a, *weights, "softmax", pool_type)
+
+
+def backward(a: Tensor, rows: int = 2) -> tuple[Tensor, ...]:
+    n = a.shape[0]
+    return S.attention_backward(
+        a, torch.ones(n, rows, C), None, torch.full((n, L), 1 / L), torch.ones(n), "softmax"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _mlp_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_: True)
+
+
+def set_group(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of this many float32 images."""
+    monkeypatch.setattr(ops.plan, "GROUP_BYTES", images * C * L * 4)
+
+
+@pytest.mark.parametrize("call", [forward, backward])
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 16])
+def test_any_number_of_programs_and_any_group_give_the_same_bits(
+    call: Callable[[Tensor], tuple[Tensor, ...]], group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter runs one program after another: a task that waits for a later ticket would hang."""
+    a = features(5, "nchw")
+    expected = call(a)
+    set_group(group, monkeypatch)
+    for programs in (1, 3):
+        monkeypatch.setattr(ops, "_programs", lambda _, programs=programs: programs)
+        for found, wanted in zip(call(a), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+READS = {
+    "forward": (forward, 3),
+    "forward dense": (lambda a: forward(a, ""), 3),
+    "attended": (lambda a: S.attended(a, torch.ones(a.shape[:2]), "softmax", "avg"), 2),
+    "backward": (lambda a: backward(a, 1), 2),
+    "backward of a pair": (backward, 2),
+}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("name", list(READS))
+def test_reads_every_element_of_the_features_as_often_as_its_docstring_says(name: str, layout: str) -> None:
+    call, reads = READS[name]
+    a = features(3, layout)
+    with traced() as trace:
+        call(a)
+    assert trace.launches == 1
+    assert (counts(trace.loads, a) == reads).all()
+    for buffer in trace.buffers:
+        if buffer.numel() == a.numel():
+            assert (counts(trace.stores, buffer) == 1).all()
+
+
+def reuse_distances(trace: Trace, a: Tensor) -> np.ndarray:
+    """For every read of an image but its first, how many other images were read since it was read last."""
+    home = {int(p): n for n, image in enumerate(elements(a)) for p in image.ravel()}
+    order = [
+        home[int(x.addresses[0])] for x in trace.loads if len(x.addresses) and int(x.addresses[0]) in home
+    ]
+    order = [n for i, n in enumerate(order) if i == 0 or order[i - 1] != n]
+    found = []
+    for i, n in enumerate(order):
+        earlier = [k for k in range(i) if order[k] == n]
+        if earlier:
+            found.append(len(set(order[earlier[-1] + 1 : i])))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("call", "groups"), [(forward, 6), (backward, 3)])
+def test_a_group_is_read_again_before_many_others(
+    call: Callable[[Tensor], tuple[Tensor, ...]], groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `plan.GROUP_BYTES` counts on: from one read of an image to the next, no more than so many groups
+    are read, its own included; pass after pass over the batch would read all 16 images."""
+    set_group(2, monkeypatch)
+    a = features(16, "nchw")
+    with traced() as trace:
+        call(a)
+    assert reuse_distances(trace, a).max() < groups * 2

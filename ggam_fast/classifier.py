@@ -24,6 +24,14 @@ class Scores(NamedTuple):
     pull_back: Pullback
 
 
+def score_gradient(logits: Tensor, target: Tensor, cam_class: str) -> Tensor:
+    """d y / d logits (N, K): one-hot of the label or of the predicted class, or the soft target."""
+    if cam_class == "label" and target.is_floating_point():
+        return target.detach().to(logits.dtype)
+    index = logits.detach().argmax(-1) if cam_class == "predicted" else target
+    return torch.zeros_like(logits).scatter(1, index.unsqueeze(1), 1.0).detach()
+
+
 def layers_of(classifier: nn.Module) -> list[nn.Module]:
     """The layers of a plain nn.Sequential, else the classifier as one layer."""
     plain = type(classifier) is nn.Sequential and len(classifier) > 0 and not _hooked(classifier)

@@ -14,7 +14,9 @@ from torch import Tensor
 from . import attention as _attention
 from . import checks, gradcam, losses
 from .attention import ChannelMLP, Options
+from .base import GGAMHeadBase
 from .contractions import ChannelSum, SpatialSum, get_stages
+from .fused_loss import FusedLoss
 
 
 class GGAMAttention(NamedTuple):
@@ -200,6 +202,36 @@ def grad_cam_means(
         if grad_map.dim() == 3:
             grad_map = grad_map.sum(1)
     return GradCamMeans(means, grad_map.unflatten(1, shape))
+
+
+def fused_ggam_loss(
+    head: GGAMHeadBase,
+    features: Tensor,
+    target: Tensor,
+    *,
+    guidance_weight: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> FusedLoss:
+    """CE(logits, target) + guidance_weight * L_GGAM of a `GGAMHead`, and its detached outputs.
+
+        loss, out = fused_ggam_loss(head, features, target)
+        loss.backward()  # writes dA, and the parameters' gradients
+
+    The loss and gradients of `GGAMLoss(guidance_weight, label_smoothing)(head(features, target), target)`,
+    but beta and the backward share their reads of A: with average pooling and both attentions, the backward
+    reads nothing of A's size. `features` and `target` as the head takes them; `guidance_weight` >= 0,
+    `label_smoothing` in [0, 1]. `loss` is a scalar in float32 (float64 for float64 features); it can be
+    scaled (GradScaler) and differentiated once. With `cam_detach=False`, `pool_type="flatten"` or "", or
+    where gradients are disabled, this is the composition above. The head's own forward hooks do not run.
+
+    Raises:
+        TypeError: `head` is no GGAMHead; otherwise what the head and GGAMLoss raise.
+        RuntimeError: in a backward with create_graph=True.
+    """
+    fused = getattr(head, "fused_loss", None)
+    if not isinstance(head, GGAMHeadBase) or fused is None:
+        raise TypeError(f"head must be a GGAMHead; got {type(head).__name__}")
+    return fused(features, target, guidance_weight, label_smoothing)
 
 
 def guidance_loss(

@@ -6,17 +6,18 @@ from torch import Tensor
 from . import checks
 from .attention import ChannelMLP, Options, ggam_attention
 from .base import GGAMHeadBase, GGAMOutput
-from .classifier import Scores, closed_form_layers, layers_of, run, scores, scores_by_autograd
+from .classifier import (
+    Scores,
+    closed_form_layers,
+    layers_of,
+    run,
+    score_gradient,
+    scores,
+    scores_by_autograd,
+)
+from .fused_loss import FusedLoss, LossTerms, fused_loss
 from .gradcam import grad_cam_weights
-from .losses import kl_guidance, reduce_batch
-
-
-def score_gradient(logits: Tensor, target: Tensor, cam_class: str) -> Tensor:
-    """d y / d logits (N, K): one-hot of the label or of the predicted class, or the soft target."""
-    if cam_class == "label" and target.is_floating_point():
-        return target.detach().to(logits.dtype)
-    index = logits.detach().argmax(-1) if cam_class == "predicted" else target
-    return torch.zeros_like(logits).scatter(1, index.unsqueeze(1), 1.0).detach()
+from .losses import GGAMLoss, kl_guidance, loss_weights, reduce_batch
 
 
 class GGAMHead(GGAMHeadBase):
@@ -74,13 +75,7 @@ class GGAMHead(GGAMHeadBase):
     ) -> Tensor | GGAMOutput:
         """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
         self._check_request(target, pre_logits)
-        x, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
-        self._check_positions(spatial_shape)
-        backend = checks.backend(self.backend, x)
-        options = Options(self.attention, self.spatial_norm, self.pool_type)
-        mlp = ChannelMLP(None, None, None, None)
-        if options.uses_channel:
-            mlp = ChannelMLP(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        x, spatial_shape, mlp, options, backend = self._inputs(features)
         second_order = target is not None and not self.cam_detach and torch.is_grad_enabled()
 
         attended = ggam_attention(x, mlp, options, backend, differentiable=second_order)
@@ -104,6 +99,42 @@ class GGAMHead(GGAMHeadBase):
             beta,
             reduce_batch(guidance, self.guidance_reduction),
         )
+
+    def fused_loss(
+        self, features: Tensor, target: Tensor, guidance_weight: float = 0.1, label_smoothing: float = 0.0
+    ) -> FusedLoss:
+        """The loss of `GGAMLoss`, with the gradient of the features in hand: see
+        `functional.fused_ggam_loss`."""
+        weight, smoothing = loss_weights(guidance_weight, label_smoothing)
+        self._check_request(target, pre_logits=False)
+        if not self.cam_detach or self.pool_type in ("flatten", "") or not torch.is_grad_enabled():
+            out = self(features, target)
+            loss = GGAMLoss(weight, smoothing)(out, target)
+            return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
+        x, spatial_shape, mlp, options, backend = self._inputs(features)
+        target = checks.target(target, x.shape[0], self.num_classes)
+        terms = LossTerms(weight, smoothing, self.cam_at, self.cam_class, self.cam_norm,
+                          self.cam_temperature, self.divergence, self.guidance_reduction)  # fmt: skip
+
+        def score(pooled: Tensor) -> Scores:
+            result = self._score(pooled, spatial_shape, detach=True)
+            checks.scores(result.logits, x.shape[0], self.num_classes)
+            return result
+
+        loss, out = fused_loss(x, mlp, options, backend, score, target, terms)
+        return FusedLoss(
+            loss, out._replace(spatial_attention=out.spatial_attention.unflatten(1, spatial_shape))
+        )
+
+    def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
+        """Features as (N, C, L), their spatial shape, the channel MLP, the options, the resolved backend."""
+        x, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
+        self._check_positions(spatial_shape)
+        options = Options(self.attention, self.spatial_norm, self.pool_type)
+        mlp = ChannelMLP(None, None, None, None)
+        if options.uses_channel:
+            mlp = ChannelMLP(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
 
     def _classify(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool) -> Tensor:
         layers = closed_form_layers(self.classifier, self.drop)

@@ -52,6 +52,49 @@ def kl_guidance(
     return 0.5 * ((log_s.exp() - log_q.exp()) * difference).sum(-1)
 
 
+def kl_guidance_grad(
+    log_s: Tensor, cam_weights: Tensor, cam_norm: str, temperature: float, divergence: str
+) -> Tensor:
+    """d L / d e (N, C) of each image, S = softmax(e), for constant beta.
+
+    d L / d log S_c = g_c = 1/2 (S (log S - log b~) + S - b~)   or   S (log S - log b~) + S
+    d L / d e = g - S sum_c g_c
+    """
+    log_q = log_cam_norm(cam_weights, cam_norm, temperature)
+    s = log_s.exp()
+    weighted = s * (log_s - log_q)
+    g = weighted + s if divergence == "forward" else 0.5 * (weighted + s - log_q.exp())
+    return g - s * g.sum(-1, keepdim=True)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """Mean over the batch, 0 for an empty one; `target` as `checks.target` returns it."""
+    if target.is_floating_point():
+        target = target.to(logits.dtype)
+    total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
+    return total / max(logits.shape[0], 1)
+
+
+def cross_entropy_grad(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """d cross_entropy / d logits (N, K): (p sum q - q) / N for p = softmax(logits), q the smoothed target."""
+    if target.is_floating_point():
+        q = target.to(logits.dtype)
+    else:
+        q = torch.zeros_like(logits).scatter(1, target.unsqueeze(1), 1.0)
+    q = q * (1.0 - label_smoothing) + label_smoothing / logits.shape[1]
+    p = torch.softmax(logits, -1)
+    return (p * q.sum(-1, keepdim=True) - q) / max(logits.shape[0], 1)
+
+
+def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float, float]:
+    """Both in their range, else raise."""
+    if not 0.0 <= checks.number("guidance_weight", guidance_weight) < float("inf"):
+        raise ValueError(f"guidance_weight must be finite and not negative; got {guidance_weight!r}")
+    if not 0.0 <= checks.number("label_smoothing", label_smoothing) <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
+    return guidance_weight, label_smoothing
+
+
 def reduce_batch(per_image: Tensor, reduction: str) -> Tensor:
     """Sum, or mean over the batch; 0 for an empty batch."""
     total = per_image.sum()
@@ -73,22 +116,14 @@ class GGAMLoss(nn.Module):
 
     def __init__(self, guidance_weight: float = 0.1, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= checks.number("guidance_weight", guidance_weight) < float("inf"):
-            raise ValueError(f"guidance_weight must be finite and not negative; got {guidance_weight!r}")
-        if not 0.0 <= checks.number("label_smoothing", label_smoothing) <= 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
-        self.guidance_weight = guidance_weight
-        self.label_smoothing = label_smoothing
+        self.guidance_weight, self.label_smoothing = loss_weights(guidance_weight, label_smoothing)
 
     def forward(self, out: GGAMOutput | Tensor, target: Tensor) -> Tensor:
         logits = out.logits if isinstance(out, GGAMOutput) else out
         checks.matrix("out", logits, "of logits (N, K), or a GGAMOutput")
         logits = logits.to(checks.compute_dtype(logits))
         target = checks.target(target, logits.shape[0], logits.shape[1])
-        if target.is_floating_point():
-            target = target.to(logits.dtype)
-        total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
-        loss = total / max(logits.shape[0], 1)
+        loss = cross_entropy(logits, target, self.label_smoothing)
         if isinstance(out, Tensor):
             return loss
         return loss + self.guidance_weight * out.guidance_loss

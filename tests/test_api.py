@@ -23,6 +23,7 @@ LAYERS = (
     ("contractions",),
     ("attention",),
     ("gradcam", "classifier", "losses"),
+    ("fused_loss",),
     ("functional", "head", "reference"),
     ("presets",),
 )
@@ -60,8 +61,8 @@ def test_public_names() -> None:
     assert ggam_fast.cam is functional.cam
     public = {n for n in dir(functional) if callable(getattr(functional, n)) and n[0].islower()}
     assert public == {
-        "cam", "channel_sum", "get_stages", "ggam_attention", "grad_cam_means", "grad_cam_weights",
-        "guidance_loss", "spatial_sum",
+        "cam", "channel_sum", "fused_ggam_loss", "get_stages", "ggam_attention", "grad_cam_means",
+        "grad_cam_weights", "guidance_loss", "spatial_sum",
     }  # fmt: skip
 
 

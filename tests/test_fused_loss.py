@@ -1,0 +1,201 @@
+"""The fused criterion against the head followed by GGAMLoss: same loss, outputs, gradients and state."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
+from ggam_fast.functional import fused_ggam_loss
+from ggam_fast.reference import GGAMHeadReference
+from tests import parity
+
+OPTIONS = {
+    **{k: v for k, v in parity.OPTIONS.items() if k != "cam_detach"},
+    "pool_type": ("avg", "max"),
+    "hidden_size": (8, 0),
+    "input_fmt": ("NCHW", "NHWC", "NLC"),
+}
+WEIGHTS = {"guidance_weight": 0.7, "label_smoothing": 0.1}
+BACKENDS = ("torch", pytest.param("triton", marks=pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="")))
+Result = dict[str, Tensor]
+
+
+def result(head: nn.Module, loss: Tensor, out: GGAMOutput, x: Tensor, scale: float = 3.0) -> Result:
+    """Loss, outputs, and gradients of `scale` times the loss."""
+    found = parity.gradients(loss * scale, x, head)
+    return {"loss": loss.detach(), **out._asdict(), **found}
+
+
+def composed(head: Any, x: Tensor, target: Tensor) -> Result:
+    out = head(x, target)
+    return result(head, GGAMLoss(**WEIGHTS)(out, target), out, x)
+
+
+def fused(head: Any, x: Tensor, target: Tensor) -> Result:
+    return result(head, *fused_ggam_loss(head, x, target, **WEIGHTS), x)
+
+
+def state(head: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in head.state_dict().items()}
+
+
+def assert_same(found: Result, expected: Result, tolerance: float) -> None:
+    parity.assert_parity(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("options", list(parity.draws(OPTIONS, 36, "fused loss")), ids=str)
+def test_is_the_head_and_its_loss(options: dict[str, Any], soft: bool, device: torch.device) -> None:
+    head, _ = parity.pair(device=device, **options)
+    x = parity.as_format(parity.features(device), options["input_fmt"]).requires_grad_()
+    target = parity.soft_target(device) if soft else parity.hard_target(device)
+    before = state(head)
+    torch.manual_seed(1)
+    expected = composed(head, x, target)
+    after = state(head)
+    head.load_state_dict(before)
+    torch.manual_seed(1)
+    found = fused(head, x, target)
+    assert_same(found, expected, 1e-10)
+    for name, value in state(head).items():
+        torch.testing.assert_close(value, after[name], msg=f"{name} moved otherwise than by one forward")
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    "options", [{}, {"pool_type": "max"}, {"attention": "spatial"}, {"spatial_norm": "sum"}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_the_float64_reference(
+    backend: str, dtype: torch.dtype, options: dict[str, Any], layout: str, device: torch.device
+) -> None:
+    head, reference = parity.pair(device=device, dtype=torch.float32, cam_norm="standardized", **options)
+    reference.double()
+    head.backend = backend
+    x = parity.features(device, dtype, layout).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    target = parity.hard_target(device)
+    found, expected = fused(head, x, target), composed(reference, exact, target)
+    da = found.pop("features"), expected.pop("features")
+    assert da[0].dtype == dtype
+    assert da[0].stride() == x.detach().contiguous().stride() or layout == "channels_last"
+    assert parity.relative_error(*da) < (1e-4 if dtype == torch.float32 else 2**-7)
+    assert_same(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cam_detach": False}, {"pool_type": "flatten", "feat_size": (3, 5)}], ids=str
+)
+def test_composes_where_it_cannot_share(options: dict[str, Any], device: torch.device) -> None:
+    head, reference = parity.pair(device=device, hidden_size=0, **options)
+    x, target = parity.features(device).requires_grad_(), parity.hard_target(device)
+    assert_same(fused(head, x, target), composed(reference, x, target), 1e-9)
+
+
+def test_your_own_classifier(device: torch.device) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(parity.C, 9), nn.Tanh(), nn.Linear(9, parity.K))
+
+    head, reference = parity.pair(device=device, build_classifier=build)
+    x, target = parity.features(device).requires_grad_(), parity.hard_target(device)
+    assert_same(fused(head, x, target), composed(reference, x, target), 1e-10)
+
+
+def test_nothing_of_the_features_size_is_saved_but_the_features(device: torch.device) -> None:
+    head = GGAMHead(parity.C, parity.K, hidden_size=0, device=device)
+    x, target = parity.features(device, torch.float32).requires_grad_(), parity.hard_target(device)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused_ggam_loss(head, x, target)
+    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
+    assert large == {x.data_ptr()}
+
+
+def test_without_gradients_and_for_an_empty_batch(device: torch.device) -> None:
+    head, _ = parity.pair(device=device)
+    x, target = parity.features(device), parity.hard_target(device)
+    head.eval()
+    expected = fused_ggam_loss(head, x, target)
+    with torch.no_grad():
+        found = fused_ggam_loss(head, x, target)
+    torch.testing.assert_close(found.loss, expected.loss.detach())
+    assert not found.loss.requires_grad
+    empty = x[:0].requires_grad_()
+    loss, out = fused_ggam_loss(head, empty, target[:0])
+    loss.backward()
+    assert float(loss) == 0.0
+    assert out.logits.shape == (0, parity.K)
+    assert empty.grad is not None
+
+
+def test_features_that_need_no_gradient(device: torch.device) -> None:
+    """A frozen backbone: the parameters' gradients alone, and no dA."""
+    head, reference = parity.pair(device=device)
+    x, target = parity.features(device), parity.hard_target(device)
+    fused_ggam_loss(head, x, target, **WEIGHTS).loss.backward()
+    GGAMLoss(**WEIGHTS)(reference(x, target), target).backward()
+    for (name, p), q in zip(head.named_parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert q.grad is not None, name
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_a_second_derivative_is_refused_not_wrong(device: torch.device) -> None:
+    head, _ = parity.pair(device=device)
+    x, target = parity.features(device).requires_grad_(), parity.hard_target(device)
+    loss, _ = fused_ggam_loss(head, x, target)
+    with pytest.raises(RuntimeError, match=r"fused_ggam_loss can be differentiated once.*GGAMLoss"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_step(autocast: bool, device: torch.device) -> None:
+    head, _ = parity.pair(device=device, dtype=torch.float32, cam_norm="standardized")
+    x = parity.features(device, torch.bfloat16 if autocast else torch.float32)
+    target = parity.hard_target(device)
+
+    def step(x: Tensor) -> tuple[Tensor, GGAMOutput]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            return tuple(fused_ggam_loss(head, x, target, **WEIGHTS))
+
+    before = state(head)
+    eager_x, compiled_x = (x.clone().requires_grad_() for _ in range(2))
+    expected = result(head, *step(eager_x), eager_x)
+    head.load_state_dict(before)
+    found = result(head, *torch.compile(step, fullgraph=True)(compiled_x), compiled_x)
+    assert_same(found, expected, 1e-2 if autocast else 1e-5)
+
+
+def test_gradients_under_a_loss_scale(device: torch.device) -> None:
+    """float16: the scale that arrives is multiplied in before dA is rounded, so that nothing underflows."""
+    head = GGAMHead(parity.C, parity.K, hidden_size=0, device=device)
+    half = parity.features(device, torch.float16).requires_grad_()
+    exact = half.detach().double().requires_grad_()
+    target, scale = parity.hard_target(device), 2.0**-12  # dA would be zero in float16
+    found = torch.autograd.grad(fused_ggam_loss(head, half, target).loss * scale * 2.0**14, half)[0]
+    expected = torch.autograd.grad(fused_ggam_loss(head.double(), exact, target).loss * scale, exact)[0]
+    assert parity.relative_error(found.double() / 2.0**14, expected) < 1e-3
+
+
+def test_errors_name_the_argument(device: torch.device) -> None:
+    head, reference = parity.pair(device=device, dtype=torch.float32)
+    x, target = parity.features(device, torch.float32), parity.hard_target(device)
+    with pytest.raises(TypeError, match="head must be a GGAMHead; got Linear"):
+        fused_ggam_loss(nn.Linear(1, 1), x, target)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="head must be a GGAMHead; got GGAMHeadReference"):
+        fused_ggam_loss(reference, x, target)
+    with pytest.raises(ValueError, match="guidance_weight must be finite and not negative; got -1"):
+        fused_ggam_loss(head, x, target, guidance_weight=-1)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]; got 2"):
+        fused_ggam_loss(head, x, target, label_smoothing=2)
+    with pytest.raises(ValueError, match=r"target with class indices must be \(N,\)"):
+        fused_ggam_loss(head, x, target[:-1])
+    assert isinstance(reference, GGAMHeadReference)

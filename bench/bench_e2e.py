@@ -1,0 +1,91 @@
+"""A whole training step: backbone, head, loss, backward, optimizer.
+
+On a GPU ResNet-50 at 448 with 32 images, bfloat16 autocast, channels-last, random weights; on a CPU a ResNet-10 on
+small images, which tests the code and says little about speed.  The result rows' peak is that of the whole step.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import environment, parity, rows, timing
+from bench.training_step import CPU, GPU, PROVIDERS, Setting, TrainingStep
+
+ENERGY_SECONDS = 3.0
+"""How long to run for one reading of the energy counter, which moves every 20 to 100 ms."""
+
+
+def check(step: TrainingStep) -> float:
+    """The authors' loss and head gradients are ours; of the plain head, that the loss is finite."""
+    device, setting = step.device, step.setting
+    if step.provider == "linear":
+        if not torch.isfinite(step.loss()):
+            raise parity.Refused("the plain head's loss is not finite")
+        return 0.0
+    found = {}
+    for provider in ("fused", "authors"):
+        one = TrainingStep(provider, setting, device)
+        found[provider] = {"loss": one.loss()}
+        found[provider].update({name: p.grad for name, p in one.head.named_parameters()})
+    allowed = 1e-3 if setting.autocast is None else 0.1
+    worst = max(parity.errors(found["fused"], found["authors"]).values())
+    if not worst <= allowed:
+        raise parity.Refused(f"{step.provider} is {worst:.1e} off the other; allowed are {allowed:.1e}")
+    return worst / allowed
+
+
+def energy_per_step(step: TrainingStep) -> float | None:
+    """Joules of the whole GPU; None where its counter cannot be read."""
+    if not torch.cuda.is_available() or environment.energy_joules() is None:
+        return None
+    torch.cuda.synchronize()
+    before, start, count = environment.energy_joules(), time.perf_counter(), 0
+    while time.perf_counter() - start < ENERGY_SECONDS:
+        step()
+        torch.cuda.synchronize()
+        count += 1
+    after = environment.energy_joules()
+    assert before is not None
+    assert after is not None
+    return (after - before) / count
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def bench_e2e(
+    benchmark: Any,
+    provider: str,
+    write: Callable[[list[rows.Row]], None],
+    leave_out: Callable[[str], None],
+) -> None:
+    setting: Setting = GPU if torch.cuda.is_available() else CPU
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+    step = TrainingStep(provider, setting, environment.device())
+    share = check(step)
+    spreads, missing = timing.measure(lambda _: step(), 1, graph=False)
+    peak = timing.peak_bytes(lambda _: step()) / 2**20
+    energy = energy_per_step(step)
+    if energy is None:
+        leave_out("no energy counter")
+    for line in missing:
+        leave_out(line)
+    with step.autocast():
+        h, w = step.backbone(step.images).shape[2:]
+    kind = "bfloat16" if setting.autocast else "float32"
+    found = [
+        rows.Row(
+            setting.backbone, provider, "e2e", setting.n, step.channels, h, w, kind, "channels_last", name,
+            *(x * 1e6 for x in s), None, None, None, None, peak, timing.launches(lambda _: step()),
+            environment.current(), share, None if name == "host" else setting.n / s.p50,
+            None if energy is None else energy / setting.n,
+        )
+        for name, s in spreads.items()
+        if name != "cold"  # the images are one buffer, and the step is far larger than any cache
+    ]  # fmt: skip
+    write(found)
+    benchmark.group = f"e2e {setting.backbone} {setting.n}x3x{setting.size}x{setting.size}"
+    benchmark.extra_info.update(provider=provider, images_per_s=setting.n / spreads["hot"].p50)
+    benchmark.pedantic(lambda: (step(), torch.cuda.is_available() and torch.cuda.synchronize()), rounds=3)

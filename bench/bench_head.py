@@ -1,0 +1,66 @@
+"""Attention, Grad-CAM weights and the guided step, against every peer.
+
+    pytest bench/bench_head.py                    # a GPU: a telling part; a CPU: small cases
+    pytest bench/bench_head.py --full             # a GPU: all
+    pytest bench/bench_head.py -k "2048x14x14 and step"
+
+pytest-benchmark's table shows whole calls by the clock; the result file has what is reported.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import environment, rows
+from bench.cases import Case, Run, cpu_default, gpu_default, gpu_full
+from bench.parity import Refused
+from bench.workload import Workload
+
+OURS = ("memcpy", "eager", "fused", "fused_modular", "fused_compiled")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "run" in metafunc.fixturenames:
+        on_gpu, full = torch.cuda.is_available(), metafunc.config.getoption("--full")
+        runs = (gpu_full() if full else gpu_default()) if on_gpu else cpu_default()
+        metafunc.parametrize("run", list(dict.fromkeys(runs)), ids=str)
+
+
+@functools.lru_cache(maxsize=1)
+def workload(case: Case) -> Workload:
+    """Kept from one provider to the next of the same case."""
+    return Workload(case, environment.device())
+
+
+def bench_head(
+    benchmark: Any,
+    run: Run,
+    copy_bandwidth: float,
+    write: Callable[[list[rows.Row]], None],
+    leave_out: Callable[[str], None],
+) -> None:
+    work = workload(run.case)
+    try:
+        peer = work.build(run.provider, run.run)
+        found, missing = work.rows(run.provider, run.run, peer, copy_bandwidth)
+    except Refused:
+        raise
+    except Exception as error:
+        if run.provider in OURS:
+            raise
+        pytest.skip(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    write(found)
+    for line in missing:
+        leave_out(line)
+
+    def once() -> None:
+        work.call(peer)(0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{run.run} {run.case}"
+    benchmark.extra_info.update({f"{row.timing} p50 us": row.p50 for row in found}, provider=run.provider)
+    benchmark.pedantic(once, rounds=5)

@@ -1,0 +1,144 @@
+"""Shapes, types, layouts and passes that are timed, and which of them are timed by default."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+PASSES = ("fwd", "fwd_beta", "beta", "step")
+LAYOUTS = ("nchw", "channels_last", "nlc")
+
+COMPILED_REFERENCE = ("compiled", "compiled_max_autotune", "compiled_reduce_overhead")
+COMPILED = (*COMPILED_REFERENCE, "compiled_closed_form", "fused_compiled")
+CAM_LIBRARIES = ("grad_cam", "captum", "torchcam")
+PROVIDERS = ("memcpy", "eager", "fused", "fused_modular", *COMPILED, *CAM_LIBRARIES)
+
+
+class Case(NamedTuple):
+    """Features A of one size, type and memory layout."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    dtype: torch.dtype = torch.bfloat16
+    layout: str = "nchw"
+
+    @property
+    def positions(self) -> int:
+        return self.h * self.w
+
+    @property
+    def type_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, (self.n, self.c, self.h, self.w)))
+        return f"{size}-{self.type_name}-{self.layout}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """The inverse of `str`: "32x2048x14x14-bfloat16-nchw"; type and layout may be left out."""
+        size, *rest = text.split("-")
+        numbers = [int(x) for x in size.split("x")] if all(x.isdigit() for x in size.split("x")) else []
+        dtype = getattr(torch, rest[0], None) if rest else torch.bfloat16
+        layout = rest[1] if len(rest) > 1 else "nchw"
+        if len(numbers) != 4 or not isinstance(dtype, torch.dtype) or layout not in LAYOUTS:
+            raise ValueError(
+                f"a case is NxCxHxW, or NxCxHxW-TYPE-LAYOUT with a layout of {LAYOUTS}; got {text!r}"
+            )
+        return cls(*numbers, dtype, layout)
+
+
+class Run(NamedTuple):
+    """One provider on one pass of one case."""
+
+    case: Case
+    run: str
+    provider: str
+
+    def __str__(self) -> str:
+        return f"{self.case}-{self.run}-{self.provider}"
+
+
+MAPS = {  # what the shape is the last map of
+    (2048, 14, 14): "ResNet-50 at 448",
+    (512, 28, 28): "VGG-16 at 448, before its last pooling",
+    (512, 14, 14): "VGG-16 at 448",
+    (1280, 14, 14): "EfficientNet at 448",
+    (1024, 32, 32): "ViT-L, 1024 tokens",
+}
+BATCHES = (32, 128, 256)
+
+
+def gpu_cases(batches: tuple[int, ...] = BATCHES, dtypes: tuple[torch.dtype, ...] = ()) -> list[Case]:
+    return [
+        Case(n, *shape, dtype, layout)
+        for dtype in dtypes or (torch.bfloat16, torch.float32)
+        for shape in MAPS
+        for n in batches
+        for layout in (("nlc",) if shape[0] == 1024 else ("nchw", "channels_last"))
+    ]
+
+
+def gpu_full() -> Iterator[Run]:
+    """Every case, pass and provider: some hours, for the compiler's part."""
+    for case in gpu_cases():
+        for run in PASSES:
+            yield from (Run(case, run, provider) for provider in providers(run))
+    for case in gpu_cases((1,)):
+        yield from (Run(case, "fwd", provider) for provider in providers("fwd"))
+
+
+def gpu_default() -> Iterator[Run]:
+    """The part for under nine minutes, most telling first; compiled peers on a few cases, `--full` for all."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    resnet = {n: Case(n, 2048, 14, 14) for n in (1, *BATCHES)}
+    plain = ("memcpy", "eager", "fused", "fused_modular")
+    best = ("compiled", "compiled_max_autotune", "compiled_closed_form", "fused_compiled")
+    wanted: list[tuple[Case, str, tuple[str, ...]]] = [(resnet[n], "step", plain) for n in BATCHES]
+    wanted += [(resnet[128], "step", COMPILED), (resnet[32], "step", COMPILED)]
+    wanted += [(resnet[32], "beta", ("eager", "fused", "compiled", *CAM_LIBRARIES))]
+    rest = [case for case in gpu_cases(dtypes=(bf16,)) if case not in resnet.values()]
+    wanted += [(case, "step", plain) for case in rest]
+    wanted += [(case._replace(n=128), run, ("eager", "fused")) for case in gpu_cases((128,), (bf16,))
+               for run in ("fwd", "fwd_beta")]  # fmt: skip
+    wanted += [(case, "fwd", ("eager", "fused")) for case in gpu_cases((1,), (bf16,))]
+    wanted += [(Case(128, 2048, 14, 14, fp32), "step", plain), (Case(32, 2048, 14, 14, fp32), "step", plain)]
+    others = [case for case in gpu_cases((128,), (bf16,)) if case != resnet[128]]
+    wanted += [(case, "step", ("compiled", "compiled_closed_form")) for case in others]
+    wanted += [(resnet[128], run, ("compiled", "compiled_closed_form")) for run in ("fwd", "fwd_beta")]
+    wanted += [(resnet[1], "fwd", ("compiled", "compiled_reduce_overhead", "fused_compiled"))]
+    wanted += [(resnet[256], "step", best), (Case(128, 2048, 14, 14, fp32), "step", best[:1] + best[2:3])]
+    for case, run, names in wanted:
+        yield from (Run(case, run, name) for name in names)
+
+
+def cpu_default() -> Iterator[Run]:
+    """Small maps in float32; each compilation takes half a minute on two cores, so few cases have one."""
+    f32 = torch.float32
+    compiled = ("compiled", "fused_compiled")
+    efficientnet, resnet = Case(32, 1280, 7, 7, f32), Case(16, 2048, 14, 14, f32)
+    for case in (efficientnet, resnet, resnet._replace(n=4), resnet._replace(layout="channels_last")):
+        names = (*compiled, "memcpy") if case.layout == "nchw" else ("memcpy",)
+        yield from (Run(case, "step", name) for name in ("eager", "fused", "fused_modular", *names))
+    for run in ("fwd", "fwd_beta"):
+        yield from (Run(resnet, run, name) for name in ("eager", "fused", *compiled))
+    yield from (Run(resnet, "beta", name) for name in ("eager", "fused", *CAM_LIBRARIES))
+    yield from (Run(resnet._replace(n=1), "fwd", name) for name in ("eager", "fused"))
+
+
+CPU_LEFT_OUT = (
+    "the paper's batch sizes, bfloat16 and tokens: sizes of a GPU",
+    "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: on a CPU they are the default or slower to build",
+    "compiled_closed_form: on a CPU that is fused_compiled",
+    "cold caches, CUDA graphs, host time and launches: one warm buffer is timed",
+    "energy",
+)
+
+
+def providers(run: str) -> tuple[str, ...]:
+    """Who takes part in a pass."""
+    left_out = {"step": CAM_LIBRARIES, "beta": ("memcpy", "fused_modular")}
+    without = left_out.get(run, (*CAM_LIBRARIES, "fused_modular"))
+    return tuple(name for name in PROVIDERS if name not in without)

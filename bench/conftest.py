@@ -1,0 +1,89 @@
+"""What every benchmark shares: options, the result file, the time budget, the list of what was left out."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import environment, rows, timing
+from bench.cases import CPU_LEFT_OUT
+
+BUDGET_ON_GPU = 500.0  # seconds after which no test is started: with the one in flight, under nine minutes
+_LEFT_OUT = pytest.StashKey[list[str]]()
+_STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ggam_fast benchmarks")
+    group.addoption("--full", action="store_true", help="every case and provider (a GPU; hours)")
+    group.addoption("--results", type=Path, default=rows.RESULTS, help="folder of the CSV files")
+    group.addoption("--budget", type=float, help="seconds after which nothing new is started (500 on a GPU)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT_OUT] = []
+
+
+@pytest.fixture(autouse=True)
+def _within_budget(request: pytest.FixtureRequest) -> None:
+    config = request.config
+    budget = config.getoption("--budget")
+    if budget is None and torch.cuda.is_available() and not config.getoption("--full"):
+        budget = BUDGET_ON_GPU
+    if budget is not None and time.monotonic() - _STARTED > budget:
+        pytest.skip(f"the budget of {budget:.0f} s is spent")
+
+
+@pytest.fixture(autouse=True)
+def _compilable_reference() -> Iterator[None]:
+    """Makes Grad-CAM by autograd compile; off elsewhere."""
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> float:
+    return timing.copy_bandwidth(environment.device())
+
+
+@pytest.fixture
+def write(request: pytest.FixtureRequest) -> Callable[[list[rows.Row]], None]:
+    """Appends rows to the file of this device and these versions."""
+
+    def append(found: list[rows.Row]) -> None:
+        rows.append(rows.path_for(environment.current(), request.config.getoption("--results")), found)
+
+    return append
+
+
+@pytest.fixture
+def leave_out(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Names, in the summary, what was not measured."""
+    return lambda line: request.config.stash[_LEFT_OUT].append(f"{request.node.name}: {line}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.skipped and isinstance(report.longrepr, tuple):
+        item.config.stash[_LEFT_OUT].append(f"{item.name}: {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    lines = config.stash[_LEFT_OUT]
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        terminalreporter.section("left out on a CPU")
+        for line in CPU_LEFT_OUT:
+            terminalreporter.line(line)
+    if lines:
+        terminalreporter.section("not measured")
+        for line in lines:
+            terminalreporter.line(line)
+    path = rows.path_for(environment.current(), config.getoption("--results"))
+    terminalreporter.section("results")
+    terminalreporter.line(f"{path.name}; floor and speed-ups: python -m bench.report")

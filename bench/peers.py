@@ -1,0 +1,163 @@
+"""Who is timed.  Each provider is built the same way and called with (features, target).
+
+    eager                     the paper's method, Grad-CAM by a second backward pass (`ggam_fast.reference`)
+    compiled                  the same under torch.compile, mode "default"
+    compiled_max_autotune     mode "max-autotune-no-cudagraphs"
+    compiled_reduce_overhead  mode "reduce-overhead": CUDA graphs, which copy A into a buffer of theirs first;
+                              replays without that copy are the "graph" timings of the two above
+    compiled_closed_form      this library's closed form in plain torch (backend="torch") under torch.compile
+    fused                     this library: `fused_ggam_loss` for the step, the head for the rest
+    fused_modular             the head, then `GGAMLoss`
+    fused_compiled            `fused` inside torch.compile(fullgraph=True)
+    grad_cam, captum, torchcam   beta alone, see `cam_libraries`
+    memcpy                    a copy of A
+
+The reference runs wholly in A's type, parameters included: half the bytes of autocast, which would keep (N, C, L)
+products in float32.  The library keeps parameters and small tensors in float32 for every type of A.
+Compiling the reference needs `torch._dynamo.config.trace_autograd_ops`, which the caller switches on.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, functional
+from ggam_fast.base import GGAMHeadBase
+from ggam_fast.reference import GGAMHeadReference
+
+from . import cam_libraries
+from .cases import CAM_LIBRARIES, Case
+
+NUM_CLASSES = 200
+GUIDANCE_WEIGHT = 0.1
+MODES = {
+    "compiled": "default",
+    "compiled_max_autotune": "max-autotune-no-cudagraphs",
+    "compiled_reduce_overhead": "reduce-overhead",
+    "compiled_closed_form": "default",
+    "fused_compiled": "default",
+}
+Results = dict[str, Tensor]
+
+
+class Peer:
+    """`peer(x, y)` is what is timed; `peer.results(x, y)` the same with its outputs by name."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor], Any], name: str = "out", replays: bool = False):
+        self.call, self.name = call, name
+        self.capturable = not replays  # what replays CUDA graphs itself cannot be part of another
+
+    def __call__(self, x: Tensor, y: Tensor) -> Any:
+        with torch.no_grad():
+            if not self.capturable:
+                torch.compiler.cudagraph_mark_step_begin()
+            return self.call(x, y)
+
+    def release(self, x: Tensor) -> None:
+        """Drop what an earlier call left in memory."""
+
+    def results(self, x: Tensor, y: Tensor) -> Results:
+        out = self(x, y)
+        return out._asdict() if isinstance(out, GGAMOutput) else {self.name: out}
+
+
+class Step(Peer):
+    """Forward, loss and backward into A and all parameters."""
+
+    def __init__(self, head: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], replays: bool = False):
+        super().__init__(loss_of, replays=replays)
+        self.parameters = dict(head.named_parameters())
+
+    def release(self, x: Tensor) -> None:
+        x.grad = None
+        for p in self.parameters.values():
+            p.grad = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.release(x)
+        if not self.capturable:
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = self.call(x, y)
+        loss.backward()
+        return loss
+
+    def results(self, x: Tensor, y: Tensor) -> Results:
+        loss = self(x, y).detach()
+        grads = {"features": x.grad, **{name: p.grad for name, p in self.parameters.items()}}
+        missing = [name for name, grad in grads.items() if grad is None]
+        if missing:
+            raise AssertionError(f"no gradient reached {', '.join(missing)}")
+        return {"loss": loss, **grads}  # type: ignore[dict-item]
+
+
+def new_head(kind: type[GGAMHeadBase], case: Case, state: dict[str, Tensor] | None = None) -> Any:
+    """A head for the case with default options, in evaluation mode."""
+    head = kind(case.c, NUM_CLASSES, input_fmt="NLC" if case.layout == "nlc" else "NCHW")
+    if state is not None:
+        head.load_state_dict(state)
+    return head.eval()
+
+
+def build(provider: str, run: str, case: Case, state: dict[str, Tensor], device: torch.device) -> Peer:
+    """The provider for one pass of one case, with these parameters."""
+    if provider == "memcpy":
+        return _memcpy()
+    is_reference = provider in ("eager", *CAM_LIBRARIES) or provider.startswith("compiled")
+    is_reference = is_reference and provider != "compiled_closed_form"
+    head = new_head(GGAMHeadReference if is_reference else GGAMHead, case, state).to(device)
+    if is_reference:
+        head.to(case.dtype)
+    if provider == "compiled_closed_form":
+        head.backend = "torch"
+    if provider in CAM_LIBRARIES:
+        return Peer(cam_libraries.build(provider, head, case.layout == "nlc"), "cam_weights")
+    replays = provider == "compiled_reduce_overhead"
+    if run == "step":
+        head.train()
+        return Step(head, _compiled(provider, _loss(provider, head)), replays)
+    name = {"fwd": "logits", "beta": "cam_weights"}.get(run, "out")
+    return Peer(_compiled(provider, _forward(run, head)), name, replays)
+
+
+def _forward(run: str, head: nn.Module) -> Callable[[Tensor, Tensor], Any]:
+    if run == "fwd":
+        return lambda x, y: head(x)
+    if run == "fwd_beta":
+        return lambda x, y: head(x, y)
+    return lambda x, y: head(x, y).cam_weights
+
+
+def guided_loss(head: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The library's loss of the guided step, in its fastest form."""
+    if not hasattr(functional, "fused_ggam_loss"):
+        return GGAMLoss(GUIDANCE_WEIGHT)(head(x, y), y)
+    return functional.fused_ggam_loss(head, x, y, guidance_weight=GUIDANCE_WEIGHT).loss
+
+
+def _loss(provider: str, head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    if provider in ("fused", "fused_compiled"):
+        return lambda x, y: guided_loss(head, x, y)
+    criterion = GGAMLoss(GUIDANCE_WEIGHT)
+    return lambda x, y: criterion(head(x, y), y)
+
+
+def _compiled(provider: str, call: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+    if provider not in MODES:
+        return call
+    # Dynamo counts what it compiled for a line of code, and gives up after a few shapes of it.
+    torch._dynamo.reset()
+    return torch.compile(call, fullgraph=True, dynamic=False, mode=MODES[provider])
+
+
+def _memcpy() -> Peer:
+    targets: dict[tuple[int, ...], Tensor] = {}
+
+    def copy(x: Tensor, y: Tensor) -> Tensor:
+        target = targets.get(tuple(x.shape))
+        if target is None:
+            target = targets[tuple(x.shape)] = torch.empty_like(x)
+        return target.copy_(x)
+
+    return Peer(copy, "copy")

@@ -1,0 +1,98 @@
+"""One measurement, one line of a CSV file; files are only ever appended to, a whole line at a time."""
+
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from .environment import Environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Row(NamedTuple):
+    """The columns, in order.  Times are in microseconds; empty means not measured, never zero."""
+
+    op: str
+    provider: str
+    run: str  # the CSV's column is called "pass"
+    N: int
+    C: int
+    H: int
+    W: int
+    dtype: str
+    layout: str
+    timing: str
+    p20: float
+    p50: float
+    p80: float
+    bytes: int | None
+    gb_per_s: float | None
+    x_memcpy: float | None
+    x_floor: float | None
+    peak_mib: float | None
+    launches: int | None
+    environment: Environment
+    parity: float | None = None  # the largest error found, as a share of what is allowed
+    images_per_s: float | None = None
+    joules_per_image: float | None = None
+
+
+_RENAMED = {"run": "pass", "gb_per_s": "GB/s", "peak_mib": "peak MiB"}
+_OWN = [name for name in Row._fields if name != "environment"]
+_BEFORE = _OWN[: _OWN.index("launches") + 1]
+_AFTER = _OWN[_OWN.index("launches") + 1 :]
+COLUMNS = [_RENAMED.get(n, n) for n in (*_BEFORE, *Environment._fields, *_AFTER)]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def values(row: Row) -> list[str]:
+    """The row's cells, in the order of COLUMNS."""
+    cells = [*(getattr(row, n) for n in _BEFORE), *row.environment, *(getattr(row, n) for n in _AFTER)]
+    return [_text(cell) for cell in cells]
+
+
+def _line(cells: Iterable[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def path_for(environment: Environment, folder: Path = RESULTS) -> Path:
+    """One file for a device and a version set."""
+    name = f"{environment.gpu}-torch{environment.torch}-triton{environment.triton or 'none'}"
+    safe = "".join(c if c.isalnum() or c in ".-+" else "_" for c in name)
+    return folder / f"{safe}.csv"
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add whole lines in one write under a lock: readers and other processes never see half a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = "".join(_line(values(row)) for row in rows)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        header = _line(COLUMNS)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, len(header), 0).decode() != header:
+            raise ValueError(f"{path} has other columns than these rows: move it away, or delete it")
+        os.write(descriptor, (body if size else header + body).encode())
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows as they stand in the file, in order."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"{path} is not a result file: its columns are {reader.fieldnames}")
+        return list(reader)

@@ -1,0 +1,173 @@
+"""How long a call takes: warm and cold L2, CUDA-graph replays, host time; peak memory and launches.
+
+    hot     one input buffer again and again
+    cold    inputs rotate among buffers that together are larger than L2, so A comes from memory
+    graph   the same rotation captured as one CUDA graph and replayed: no launch gaps, cold L2
+    host    time until the call returns, with the device idle before it
+
+GPU times are CUDA events around each call (host: the CPU's clock); on a CPU only `hot` is taken, by its clock.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[int], Any]
+"""call(i) runs once on input i"""
+
+BUDGET = 0.25  # seconds for one kind of timing, warm-up apart
+ROUNDS = (10, 200)  # at least, at most
+CACHE_MULTIPLE, MOST_BUFFERS = 3, 256
+
+
+class Spread(NamedTuple):
+    """Percentiles of the samples, in seconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def spread(samples: list[float]) -> Spread:
+    """20th, 50th and 80th percentile, interpolated."""
+    if not samples:
+        raise ValueError("samples must not be empty")
+    return Spread(*(float(x) for x in numpy.percentile(samples, (20, 50, 80))))
+
+
+def buffers_for(bytes_each: int) -> int:
+    """How many inputs to rotate among, so that none is still in L2 when it comes again (a single small
+    image's may be: at most MOST_BUFFERS)."""
+    if not torch.cuda.is_available():
+        return 1
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return min(max(2, -(-CACHE_MULTIPLE * l2 // bytes_each)), MOST_BUFFERS)
+
+
+def rounds_for(seconds: float, budget: float = BUDGET) -> int:
+    """How many calls of that length fit in the budget, within ROUNDS."""
+    return int(min(max(budget / max(seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))
+
+
+def host_times(call: Call, rounds: int, synchronize: bool, buffers: int = 1) -> list[float]:
+    """Seconds until the call returns; `synchronize` leaves the device idle before each."""
+    found = []
+    for i in range(rounds):
+        if synchronize:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(i % buffers)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def event_times(call: Call, rounds: int, buffers: int) -> list[float]:
+    """Seconds between CUDA events around each call."""
+    pairs = []
+    for i in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(i % buffers)
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def capture(call: Call, buffers: int) -> torch.cuda.CUDAGraph:
+    """All inputs in turn as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(buffers):
+            call(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(buffers):
+            call(i)
+    return graph
+
+
+def graph_times(call: Call, buffers: int) -> list[float]:
+    """Seconds a call in replays of `capture`."""
+    graph = capture(call, buffers)
+    graph.replay()
+    torch.cuda.synchronize()
+    once = event_times(lambda _: graph.replay(), 3, 1)
+    return [t / buffers for t in event_times(lambda _: graph.replay(), rounds_for(min(once)), 1)]
+
+
+def measure(call: Call, buffers: int, graph: bool = True) -> tuple[dict[str, Spread], list[str]]:
+    """The spread of each kind of timing, and what could not be taken."""
+    gc.collect()
+    for i in range(max(3, buffers)):
+        call(i % buffers)
+    if not torch.cuda.is_available():
+        once = min(host_times(call, 3, False))
+        return {"hot": spread(host_times(call, rounds_for(once, 1.0), False))}, []
+    once = min(event_times(call, 3, 1))
+    rounds = rounds_for(once)
+    found = {
+        "hot": spread(event_times(call, rounds, 1)),
+        "cold": spread(event_times(call, max(rounds, min(buffers, ROUNDS[1])), buffers)),
+        "host": spread(host_times(call, min(rounds, 50), True, buffers)),
+    }
+    missing = []
+    if graph:
+        try:
+            found["graph"] = spread(graph_times(call, buffers))
+        except Exception as error:
+            torch.cuda.synchronize()
+            missing.append(f"no CUDA graph: {_first_line(error)}")
+    return found, missing
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def peak_bytes(call: Call) -> int:
+    """The most memory one call holds beyond what was held before it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call(0)
+    held = peak = 0
+    assert record.profiler is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def launches(call: Call) -> int | None:
+    """Kernels, copies and fills one call puts on the GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    call(0)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        call(0)
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in record.events() or [])
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written bytes both counted."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    found, _ = measure(lambda _: target.copy_(source), 1, graph=False)
+    return 2 * size / found["hot"].p50

@@ -1,0 +1,109 @@
+"""A whole training step of a timm backbone with one of three heads, for `bench_e2e`.
+
+    linear   global pooling and one linear layer, cross entropy: what GGAM replaces
+    fused    this library's head and fused loss
+    authors  the released script's way: the predicted scores' backward pass through the whole backbone gives beta,
+             its gradients are dropped, then the loss goes back through the backbone a second time.  Attention,
+             classifier and guidance are the reference's, so that all else is equal.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ggam_fast import GGAMHead
+from ggam_fast.reference import GGAMHeadReference
+
+from .peers import GUIDANCE_WEIGHT, NUM_CLASSES, guided_loss
+
+PROVIDERS = ("linear", "fused", "authors")
+
+
+class Setting(NamedTuple):
+    """A backbone (random weights), its images, and the type autocast works in."""
+
+    backbone: str
+    size: int
+    n: int
+    autocast: torch.dtype | None
+
+
+GPU = Setting("resnet50", 448, 32, torch.bfloat16)
+CPU = Setting("resnet10t", 64, 4, None)
+
+
+class TrainingStep:
+    """`step()`: forward, loss, backward and SGD on one batch."""
+
+    def __init__(self, provider: str, setting: Setting, device: torch.device):
+        torch.manual_seed(0)
+        self.provider, self.setting, self.device = provider, setting, device
+        backbone = timm.create_model(setting.backbone, pretrained=False, num_classes=0, global_pool="")
+        self.channels = backbone.num_features
+        torch.manual_seed(1)
+        # The paper's Grad-CAM class is the label; the script's is the prediction. Predicted, for both.
+        kind = {"linear": None, "fused": GGAMHead, "authors": GGAMHeadReference}[provider]
+        head = (
+            nn.Linear(self.channels, NUM_CLASSES)
+            if kind is None
+            else kind(self.channels, NUM_CLASSES, cam_class="predicted", cam_at="attended")
+        )
+        self.backbone = backbone.to(device, memory_format=torch.channels_last)
+        self.head = head.to(device)
+        parameters = [*self.backbone.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+        torch.manual_seed(2)
+        images = torch.randn(setting.n, 3, setting.size, setting.size, device=device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.target = torch.randint(NUM_CLASSES, (setting.n,), device=device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.setting.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.setting.autocast)
+
+    def __call__(self) -> Tensor:
+        loss = getattr(self, f"_{self.provider}")()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def loss(self) -> Tensor:
+        """One backward pass without the optimizer's step, for parity."""
+        return getattr(self, f"_{self.provider}")()
+
+    def _linear(self) -> Tensor:
+        with self.autocast():
+            logits = self.head(self.backbone(self.images).mean((2, 3)))
+            loss = F.cross_entropy(logits, self.target)
+        loss.backward()
+        return loss.detach()
+
+    def _fused(self) -> Tensor:
+        with self.autocast():
+            features = self.backbone(self.images)
+            loss = guided_loss(self.head, features, self.target)
+        loss.backward()
+        return loss.detach()
+
+    def _authors(self) -> Tensor:
+        head = self.head
+        assert isinstance(head, GGAMHeadReference)
+        seen: list[Tensor] = []
+        with self.autocast():
+            features = self.backbone(self.images)
+            shape = tuple(features.shape[2:])
+            attended, log_s, _ = head.attend(features.flatten(2))
+            attended.register_hook(lambda gradient: seen.append(gradient))
+            logits = head.classify(attended, shape)
+        logits.max(1).values.sum().backward(retain_graph=True)
+        beta = seen[0].detach().float().mean(2)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(logits.float(), self.target)
+        loss = loss + GUIDANCE_WEIGHT * head.guidance(log_s.float(), beta)
+        loss.backward()
+        return loss.detach()

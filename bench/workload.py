@@ -1,0 +1,111 @@
+"""Inputs, parameters and expected results of one case, shared by all its providers; the way to a row."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ggam_fast.reference import GGAMHeadReference
+
+from . import environment, floor, parity, peers, rows, timing
+from .cases import Case
+from .peers import Peer, Results
+
+OP = "ggam"
+
+
+class Workload:
+    """Random features as a ReLU leaves them, targets, and parameters that A's type holds exactly."""
+
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device = case, device
+        torch.manual_seed(0)
+        head = peers.new_head(GGAMHeadReference, case)
+        self.state = {k: _rounded(v, case.dtype) for k, v in head.state_dict().items()}
+        count = timing.buffers_for(floor.feature_bytes(case))
+        self.features = [self._features() for _ in range(count)]
+        self.leaves = [x.detach().requires_grad_() for x in self.features]  # the same memory
+        self.target = torch.randint(peers.NUM_CLASSES, (case.n,), device=device)
+        self._expected: dict[str, tuple[Results, Results]] = {}
+
+    def _features(self) -> Tensor:
+        case = self.case
+        shape = (case.n, case.positions, case.c) if case.layout == "nlc" else (case.n, case.c, case.h, case.w)
+        x = torch.randn(shape, device=self.device, dtype=case.dtype).relu_()
+        return x.contiguous(memory_format=torch.channels_last) if case.layout == "channels_last" else x
+
+    def inputs(self, peer: Peer) -> list[Tensor]:
+        return self.leaves if isinstance(peer, peers.Step) else self.features
+
+    def build(self, provider: str, run: str) -> Peer:
+        """A provider with this workload's parameters."""
+        return peers.build(provider, run, self.case, self.state, self.device)
+
+    def results(self, peer: Peer) -> Results:
+        return _detached(peer.results(self.inputs(peer)[0], self.target))
+
+    def expected(self, run: str) -> tuple[Results, Results]:
+        """The results of the reference in float64, and in the case's own type."""
+        if run not in self._expected:
+            exact_case = self.case._replace(dtype=torch.float64)
+            exact = peers.build("eager", run, exact_case, self.state, self.device)
+            x = self.features[0].double().requires_grad_(run == "step")
+            eager = self.results(self.build("eager", run))
+            self._expected[run] = _detached(exact.results(x, self.target)), eager
+        return self._expected[run]
+
+    def check(self, provider: str, run: str, peer: Peer) -> float:
+        """Parity's verdict on a provider (twice: a second call must not differ)."""
+        if provider == "memcpy":
+            found = peer(self.features[0], self.target)
+            if not torch.equal(found, self.features[0]):
+                raise parity.Refused("memcpy did not copy")
+            return 0.0
+        exact, eager = self.expected(run)
+        return max(
+            parity.check(provider, self.results(peer), exact, eager, self.case.dtype) for _ in range(2)
+        )
+
+    @cached_property
+    def memcpy(self) -> dict[str, timing.Spread]:
+        """A copy of A under each kind of timing."""
+        return self.measure(self.build("memcpy", "copy"))[0]
+
+    def measure(self, peer: Peer) -> tuple[dict[str, timing.Spread], list[str]]:
+        return timing.measure(self.call(peer), len(self.features), peer.capturable)
+
+    def call(self, peer: Peer) -> timing.Call:
+        inputs = self.inputs(peer)
+        return lambda i: peer(inputs[i], self.target)
+
+    def rows(self, provider: str, run: str, peer: Peer, bandwidth: float) -> tuple[list[rows.Row], list[str]]:
+        """Check, time, and count: one row for each kind of timing, and what could not be taken."""
+        share = self.check(provider, run, peer)
+        run = "copy" if provider == "memcpy" else run
+        memcpy = self.memcpy
+        spreads, missing = (memcpy, []) if provider == "memcpy" else self.measure(peer)
+        peer.release(self.inputs(peer)[0])
+        peak = None if provider == "memcpy" else timing.peak_bytes(self.call(peer)) / 2**20
+        launched = timing.launches(self.call(peer))
+        now, case = environment.current(), self.case
+        least, counted = floor.floor_seconds(case, run, bandwidth), floor.floor_bytes(case, run)
+        h, w = (case.positions, 1) if case.layout == "nlc" else (case.h, case.w)
+        found = [
+            rows.Row(
+                OP, provider, run, case.n, case.c, h, w, case.type_name, case.layout, kind,
+                *(x * 1e6 for x in s), counted,
+                *((None, None, None) if kind == "host" else
+                  (counted / s.p50 / 1e9, s.p50 / memcpy[kind].p50 if kind in memcpy else None, s.p50 / least)),
+                peak, launched, now, share,
+            )
+            for kind, s in spreads.items()
+        ]  # fmt: skip
+        return found, missing
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype).to(value.dtype) if value.is_floating_point() else value
+
+
+def _detached(found: Results) -> Results:
+    return {name: x.detach().clone() for name, x in found.items()}

@@ -79,7 +79,7 @@ def bench_e2e(
         rows.Row(
             setting.backbone, provider, "e2e", setting.n, step.channels, h, w, kind, "channels_last", name,
             *(x * 1e6 for x in s), None, None, None, None, peak, timing.launches(lambda _: step()),
-            environment.current(), share, None if name == "host" else setting.n / s.p50,
+            environment.current(), None, share, None if name == "host" else setting.n / s.p50,
             None if energy is None else energy / setting.n,
         )
         for name, s in spreads.items()

@@ -1,25 +1,101 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one call: parity of the compiled kernels, then the timings.
-#   bench/gpu.sh DIR      leaves logs and pytest-benchmark JSON in DIR; no failure stops the rest
+# Everything a GPU is needed for; no failure stops the rest, and a summary is printed last.
+#
+#   bench/gpu.sh DIR                       all sections, about half an hour
+#   bench/gpu.sh DIR parity sanitizer      these alone, each below ten minutes
+#
+#   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log
+#   bench       the suite, under nine minutes                                                    bench.log, bench.csv
+#   counters    bytes read from and written to device memory by each kernel (ncu)                counters.log, .csv
+#   sanitizer   memcheck and racecheck on small shapes (compute-sanitizer)                       sanitizer.log
+#   first_call  the first step of a new process, with empty and with warm caches                 first_call.log
+#
+# DIR holds at most 8 files and 16 MB. A copy without its history takes its commit from BENCH_COMMIT.
+# BENCH_ARGS is handed to pytest bench/.
 set -u
-cd "$(dirname "$0")/.."
-out=${1:?usage: bench/gpu.sh DIR}
-mkdir -p "$out"
+usage="usage: bench/gpu.sh DIR [parity] [bench] [counters] [sanitizer] [first_call]"
+out=${1:?$usage}
+shift
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
+cd "$(dirname "$0")/.." || exit
 export PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET
-run() {
-    local name=$1
-    shift
-    if "$@" >"$out/$name.log" 2>&1; then echo "ok      $name"; else echo "FAILED  $name ($?)"; fi
-    tail -n 3 "$out/$name.log"
+unset TRITON_INTERPRET GGAM_FAST_BACKEND
+python=$(command -v python3 || command -v python)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+all=(parity bench counters sanitizer first_call)
+summary=()
+
+# step SECTION LIMIT NAME COMMAND...: run it with a time limit, log it, note how it ended
+step() {
+    local section=$1 limit=$2 name=$3 began=$SECONDS status=0
+    shift 3
+    printf '\n== %s\n' "$name" | tee -a "$out/$section.log"
+    timeout -k 10 "$limit" "$@" >"$scratch/log" 2>&1 || status=$?
+    tail -c 1500000 "$scratch/log" >>"$out/$section.log"
+    tail -n 40 "$scratch/log"
+    local word=ok
+    case $status in
+        0) ;;
+        3) word=MISSING ;; # a tool or a device that is not here
+        124 | 137) word="OUT OF TIME" ;;
+        *) word="FAILED ($status)" ;;
+    esac
+    summary+=("$(printf '%-11s %-34s %-12s %4d s' "$section" "$name" "$word" $((SECONDS - began)))")
 }
-run device nvidia-smi
-run ops timeout 200 python3 -m pytest -q tests/test_ops.py
-run head timeout 200 python3 -m pytest -q tests/test_head.py tests/test_contractions.py tests/test_compile.py
-if command -v compute-sanitizer >/dev/null; then
+
+missing() { echo "$1 is not installed"; return 3; }
+export -f missing
+
+parity() {
+    step parity 240 kernels "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/kernels
+    step parity 200 head "$python" -m pytest -q -p no:cacheprovider tests/test_head.py tests/test_contractions.py
+    step parity 110 "marked gpu" "$python" -m pytest -q -p no:cacheprovider -m gpu tests/bench tests/test_*.py
+    step parity 200 compile "$python" -m pytest -q -p no:cacheprovider tests/test_compile.py
+}
+
+bench() {
+    # shellcheck disable=SC2086  # several words
+    step bench 560 suite "$python" -m pytest -q -p no:cacheprovider bench/ --results "$scratch/results" ${BENCH_ARGS:-}
+    cat "$scratch"/results/*.csv >"$out/bench.csv" 2>/dev/null
+}
+
+counters() {
+    step counters 560 "bytes by ncu" "$python" -m bench.counters "$out/counters.csv" --limit 100
+}
+
+sanitizer() {
+    local tool
     for tool in memcheck racecheck; do
-        run "$tool" timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            python3 -m pytest -q tests/test_ops.py -k "sliced or tile"
+        if command -v compute-sanitizer >/dev/null; then
+            # Torch's caching allocator would hide accesses past the end of a tensor.
+            step sanitizer 280 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.small_step
+        else
+            step sanitizer 10 "$tool" bash -c 'missing compute-sanitizer'
+        fi
     done
-fi
-run bench timeout 540 python3 -m pytest -q bench/ --benchmark-json="$out/benchmark.json"
+}
+
+first_call() {
+    step first_call 120 eager "$python" -m bench.first_call
+    step first_call 240 compiled "$python" -m bench.first_call --compile
+}
+
+sections=("$@")
+[ $# -gt 0 ] || sections=("${all[@]}")
+for section in "${sections[@]}"; do
+    case " ${all[*]} " in
+        *" $section "*) rm -f "$out/$section".{log,csv} && "$section" ;;
+        *) summary+=("$(printf '%-11s no such section; %s' "$section" "$usage")") ;;
+    esac
+done
+
+{
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total --format=csv,noheader 2>/dev/null ||
+        echo "no GPU (nvidia-smi is missing or failed)"
+    "$python" -c 'import sys, torch, triton
+print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__)'
+    printf '%s\n' "${summary[@]}"
+    du -sh "$out" | cut -f1
+} 2>&1 | tee -a "$out/summary.txt"

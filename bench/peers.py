@@ -58,6 +58,10 @@ class Peer:
     def release(self, x: Tensor) -> None:
         """Drop what an earlier call left in memory."""
 
+    def gradient_bytes(self, x: Tensor) -> int:
+        """Size of the gradients that the last call left."""
+        return 0
+
     def results(self, x: Tensor, y: Tensor) -> Results:
         out = self(x, y)
         return out._asdict() if isinstance(out, GGAMOutput) else {self.name: out}
@@ -74,6 +78,9 @@ class Step(Peer):
         x.grad = None
         for p in self.parameters.values():
             p.grad = None
+
+    def gradient_bytes(self, x: Tensor) -> int:
+        return sum(t.grad.nbytes for t in (x, *self.parameters.values()) if t.grad is not None)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.release(x)

@@ -36,6 +36,7 @@ class Row(NamedTuple):
     peak_mib: float | None
     launches: int | None
     environment: Environment
+    gradients_mib: float | None = None  # of A and the parameters: part of the peak that no step avoids
     parity: float | None = None  # the largest error found, as a share of what is allowed
     images_per_s: float | None = None
     joules_per_image: float | None = None

@@ -86,6 +86,7 @@ class Workload:
         spreads, missing = (memcpy, []) if provider == "memcpy" else self.measure(peer)
         peer.release(self.inputs(peer)[0])
         peak = None if provider == "memcpy" else timing.peak_bytes(self.call(peer)) / 2**20
+        gradients = peer.gradient_bytes(self.inputs(peer)[0]) / 2**20 or None
         launched = timing.launches(self.call(peer))
         now, case = environment.current(), self.case
         least, counted = floor.floor_seconds(case, run, bandwidth), floor.floor_bytes(case, run)
@@ -96,7 +97,7 @@ class Workload:
                 *(x * 1e6 for x in s), counted,
                 *((None, None, None) if kind == "host" else
                   (counted / s.p50 / 1e9, s.p50 / memcpy[kind].p50 if kind in memcpy else None, s.p50 / least)),
-                peak, launched, now, share,
+                peak, launched, now, gradients, share,
             )
             for kind, s in spreads.items()
         ]  # fmt: skip

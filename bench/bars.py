@@ -1,0 +1,78 @@
+"""What the suite is held to, and how far each result file is from it."""
+
+from collections.abc import Iterator
+
+from .cases import CAM_LIBRARIES, COMPILED
+from .table import Results, memory_beyond
+
+PEERS = tuple(p for p in COMPILED if p != "fused_compiled")
+
+
+def judged(results: Results) -> Iterator[str]:
+    """One line for each bar that this file has the rows for: the worst case, and whether it is met."""
+    yield from _gpu(results) if results.on_gpu else _cpu(results)
+
+
+def _line(name: str, found: list[tuple[float, str]], limit: float, at_most: bool) -> Iterator[str]:
+    if found:
+        worst, where = max(found) if at_most else min(found)
+        met = worst <= limit if at_most else worst >= limit
+        bound = "at most" if at_most else "at least"
+        yield f"{'met   ' if met else 'MISSED'} {name}: {worst:.2f} ({bound} {limit:g}) at {where}"
+
+
+def _ratios(
+    results: Results, run: str, ours: str, peers: tuple[str, ...], timing: str
+) -> list[tuple[float, str]]:
+    """The fastest of the peers over ours, case by case."""
+    found = []
+    for case in results.cases(run):
+        mine, peer = (results.time(p, run, case, timing) for p in ((ours,), peers))
+        if mine and peer:
+            found.append(
+                (peer.microseconds / mine.microseconds, f"{case.map}, N = {case.N}, {peer.provider}")
+            )
+    return found
+
+
+def _gpu(results: Results) -> Iterator[str]:
+    for timing in ("cold", "graph"):
+        floors, memory = [], []
+        for case in results.cases("step"):
+            row = results.row("fused", "step", case, timing)
+            if row and case.dtype == "bfloat16" and int(case.N) >= 128:
+                floors.append((float(row["x_floor"]), f"{case.map}, N = {case.N}"))
+            share = memory_beyond(row, case) if row else None
+            if share is not None and case.dtype == "bfloat16" and int(case.H) * int(case.W) == 196:
+                memory.append((share, f"{case.map}, N = {case.N}"))
+        yield from _line(f"guided step over floor, N >= 128, {timing}", floors, 1.5, True)
+        if timing == "cold":
+            yield from _line("peak beyond A, parameters and gradients, in bytes(A)", memory, 0.1, True)
+    for timing in ("hot", "cold"):
+        step = _ratios(results, "step", "fused", PEERS, timing)
+        yield from _line(f"guided step against the best torch.compile, {timing}", step, 2.0, False)
+        step = _ratios(results, "step", "fused", ("eager",), timing)
+        yield from _line(f"guided step against the eager reference, {timing}", step, 8.0, False)
+    beta = _ratios(results, "beta", "fused", CAM_LIBRARIES, "cold")
+    yield from _line("beta alone against the fastest CAM library", beta, 5.0, False)
+    whole = {
+        row["provider"]: row
+        for row in results.rows.values()
+        if row["pass"] == "e2e" and row["timing"] == "hot"
+    }
+    if {"linear", "fused", "authors"} <= whole.keys():
+        plain, ours, authors = (float(whole[p]["p50"]) for p in ("linear", "fused", "authors"))
+        yield from _line(
+            "whole step over the plain head's", [(ours / plain, whole["fused"]["op"])], 1.03, True
+        )
+        yield from _line(
+            "whole step against the authors' way", [(authors / ours, whole["fused"]["op"])], 1.5, False
+        )
+
+
+def _cpu(results: Results) -> Iterator[str]:
+    for run in ("step", "fwd_beta", "fwd"):
+        eager = _ratios(results, run, "fused", ("eager",), "hot")
+        yield from _line(f"{run}, eager against the eager reference", eager, 1.5, False)
+        compiled = _ratios(results, run, "fused_compiled", ("compiled",), "hot")
+        yield from _line(f"{run}, compiled against the compiled reference", compiled, 1.0, False)

@@ -1,0 +1,215 @@
+"""Result files as Markdown: one table of steps, one of Grad-CAM weights, one of whole training steps."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import rows
+from .cases import CAM_LIBRARIES, COMPILED_REFERENCE
+
+KEY = ("op", "provider", "pass", "N", "C", "H", "W", "dtype", "layout", "timing")
+PEERS = {  # column: providers, the fastest of which is shown
+    "eager": ("eager",),
+    "compiled": COMPILED_REFERENCE,
+    "closed form": ("compiled_closed_form",),
+}
+
+
+class Results:
+    """The newest row of each measurement in one file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = {tuple(row[k] for k in KEY): row for row in rows.read(path)}
+        if not self.rows:
+            raise ValueError(f"{path} holds no rows")
+        self.newest = max(self.rows.values(), key=lambda row: row["utc"])
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.newest["cuda"])
+
+    @property
+    def timing(self) -> str:
+        """The timing that speed-ups compare: what a step costs when A comes from memory."""
+        return "cold" if self.on_gpu else "hot"
+
+    def cases(self, run: str, op: str = "ggam") -> list["Sized"]:
+        """What was measured of a pass, in the order of the file."""
+        found = (Sized(*(row[k] for k in Sized._fields)) for row in self.rows.values()
+                 if row["pass"] == run and row["op"] == op)  # fmt: skip
+        return list(dict.fromkeys(found))
+
+    def row(self, provider: str, run: str, case: "Sized", timing: str, op: str = "ggam") -> Any:
+        return self.rows.get((op, provider, run, *case, timing))
+
+    def time(self, providers: Sequence[str], run: str, case: "Sized", timing: str) -> "Time | None":
+        """The fastest of the providers."""
+        found = [(float(row["p50"]), p, row) for p in providers if (row := self.row(p, run, case, timing))]
+        return Time(*min(found, key=lambda t: t[0])) if found else None
+
+    def floor(self, run: str, case: "Sized") -> float | None:
+        """Microseconds, as the rows have it."""
+        for row in self.rows.values():
+            if row["x_floor"] and row["pass"] == run and tuple(row[k] for k in Sized._fields) == case:
+                return float(row["p50"]) / float(row["x_floor"])
+        return None
+
+
+class Sized(NamedTuple):
+    """A case as the file's text has it."""
+
+    N: str
+    C: str
+    H: str
+    W: str
+    dtype: str
+    layout: str
+
+    @property
+    def map(self) -> str:
+        size = f"{self.C} x {self.H}" if self.layout == "nlc" else f"{self.C} x {self.H} x {self.W}"
+        layout = {"nchw": "", "channels_last": ", channels-last", "nlc": " tokens"}[self.layout]
+        return f"{size}{layout}" + ("" if self.dtype == "bfloat16" else f", {self.dtype}")
+
+    @property
+    def bytes(self) -> int:
+        size = {"float32": 4, "float64": 8}.get(self.dtype, 2)
+        return int(self.N) * int(self.C) * int(self.H) * int(self.W) * size
+
+
+class Time(NamedTuple):
+    microseconds: float
+    provider: str
+    row: dict[str, str]
+
+
+def markdown(files: Iterable[Path]) -> str:
+    """README's block."""
+    results = sorted((Results(p) for p in files), key=lambda r: (not r.on_gpu, r.path.name))
+    parts = [part for r in results for part in (_heading(r), *_tables(r))]
+    if not any(r.on_gpu for r in results):
+        parts.insert(0, "**No GPU has been measured yet.**")
+    return "\n\n".join(parts)
+
+
+def _heading(results: Results) -> str:
+    row = results.newest
+    versions = f"torch {row['torch']}, triton {row['triton']}"
+    state = f"commit {row['commit']}" + {"1": " with changes", "": " (changes unknown)"}.get(row["dirty"], "")
+    if results.on_gpu:
+        clocks = f", {row['sm_mhz']} MHz" if row["sm_mhz"] else ""
+        return f"{row['gpu']}{clocks}, driver {row['driver']}, CUDA {row['cuda']}, {versions}, {state}:"
+    loads = [float(r["load"]) for r in results.rows.values()]
+    return f"{row['gpu']}, load {min(loads):.1f} to {max(loads):.1f}, {versions}, {state}:"
+
+
+def _tables(results: Results) -> Iterable[str]:
+    if results.on_gpu:
+        yield _step_table(results)
+        yield (
+            "Microseconds, medians with A coming from memory; *graph* is one replay of a CUDA graph, without launch gaps. "
+            "Floor: 3 bytes(A) over the copy bandwidth of the same run. *compiled* is the fastest mode of `torch.compile` "
+            "measured for that case. Memory: the step's peak beyond A, parameters and the gradients of both, in bytes(A)."
+        )
+    else:
+        yield _cpu_table(results)
+        yield "Milliseconds, medians; in brackets how many times faster this library is. Fused is the torch backend here."
+    beta = _beta_table(results)
+    if beta:
+        yield beta
+    whole = _e2e_table(results)
+    if whole:
+        yield whole
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    cells = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _over(peer: Time | None, ours: Time | None) -> str:
+    if peer is None:
+        return "-"
+    return f"{peer.microseconds:.0f}" + (f" ({peer.microseconds / ours.microseconds:.1f} x)" if ours else "")
+
+
+def _step_table(results: Results) -> str:
+    header = ("guided step", "N", "floor", "fused, graph", "fused", *PEERS, "memory")
+    lines = []
+    for case in results.cases("step"):
+        floor = results.floor("step", case)
+        graph = results.time(("fused",), "step", case, "graph")
+        ours = results.time(("fused",), "step", case, results.timing)
+        peers = [_over(results.time(names, "step", case, results.timing), ours) for names in PEERS.values()]
+        lines.append(
+            (
+                case.map,
+                case.N,
+                f"{floor:.0f}" if floor else "-",
+                f"{graph.microseconds:.0f} ({graph.microseconds / floor:.2f} x floor)"
+                if graph and floor
+                else "-",
+                f"{ours.microseconds:.0f}" if ours else "-",
+                *peers,
+                "-" if ours is None or (m := memory_beyond(ours.row, case)) is None else f"{m:.2f}",
+            )
+        )
+    return _table(header, lines)
+
+
+def memory_beyond(row: dict[str, str], case: Sized) -> float | None:
+    """Peak beyond A, parameters and the gradients of both, in bytes(A)."""
+    if not row["peak MiB"] or not row["gradients_mib"]:
+        return None
+    return (float(row["peak MiB"]) - float(row["gradients_mib"])) * 2**20 / case.bytes
+
+
+def _cpu_table(results: Results) -> str:
+    def milliseconds(peer: Time | None, ours: Time | None = None) -> str:
+        if peer is None:
+            return "-"
+        ratio = f" ({peer.microseconds / ours.microseconds:.1f} x)" if ours else ""
+        return f"{peer.microseconds / 1000:.1f}{ratio}"
+
+    names = {
+        "fwd": "forward",
+        "fwd_beta": "forward and beta",
+        "beta": "beta alone",
+        "step": "guided step",
+    }
+    lines = []
+    for run in ("step", "fwd_beta", "fwd"):
+        for case in results.cases(run):
+            eager, ours, compiled, both = (
+                results.time((p,), run, case, "hot") for p in ("eager", "fused", "compiled", "fused_compiled")
+            )
+            lines.append((names[run], case.map, case.N, milliseconds(ours), milliseconds(eager, ours),
+                          milliseconds(both), milliseconds(compiled, both)))  # fmt: skip
+    header = ("", "features", "N", "fused", "eager reference", "fused, compiled", "compiled reference")
+    return _table(header, lines)
+
+
+def _beta_table(results: Results) -> str | None:
+    cases = results.cases("beta")
+    if not cases:
+        return None
+    names = ("fused", "eager", "compiled", *CAM_LIBRARIES)
+    lines = []
+    for case in cases:
+        ours = results.time(("fused",), "beta", case, results.timing)
+        times = [results.time((n,), "beta", case, results.timing) for n in names]
+        lines.append((f"{case.map}, N = {case.N}", *(_over(t, None if t == ours else ours) for t in times)))
+    return _table(("beta alone, microseconds", *(n.replace("_", "-") for n in names)), lines)
+
+
+def _e2e_table(results: Results) -> str | None:
+    found = [row for row in results.rows.values() if row["pass"] == "e2e" and row["timing"] == "hot"]
+    if not found or not results.on_gpu:
+        return None
+    lines = [
+        (row["op"], row["provider"], f"{float(row['images_per_s']):.0f}", f"{float(row['peak MiB']):.0f}",
+         f"{float(row['joules_per_image']):.2f}" if row["joules_per_image"] else "-")
+        for row in found
+    ]  # fmt: skip
+    return _table(("whole step", "head", "images/s", "peak MiB", "joules an image"), lines)

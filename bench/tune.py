@@ -1,0 +1,93 @@
+"""Times candidate values of the constants in `kernels/plan.py` and prints the best for each case.
+
+    python -m bench.tune CHANNELS_PER_PARTIAL=128,256,512
+    python -m bench.tune "MEANS_TILE=(64,32,8),(64,64,8)" --run fwd_beta --case 128x2048x14x14-bfloat16-nchw
+
+All combinations of the values are tried, in this process alone; what is printed is for a person to weigh and commit.
+"""
+
+import argparse
+import ast
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ggam_fast import ops  # noqa: F401  (makes ggam_fast.kernels importable in a checkout)
+from ggam_fast.kernels import plan
+
+from . import environment, floor, timing
+from .cases import PASSES, Case, gpu_cases
+from .workload import Workload
+
+Choice = dict[str, Any]
+
+
+def candidates(text: str) -> tuple[str, list[Any]]:
+    """NAME=v1,v2 as a constant of the plan and values of its type."""
+    name, _, values = text.partition("=")
+    if not isinstance(vars(plan).get(name), (int, tuple)) or isinstance(vars(plan)[name], bool):
+        known = ", ".join(n for n, v in vars(plan).items() if n.isupper() or n.lstrip("_").isupper())
+        raise argparse.ArgumentTypeError(f"{name!r} is no constant of kernels/plan.py; it has {known}")
+    try:
+        found = list(ast.literal_eval(f"({values},)"))
+    except (SyntaxError, ValueError):
+        raise argparse.ArgumentTypeError(f"{values!r} are not Python values apart by commas") from None
+    kind = type(vars(plan)[name])
+    return name, [kind(*v) if hasattr(kind, "_fields") else kind(v) for v in found]
+
+
+@contextmanager
+def patched(choice: Choice) -> Iterator[None]:
+    """The plan with these constants, and whatever it remembers of the old ones forgotten."""
+    before = {name: vars(plan)[name] for name in choice}
+    try:
+        _set(choice)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Choice) -> None:
+    for name, value in values.items():
+        setattr(plan, name, value)
+    for function in vars(plan).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def median(work: Workload, run: str) -> float:
+    """Seconds of the fused pass, in a CUDA graph's replays where there is one, once parity has passed."""
+    peer = work.build("fused", run)
+    work.check("fused", run, peer)
+    spreads, _ = work.measure(peer)
+    return spreads["graph" if "graph" in spreads else "hot"].p50
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("constants", nargs="+", type=candidates, metavar="NAME=VALUE,...")
+    parser.add_argument("--case", nargs="+", type=Case.parse)
+    parser.add_argument("--run", nargs="+", choices=PASSES, default=["step"])
+    chosen = parser.parse_args(arguments)
+    cases = chosen.case or gpu_cases((32, 128), (torch.bfloat16,))
+    bandwidth = timing.copy_bandwidth(environment.device())
+    names = [name for name, _ in chosen.constants]
+    for case, run in itertools.product(cases, chosen.run):
+        work, found = Workload(case, environment.device()), []
+        for values in itertools.product(*(v for _, v in chosen.constants)):
+            with patched(dict(zip(names, values, strict=True))):
+                try:
+                    found.append((median(work, run), values))
+                except Exception as error:
+                    print(f"{case} {run} {values}: {type(error).__name__}: {error}", flush=True)
+        for seconds, values in sorted(found, key=lambda f: f[0]):
+            shown = ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
+            share = seconds / floor.floor_seconds(case, run, bandwidth)
+            print(f"{case} {run}: {seconds * 1e6:9.1f} us, {share:6.2f} x floor  {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

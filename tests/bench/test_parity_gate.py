@@ -1,0 +1,111 @@
+"""No row without parity: a wrong provider is refused, a right one comes through every pass."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bench import parity, peers, timing
+from bench.cases import CAM_LIBRARIES, PASSES, Case
+from bench.workload import Workload
+
+CASE = Case(4, 32, 5, 3, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(timing, "ROUNDS", (2, 3))
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        yield
+
+
+@pytest.fixture
+def work(device: torch.device) -> Workload:
+    return Workload(CASE, device)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "nlc"])
+@pytest.mark.parametrize("run", PASSES)
+def test_every_pass(run: str, layout: str, device: torch.device) -> None:
+    work = Workload(CASE._replace(layout=layout), device)
+    for provider in ("eager", "fused", "fused_modular")[: 3 if run == "step" else 2]:
+        rows, _ = work.rows(provider, run, work.build(provider, run), bandwidth=1e9)
+        by_timing = {row.timing: row for row in rows}
+        row = by_timing["hot"]
+        assert (row.run, row.provider, row.N, row.C, row.H * row.W) == (run, provider, 4, 32, 15)
+        assert 0 < row.p20 <= row.p50 <= row.p80
+        assert row.x_floor == pytest.approx(row.p50 / 1e6 * 1e9 / row.bytes)
+        assert row.peak_mib
+        assert row.parity is not None
+        assert row.parity <= 1
+
+
+def test_bfloat16(device: torch.device) -> None:
+    work = Workload(CASE._replace(dtype=torch.bfloat16, n=16), device)
+    for provider in ("eager", "fused"):
+        assert work.check(provider, "step", work.build(provider, "step")) <= 1
+
+
+@pytest.mark.parametrize("library", CAM_LIBRARIES)
+def test_cam_libraries(library: str, work: Workload) -> None:
+    pytest.importorskip({"grad_cam": "pytorch_grad_cam"}.get(library, library))
+    assert work.check(library, "beta", work.build(library, "beta")) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["compiled", "compiled_closed_form", "fused_compiled"])
+def test_compiled_peers(provider: str, work: Workload) -> None:
+    assert work.check(provider, "step", work.build(provider, "step")) <= 1
+    torch._dynamo.reset()
+
+
+def test_step_leaves_the_gradients_it_is_timed_with(work: Workload) -> None:
+    peer = work.build("fused", "step")
+    work.memcpy  # noqa: B018  (other providers in between change nothing)
+    work.call(peer)(0)
+    assert peer.gradient_bytes(work.leaves[0]) > work.leaves[0].nbytes
+    assert work.features[0].grad is None
+
+
+def test_a_wrong_output_is_refused(work: Workload) -> None:
+    peer = work.build("fused", "fwd_beta")
+    right = peer.call
+    peer.call = lambda x, y: right(x, y)._replace(cam_weights=right(x, y).cam_weights * 1.01)
+    with pytest.raises(parity.Refused, match=r"fused is 1.0e-02 off in cam_weights"):
+        work.rows("fused", "fwd_beta", peer, bandwidth=1e9)
+
+
+def test_a_wrong_gradient_is_refused(work: Workload) -> None:
+    peer = work.build("fused", "step")
+    assert isinstance(peer, peers.Step)
+    peer.parameters["fc1.weight"].register_hook(lambda grad: grad + grad.abs().max() * 0.1)
+    with pytest.raises(parity.Refused, match=r"off in fc1.weight"):
+        work.rows("fused", "step", peer, bandwidth=1e9)
+
+
+def test_a_provider_that_is_right_only_once_is_refused(work: Workload) -> None:
+    peer = work.build("fused", "fwd")
+    right, calls = peer.call, []
+
+    def drifting(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return right(x, y) * (1 if len(calls) == 1 else 2)
+
+    peer.call = drifting
+    with pytest.raises(parity.Refused, match="logits"):
+        work.check("fused", "fwd", peer)
+
+
+def test_a_missing_or_broken_result_is_refused(work: Workload) -> None:
+    exact, eager = work.expected("fwd")
+    for bad in (torch.full_like(eager["logits"], float("nan")), eager["logits"][:2]):
+        with pytest.raises(parity.Refused, match="inf off in logits"):
+            parity.check("peer", {"logits": bad}, exact, eager, torch.float32)
+    with pytest.raises(parity.Refused, match="expected logits"):
+        parity.check("peer", {"scores": eager["logits"]}, exact, eager, torch.float32)
+
+
+def test_a_reference_that_is_off_itself_judges_nobody(work: Workload) -> None:
+    exact, eager = work.expected("fwd")
+    with pytest.raises(parity.Refused, match="too far to judge by"):
+        parity.check("peer", exact, exact, {"logits": 2 * eager["logits"]}, torch.float32)

@@ -1,0 +1,97 @@
+"""README's block is what the result files say, and says so when it is not."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import bars, report, rows, table
+from bench.environment import ROOT, Environment
+
+GPU = Environment("Test GPU", "580.1", "13.0", "2.11.0", "3.6.0", "abc", 0, "2026-01-01T00:00:00Z", 1980, 2619, 16, 1.0)
+CPU = GPU._replace(gpu="CPU Test, 2 threads", cuda="", driver="", sm_mhz=None, memory_mhz=None)
+TIMES = {"eager": 900.0, "fused": 100.0, "compiled": 300.0, "compiled_max_autotune": 250.0, "fused_compiled": 110.0}
+
+
+def result_file(folder: Path, environment: Environment, timings: tuple[str, ...]) -> Path:
+    """Steps at two batch sizes, floor 50 us at 32 images."""
+    path = rows.path_for(environment, folder)
+    for n in (32, 128):
+        for provider, time in TIMES.items():
+            for timing in timings:
+                p50 = time * n / 32 * (0.7 if timing == "graph" else 1)
+                size, floor = n * 2048 * 196 * 2, 50 * n / 32
+                found = rows.Row(
+                    "ggam", provider, "step", n, 2048, 14, 14, "bfloat16", "nchw", timing, p50 * 0.9, p50, p50 * 1.2,
+                    3 * size, None, 2.0, p50 / floor, size * 1.3 / 2**20, 7, environment, size * 1.25 / 2**20, 0.5,
+                )  # fmt: skip
+                rows.append(path, [found])
+    for provider, time in (("linear", 70e3), ("fused", 71e3), ("authors", 140e3)):
+        found = rows.Row("resnet50", provider, "e2e", 32, 2048, 14, 14, "bfloat16", "channels_last", "hot", time, time,
+                         time, None, None, None, None, 900.0, 99, environment, None, 0.1, 32e6 / time, 0.5)  # fmt: skip
+        rows.append(path, [found])
+    return path
+
+
+def test_readme_is_not_stale() -> None:
+    files = report.result_files()
+    readme = (ROOT / "README.md").read_text()
+    assert report.replaced(readme, report.block(files)) == readme, "run python -m bench.report"
+
+
+def test_gpu_table(tmp_path: Path) -> None:
+    text = table.markdown([result_file(tmp_path, GPU, ("hot", "cold", "graph", "host"))])
+    assert "Test GPU, 1980 MHz, driver 580.1, CUDA 13.0, torch 2.11.0, triton 3.6.0, commit abc:" in text
+    assert "| 2048 x 14 x 14 | 32 | 50 | 70 (1.40 x floor) | 100 | 900 (9.0 x) | 250 (2.5 x) | - | 0.05 |" in text
+    assert "| resnet50 | fused | 451 | 900 | 0.50 |" in text
+    assert "No GPU" not in text
+
+
+def test_cpu_table_says_that_no_gpu_was_measured(tmp_path: Path) -> None:
+    text = table.markdown([result_file(tmp_path, CPU, ("hot",))])
+    assert text.startswith("**No GPU has been measured yet.**")
+    assert "| guided step | 2048 x 14 x 14 | 32 | 0.1 | 0.9 (9.0 x) | 0.1 | 0.3 (2.7 x) |" in text
+    assert "resnet50" not in text  # a tiny step's speed on a CPU says nothing
+
+
+def test_the_newest_row_counts(tmp_path: Path) -> None:
+    path = result_file(tmp_path, GPU, ("cold",))
+    before = table.markdown([path])
+    last = [r for r in table.Results(path).rows.values() if r["provider"] == "fused" and r["pass"] == "step"]
+    assert last
+    newer = GPU._replace(utc="2026-02-01T00:00:00Z", commit="def", dirty=1)
+    rows.append(path, [rows.Row("ggam", "fused", "step", 32, 2048, 14, 14, "bfloat16", "nchw", "cold", 40.0, 50.0, 60.0,
+                                1, None, 1.0, 1.0, 1.0, 1, newer)])  # fmt: skip
+    after = table.markdown([path])
+    assert before != after
+    assert "(18.0 x)" in after
+    assert "commit def with changes" in after
+
+
+def test_stale_readme_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, readme = result_file(tmp_path, GPU, ("cold",)), tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = [str(path), "--readme", str(readme), "--plots", str(tmp_path)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "stale" in capsys.readouterr().out
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    assert readme.read_text().startswith("before\n")
+    assert readme.read_text().endswith("\nafter\n")
+    for name in ("time", "speedup", "memory"):
+        assert (tmp_path / f"{path.stem}-{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END}{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2])
+def test_a_readme_without_the_place_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="README must have one"):
+        report.replaced(text, "")
+
+
+def test_bars(tmp_path: Path) -> None:
+    lines = list(bars.judged(table.Results(result_file(tmp_path, GPU, ("hot", "cold", "graph")))))
+    assert "MISSED guided step over floor, N >= 128, cold: 2.00 (at most 1.5) at 2048 x 14 x 14, N = 128" in lines
+    assert any(x.startswith("met    guided step over floor, N >= 128, graph: 1.40") for x in lines)
+    assert any(x.startswith("met    guided step against the best torch.compile, hot: 2.50") for x in lines)
+    assert any(x.startswith("met    whole step over the plain head's: 1.01") for x in lines)
+    cpu = list(bars.judged(table.Results(result_file(tmp_path, CPU, ("hot",)))))
+    assert any(x.startswith("met    step, eager against the eager reference: 9.00") for x in cpu)

@@ -1,0 +1,86 @@
+"""The result files: columns, appending, names; and what is noted of the machine."""
+
+import csv
+import threading
+from pathlib import Path
+
+import pytest
+
+from bench import environment, rows
+
+ANCHORED = (
+    "op provider pass N C H W dtype layout timing p20 p50 p80 bytes GB/s x_memcpy x_floor|peak MiB|launches gpu driver "
+    "cuda torch triton commit dirty utc"
+).replace("|", "\0")
+
+
+def row(**changes: object) -> rows.Row:
+    values = ("ggam", "fused", "step", 32, 2048, 14, 14, "bfloat16", "nchw", "cold", 100.0, 110.5, 130.0,
+              77070336, 697.4, 2.0, 1.25, 27.5, 9)  # fmt: skip
+    return rows.Row(*values, environment.current())._replace(**changes)  # type: ignore[arg-type]
+
+
+def test_columns() -> None:
+    expected = ANCHORED.replace("x_floor\0peak MiB\0", "x_floor peak_MiB ").split()
+    assert [c.replace(" ", "_") for c in rows.COLUMNS[: len(expected)]] == expected
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.csv"
+    rows.append(path, [row(), row(provider="eager", launches=None)])
+    rows.append(path, [row(provider="compiled")])
+    found = rows.read(path)
+    assert [r["provider"] for r in found] == ["fused", "eager", "compiled"]
+    assert (found[0]["pass"], found[0]["p50"], found[0]["launches"]) == ("step", "110.5", "9")
+    assert found[1]["launches"] == ""
+    assert path.read_text().count("provider") == 1
+
+
+def test_lines_stay_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    threads = [
+        threading.Thread(target=lambda: [rows.append(path, [row()] * 3) for _ in range(20)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with open(path, newline="") as file:
+        lines = list(csv.reader(file))
+    assert len(lines) == 1 + 4 * 20 * 3
+    assert {len(line) for line in lines} == {len(rows.COLUMNS)}
+
+
+def test_another_form_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        rows.append(path, [row()])
+    with pytest.raises(ValueError, match="not a result file"):
+        rows.read(path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_one_file_for_a_device_and_a_version_set() -> None:
+    now = environment.current()._replace(gpu="NVIDIA H100 80GB HBM3", torch="2.11.0+cu130", triton="3.6.0")
+    path = rows.path_for(now)
+    assert path.name == "NVIDIA_H100_80GB_HBM3-torch2.11.0+cu130-triton3.6.0.csv"
+    assert path == rows.path_for(now._replace(commit="other", utc="later", sm_mhz=1))
+    assert path != rows.path_for(now._replace(torch="2.12.0"))
+
+
+def test_environment() -> None:
+    now = environment.current()
+    assert now.gpu
+    assert now.commit
+    assert now.utc.endswith("Z")
+    assert now.threads >= 1
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    environment.source.cache_clear()
+    monkeypatch.setenv("BENCH_COMMIT", "abc123")
+    assert environment.source() == ("abc123", None)
+    environment.source.cache_clear()

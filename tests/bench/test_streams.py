@@ -1,0 +1,75 @@
+"""Launches that overlap or are replayed share nothing: the same bits from streams, threads and CUDA graphs."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import timing
+from bench.cases import Case
+from bench.workload import Workload
+
+pytestmark = pytest.mark.gpu
+CASES = [
+    Case(8, 512, 14, 14),
+    Case(64, 2048, 14, 14, layout="channels_last"),
+    Case(4, 1024, 32, 32, torch.float32, "nlc"),
+]
+
+
+def bits(work: Workload) -> list[Tensor]:
+    """Loss, dA and all parameter gradients of one fused step."""
+    return list(work.results(work.build("fused", "step")).values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("threads", [False, True], ids=["streams", "threads"])
+def test_two_at_once(case: Case, threads: bool, device: torch.device) -> None:
+    works = [Workload(case, device) for _ in range(2)]
+    works[1].leaves = [x.detach().flip(0).contiguous().requires_grad_() for x in works[1].leaves]
+    alone = [bits(work) for work in works]
+    found: list[list[list[Tensor]]] = [[], []]
+    streams = [torch.cuda.Stream() for _ in works]
+    torch.cuda.synchronize()
+
+    def run(i: int, times: int) -> None:
+        with torch.cuda.stream(streams[i]):
+            for _ in range(times):
+                found[i].append(bits(works[i]))
+
+    if threads:
+        started = [threading.Thread(target=run, args=(i, 10)) for i in range(2)]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+    else:
+        for _ in range(10):
+            for i in range(2):
+                run(i, 1)
+    torch.cuda.synchronize()
+    for i, expected in enumerate(alone):
+        assert len(found[i]) == 10
+        for repeat in found[i]:
+            assert all(torch.equal(a, b) for a, b in zip(repeat, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graph_replays(case: Case, device: torch.device) -> None:
+    work = Workload(case, device)
+    work.leaves = work.leaves[:1]
+    peer = work.build("fused", "step")
+    leaf, features = work.leaves[0], work.features[0].clone()
+    graph = timing.capture(work.call(peer), 1)
+    for inputs in (features, features.flip(0), features):
+        with torch.no_grad():
+            leaf.copy_(inputs)
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert leaf.grad is not None
+        replayed = leaf.grad.clone()
+        eager = inputs.clone().requires_grad_()
+        expected = work.build("fused", "step").results(eager, work.target)["features"]
+        assert torch.equal(replayed, expected)

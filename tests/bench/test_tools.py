@@ -1,0 +1,67 @@
+"""The tools around the suite, as far as they run without a GPU."""
+
+import argparse
+
+import pytest
+import torch
+
+from bench import counters, tune
+from bench.cases import Case
+from bench.training_step import CPU, PROVIDERS, TrainingStep
+from bench.workload import Workload
+
+NCU = f"""==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","{counters.READ}","{counters.WRITTEN}","{counters.TIME}"
+"","","","byte","byte","ns"
+"0","1","forward_kernel","102,760,448","1,027,604.48","41,000"
+"1","1","void other<float>(int, int)","51380224","0","2000"
+"""
+
+
+def test_counters_of_ncu() -> None:
+    found = counters.parse(NCU)
+    assert [k.name for k in found] == ["forward_kernel", "void other<float>(int, int)"]
+    lines = list(counters.table(Case(128, 2048, 14, 14), "step", found))
+    assert lines[0][2:] == ("forward_kernel", "1.000", "0.010", "41.00")
+    assert lines[-1][2:] == ("all", "1.500", "0.010", "43.00")
+
+
+@pytest.mark.parametrize(("text", "message"), [("==ERROR== no", "no table"), ('"ID","Kernel Name"\n', "no column")])
+def test_no_counters(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        counters.parse(text)
+
+
+def test_tuned_constants_are_put_back() -> None:
+    before = tune.plan.CHANNELS_PER_PARTIAL, tune.plan.num_partials(1024)
+    name, values = tune.candidates("CHANNELS_PER_PARTIAL=128,512")
+    assert (name, values) == ("CHANNELS_PER_PARTIAL", [128, 512])
+    with tune.patched({name: 128}):
+        assert tune.plan.num_partials(1024) == 8
+    assert (tune.plan.CHANNELS_PER_PARTIAL, tune.plan.num_partials(1024)) == before
+
+
+def test_a_constant_of_several_numbers() -> None:
+    _, values = tune.candidates("MEANS_TILE=(64,32,8),(32,32,4)")
+    assert values == [tune.plan.Tile(64, 32, 8), tune.plan.Tile(32, 32, 4)]
+
+
+@pytest.mark.parametrize("text", ["NOTHING=1", "blocks=1", "CHANNELS_PER_PARTIAL=x y"])
+def test_what_cannot_be_tuned(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        tune.candidates(text)
+
+
+def test_a_tuned_pass_is_timed(device: torch.device) -> None:
+    work = Workload(Case(2, 32, 4, 4, torch.float32), device)
+    with tune.patched({"CHANNELS_PER_PARTIAL": 256}):
+        assert tune.median(work, "fwd") > 0
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_whole_training_step(provider: str, device: torch.device) -> None:
+    pytest.importorskip("timm")
+    step = TrainingStep(provider, CPU._replace(size=32, n=2), device)
+    losses = [float(step()) for _ in range(2)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert losses[0] != losses[1]  # the optimizer moved something

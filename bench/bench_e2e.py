@@ -1,7 +1,7 @@
 """A whole training step: backbone, head, loss, backward, optimizer.
 
-On a GPU ResNet-50 at 448 with 32 images, bfloat16 autocast, channels-last, random weights; on a CPU a ResNet-10 on
-small images, which tests the code and says little about speed.  The result rows' peak is that of the whole step.
+On a GPU ResNet-50 at 448 with 32 images, bfloat16 autocast, channels-last, random weights; on a CPU a
+ResNet-10 on small images, which tests the code and says little about speed.  Peak memory is the whole step's.
 """
 
 import time
@@ -14,27 +14,23 @@ import torch
 from bench import environment, parity, rows, timing
 from bench.training_step import CPU, GPU, PROVIDERS, Setting, TrainingStep
 
+ALLOWED = 1e-2  # the backbone's convolutions may use TF32 and other algorithms from run to run
 ENERGY_SECONDS = 3.0
 """How long to run for one reading of the energy counter, which moves every 20 to 100 ms."""
 
 
-def check(step: TrainingStep) -> float:
-    """The authors' loss and head gradients are ours; of the plain head, that the loss is finite."""
-    device, setting = step.device, step.setting
-    if step.provider == "linear":
-        if not torch.isfinite(step.loss()):
-            raise parity.Refused("the plain head's loss is not finite")
+def check(provider: str, setting: Setting) -> float:
+    """The authors' loss and head gradients are ours, in float32 on few images; the plain head has no peer."""
+    if provider == "linear":
         return 0.0
     found = {}
-    for provider in ("fused", "authors"):
-        one = TrainingStep(provider, setting, device)
-        found[provider] = {"loss": one.loss()}
-        found[provider].update({name: p.grad for name, p in one.head.named_parameters()})
-    allowed = 1e-3 if setting.autocast is None else 0.1
+    for name in ("fused", "authors"):
+        one = TrainingStep(name, setting._replace(autocast=None, n=min(setting.n, 8)), environment.device())
+        found[name] = {"loss": one.loss(), **{n: p.grad for n, p in one.head.named_parameters()}}
     worst = max(parity.errors(found["fused"], found["authors"]).values())
-    if not worst <= allowed:
-        raise parity.Refused(f"{step.provider} is {worst:.1e} off the other; allowed are {allowed:.1e}")
-    return worst / allowed
+    if not worst <= ALLOWED:
+        raise parity.Refused(f"fused and authors are {worst:.1e} apart; allowed are {ALLOWED:.0e}")
+    return worst / ALLOWED
 
 
 def energy_per_step(step: TrainingStep) -> float | None:
@@ -63,8 +59,8 @@ def bench_e2e(
     setting: Setting = GPU if torch.cuda.is_available() else CPU
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
+    share = check(provider, setting)
     step = TrainingStep(provider, setting, environment.device())
-    share = check(step)
     spreads, missing = timing.measure(lambda _: step(), 1, graph=False)
     peak = timing.peak_bytes(lambda _: step()) / 2**20
     energy = energy_per_step(step)

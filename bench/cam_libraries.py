@@ -65,7 +65,9 @@ def _torchcam(model: _Model) -> Beta:
     if model.positions_axis == 1:
         raise NotImplementedError("torchcam takes the mean over the axes after the second: not of tokens")
     extractor = GradCAM(model, "features")
-    classes: dict[int, list[int]] = {}  # it takes Python numbers: fetched from the device once, not every call
+    classes: dict[
+        int, list[int]
+    ] = {}  # it takes Python numbers: fetched from the device once, not every call
 
     def beta(x: Tensor, y: Tensor) -> Tensor:
         if id(y) not in classes:

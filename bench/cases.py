@@ -40,10 +40,12 @@ class Case(NamedTuple):
     def parse(cls, text: str) -> "Case":
         """The inverse of `str`: "32x2048x14x14-bfloat16-nchw"; type and layout may be left out."""
         size, *rest = text.split("-")
-        numbers = [int(x) for x in size.split("x")] if all(x.isdigit() for x in size.split("x")) else []
-        dtype = getattr(torch, rest[0], None) if rest else torch.bfloat16
-        layout = rest[1] if len(rest) > 1 else "nchw"
-        if len(numbers) != 4 or not isinstance(dtype, torch.dtype) or layout not in LAYOUTS:
+        parts = size.split("x")
+        numbers = [int(x) for x in parts] if all(x.isdecimal() for x in parts) else []
+        type_name, layout = [*rest, *("bfloat16", "nchw")[len(rest) :]][:2]
+        dtype = getattr(torch, type_name, None)
+        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if len(numbers) != 4 or len(rest) > 2 or not is_float or layout not in LAYOUTS:
             raise ValueError(
                 f"a case is NxCxHxW, or NxCxHxW-TYPE-LAYOUT with a layout of {LAYOUTS}; got {text!r}"
             )
@@ -91,7 +93,7 @@ def gpu_full() -> Iterator[Run]:
 
 
 def gpu_default() -> Iterator[Run]:
-    """The part for under nine minutes, most telling first; compiled peers on a few cases, `--full` for all."""
+    """Under nine minutes, most telling first; compiled peers on a few cases, `--full` for all."""
     bf16, fp32 = torch.bfloat16, torch.float32
     resnet = {n: Case(n, 2048, 14, 14) for n in (1, *BATCHES)}
     plain = ("memcpy", "eager", "fused", "fused_modular")
@@ -130,7 +132,7 @@ def cpu_default() -> Iterator[Run]:
 
 CPU_LEFT_OUT = (
     "the paper's batch sizes, bfloat16 and tokens: sizes of a GPU",
-    "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: on a CPU they are the default or slower to build",
+    "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: the default there, or slower to build",
     "compiled_closed_form: on a CPU that is fused_compiled",
     "cold caches, CUDA graphs, host time and launches: one warm buffer is timed",
     "energy",

@@ -3,8 +3,8 @@
     python -m bench.counters OUT.csv
     python -m bench.counters OUT.csv --case 256x2048x14x14-bfloat16-nchw --run step
 
-Caches are left as the program leaves them (`--cache-control none`): what one kernel finds in L2 of the one before it
-is part of what is counted. Clocks are left alone.
+Caches are left as the program leaves them (`--cache-control none`): what one kernel finds in L2 of the one
+before it is part of what is counted. Clocks are left alone.
 """
 
 import argparse
@@ -22,8 +22,12 @@ from .cases import PASSES, Case
 from .environment import ROOT
 
 READ, WRITTEN, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
-CASES = ("128x2048x14x14-bfloat16-nchw", "128x2048x14x14-bfloat16-channels_last", "128x512x28x28-bfloat16-nchw",
-         "128x1024x32x32-bfloat16-nlc")  # fmt: skip
+CASES = (
+    "128x2048x14x14-bfloat16-nchw",
+    "128x2048x14x14-bfloat16-channels_last",
+    "128x512x28x28-bfloat16-nchw",
+    "128x1024x32x32-bfloat16-nlc",
+)
 RUNS = ("fwd", "step")
 
 

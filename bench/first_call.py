@@ -1,10 +1,9 @@
-"""How long a user's first step takes: in a new process with empty compiler caches, then in another with warm ones.
+"""How long a user's first step takes: in a new process with empty caches, then in one with warm ones.
 
     python -m bench.first_call
     python -m bench.first_call --case 32x2048x14x14-bfloat16-nchw --compile
 
-The first step is timed from the call to its end on the device, after imports, and after the device's own start, which is
-printed apart.
+Timed from the call to its end on the device, after imports and after the device's own start.
 """
 
 import argparse
@@ -53,7 +52,9 @@ def spawn(case: Case, compiled: bool, cache: str) -> dict[str, float]:
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
     }
     command = [sys.executable, "-m", "bench.first_call", CHILD, "--case", str(case)]
-    done = subprocess.run(command + ["--compile"] * compiled, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command + ["--compile"] * compiled, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"the first call failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -71,7 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold caches", "warm caches"):
             found = spawn(chosen.case, chosen.compile, cache)
-            print(f"{chosen.case}, {name}:", ", ".join(f"{k} {v:.2f} s" for k, v in found.items()), flush=True)
+            print(
+                f"{chosen.case}, {name}:", ", ".join(f"{k} {v:.2f} s" for k, v in found.items()), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     fwd    read A                                                                 1 bytes(A)
     copy   read A, write A                                                        2 bytes(A)
 
-An image's map can stay in a cache between two passes over it, so `fwd`, whose three stages each look at all of A,
-is held against one read.  Parameters and (N, C) or (N, L) tensors are not counted.
+An image's map can stay in a cache between two passes over it, so `fwd`, whose three stages each look at all
+of A, is held against one read.  Parameters and (N, C) or (N, L) tensors are not counted.
 """
 
 from .cases import Case

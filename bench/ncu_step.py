@@ -1,6 +1,6 @@
 """One pass, for ncu to look at: everything before the marked call is left out of the profile.
 
-    ncu --profile-from-start off ... python -m bench.ncu_step 128x2048x14x14-bfloat16-nchw step
+ncu --profile-from-start off ... python -m bench.ncu_step 128x2048x14x14-bfloat16-nchw step
 """
 
 import argparse

@@ -36,9 +36,7 @@ def errors(found: Results, exact: Results) -> dict[str, float]:
     if found.keys() != exact.keys():
         raise Refused(f"gave {', '.join(found)}; expected {', '.join(exact)}")
     largest = max(float(x.double().norm()) for x in exact.values())
-    return {
-        name: error(found[name], exact[name], largest if name in CANCELLING else 0.0) for name in exact
-    }
+    return {name: error(found[name], exact[name], largest if name in CANCELLING else 0.0) for name in exact}
 
 
 def check(provider: str, found: Results, exact: Results, eager: Results, dtype: torch.dtype) -> float:

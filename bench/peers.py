@@ -12,8 +12,8 @@
     grad_cam, captum, torchcam   beta alone, see `cam_libraries`
     memcpy                    a copy of A
 
-The reference runs wholly in A's type, parameters included: half the bytes of autocast, which would keep (N, C, L)
-products in float32.  The library keeps parameters and small tensors in float32 for every type of A.
+The reference runs wholly in A's type, parameters included: half the bytes of autocast, which would keep
+(N, C, L) products in float32.  The library keeps parameters and small tensors in float32 for every type of A.
 Compiling the reference needs `torch._dynamo.config.trace_autograd_ops`, which the caller switches on.
 """
 
@@ -45,13 +45,14 @@ Results = dict[str, Tensor]
 class Peer:
     """`peer(x, y)` is what is timed; `peer.results(x, y)` the same with its outputs by name."""
 
-    def __init__(self, call: Callable[[Tensor, Tensor], Any], name: str = "out", replays: bool = False):
+    def __init__(self, call: Callable[[Tensor, Tensor], Any], name: str = "out", capturable: bool = True):
         self.call, self.name = call, name
-        self.capturable = not replays  # what replays CUDA graphs itself cannot be part of another
+        self.capturable = capturable  # as part of a CUDA graph
+        self.replays = False  # whether it replays CUDA graphs of its own
 
     def __call__(self, x: Tensor, y: Tensor) -> Any:
         with torch.no_grad():
-            if not self.capturable:
+            if self.replays:
                 torch.compiler.cudagraph_mark_step_begin()
             return self.call(x, y)
 
@@ -70,8 +71,8 @@ class Peer:
 class Step(Peer):
     """Forward, loss and backward into A and all parameters."""
 
-    def __init__(self, head: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], replays: bool = False):
-        super().__init__(loss_of, replays=replays)
+    def __init__(self, head: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__(loss_of)
         self.parameters = dict(head.named_parameters())
 
     def release(self, x: Tensor) -> None:
@@ -84,7 +85,7 @@ class Step(Peer):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self.release(x)
-        if not self.capturable:
+        if self.replays:
             torch.compiler.cudagraph_mark_step_begin()
         loss = self.call(x, y)
         loss.backward()
@@ -100,8 +101,10 @@ class Step(Peer):
 
 
 def new_head(kind: type[GGAMHeadBase], case: Case, state: dict[str, Tensor] | None = None) -> Any:
-    """A head for the case with default options, in evaluation mode."""
-    head = kind(case.c, NUM_CLASSES, input_fmt="NLC" if case.layout == "nlc" else "NCHW")
+    """A head for the case, in evaluation mode, with the training command's `cam_norm`: its guidance feels beta,
+    so that a wrong beta shows in the gradients that parity looks at."""
+    input_fmt = "NLC" if case.layout == "nlc" else "NCHW"
+    head = kind(case.c, NUM_CLASSES, cam_norm="standardized", input_fmt=input_fmt)
     if state is not None:
         head.load_state_dict(state)
     return head.eval()
@@ -119,13 +122,19 @@ def build(provider: str, run: str, case: Case, state: dict[str, Tensor], device:
     if provider == "compiled_closed_form":
         head.backend = "torch"
     if provider in CAM_LIBRARIES:
-        return Peer(cam_libraries.build(provider, head, case.layout == "nlc"), "cam_weights")
-    replays = provider == "compiled_reduce_overhead"
+        # Hooks and host-side targets: a failed capture would also spoil what comes after it.
+        return Peer(
+            cam_libraries.build(provider, head, case.layout == "nlc"), "cam_weights", capturable=False
+        )
     if run == "step":
         head.train()
-        return Step(head, _compiled(provider, _loss(provider, head)), replays)
-    name = {"fwd": "logits", "beta": "cam_weights"}.get(run, "out")
-    return Peer(_compiled(provider, _forward(run, head)), name, replays)
+        peer: Peer = Step(head, _compiled(provider, _loss(provider, head)))
+    else:
+        name = {"fwd": "logits", "beta": "cam_weights"}.get(run, "out")
+        peer = Peer(_compiled(provider, _forward(run, head)), name)
+    if provider == "compiled_reduce_overhead":
+        peer.replays, peer.capturable = True, False
+    return peer
 
 
 def _forward(run: str, head: nn.Module) -> Callable[[Tensor, Tensor], Any]:

@@ -114,7 +114,7 @@ def _bars(groups: list[tuple[str, dict[str, float]]], title: str, xlabel: str, u
 
 
 def _groups(results: Results) -> Iterable[tuple[str, Sized]]:
-    for case in results.cases("step"):
+    for case in results.compared():
         yield f"{case.map}, N = {case.N}", case
 
 
@@ -138,9 +138,9 @@ def _memory(results: Results) -> Any:
     groups = []
     for name, case in _groups(results):
         found = {p: results.row(p, "step", case, results.timing) for p in STEP}
-        values = {p: float(r["peak MiB"]) * 2**20 / case.bytes for p, r in found.items() if r and r["peak MiB"]}
+        values = {
+            p: float(r["peak MiB"]) * 2**20 / case.bytes for p, r in found.items() if r and r["peak MiB"]
+        }
         if values:
             groups.append((name, values))
-    return _bars(
-        groups, "Guided step: peak memory beyond A and parameters (dA is 1)", "in bytes(A)", 1.0
-    )
+    return _bars(groups, "Guided step: peak memory beyond A and parameters (dA is 1)", "in bytes(A)", 1.0)

@@ -1,8 +1,8 @@
 """README's table and the pictures, from result files.
 
-    python -m bench.report                  # all of bench/results/*.csv
-    python -m bench.report FILE.csv ...     # these alone
-    python -m bench.report --check          # only say whether README is what the files say
+python -m bench.report                  # all of bench/results/*.csv
+python -m bench.report FILE.csv ...     # these alone
+python -m bench.report --check          # only say whether README is what the files say
 """
 
 import argparse
@@ -17,8 +17,8 @@ from .table import Results, markdown
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 INTRODUCTION = (
-    '`pip install -e ".[test,bench]" && pytest bench/` times the head and its peers, each checked against the reference '
-    "first;\n`python -m bench.report` prints this from [bench/results](bench/results/README.md)."
+    '`pip install -e ".[test,bench]" && pytest bench/` times the head and its peers, each checked against '
+    "the reference first;\n`python -m bench.report` prints this from [bench/results](bench/results/README.md)."
 )
 
 

@@ -1,6 +1,6 @@
 """The library's kernels once on small, uneven shapes, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.small_step
+compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.small_step
 """
 
 import torch

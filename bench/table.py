@@ -35,10 +35,19 @@ class Results:
         return "cold" if self.on_gpu else "hot"
 
     def cases(self, run: str, op: str = "ggam") -> list["Sized"]:
-        """What was measured of a pass, in the order of the file."""
-        found = (Sized(*(row[k] for k in Sized._fields)) for row in self.rows.values()
-                 if row["pass"] == run and row["op"] == op)  # fmt: skip
-        return list(dict.fromkeys(found))
+        """What was measured of a pass: maps in the order of the file, each by batch size."""
+        found = [
+            Sized(*(row[k] for k in Sized._fields))
+            for row in self.rows.values()
+            if row["pass"] == run and row["op"] == op
+        ]
+        maps = list(dict.fromkeys(case._replace(N="") for case in found))
+        return sorted(dict.fromkeys(found), key=lambda c: (maps.index(c._replace(N="")), int(c.N)))
+
+    def compared(self) -> list["Sized"]:
+        """The steps that were timed against torch.compile too; all of them if none was."""
+        cases = self.cases("step")
+        return [c for c in cases if self.time(COMPILED_REFERENCE, "step", c, self.timing)] or cases
 
     def row(self, provider: str, run: str, case: "Sized", timing: str, op: str = "ggam") -> Any:
         return self.rows.get((op, provider, run, *case, timing))
@@ -108,13 +117,17 @@ def _tables(results: Results) -> Iterable[str]:
     if results.on_gpu:
         yield _step_table(results)
         yield (
-            "Microseconds, medians with A coming from memory; *graph* is one replay of a CUDA graph, without launch gaps. "
-            "Floor: 3 bytes(A) over the copy bandwidth of the same run. *compiled* is the fastest mode of `torch.compile` "
-            "measured for that case. Memory: the step's peak beyond A, parameters and the gradients of both, in bytes(A)."
+            "Microseconds, medians with A coming from memory; *graph* is one replay of a CUDA graph, without\n"
+            "launch gaps. Floor: 3 bytes(A) over the copy bandwidth of the same run. *compiled* is the fastest\n"
+            "mode of `torch.compile` measured for that case. Memory: the step's peak beyond A, parameters and\n"
+            "the gradients of both, in bytes(A). Steps not timed against `torch.compile` stand in the file."
         )
     else:
         yield _cpu_table(results)
-        yield "Milliseconds, medians; in brackets how many times faster this library is. Fused is the torch backend here."
+        yield (
+            "Milliseconds, medians; in brackets how many times faster this library is, whose torch backend runs\n"
+            "here. A load above the number of threads means that others used the machine meanwhile."
+        )
     beta = _beta_table(results)
     if beta:
         yield beta
@@ -137,7 +150,7 @@ def _over(peer: Time | None, ours: Time | None) -> str:
 def _step_table(results: Results) -> str:
     header = ("guided step", "N", "floor", "fused, graph", "fused", *PEERS, "memory")
     lines = []
-    for case in results.cases("step"):
+    for case in results.compared():
         floor = results.floor("step", case)
         graph = results.time(("fused",), "step", case, "graph")
         ours = results.time(("fused",), "step", case, results.timing)

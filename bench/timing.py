@@ -5,7 +5,7 @@
     graph   the same rotation captured as one CUDA graph and replayed: no launch gaps, cold L2
     host    time until the call returns, with the device idle before it
 
-GPU times are CUDA events around each call (host: the CPU's clock); on a CPU only `hot` is taken, by its clock.
+GPU times are CUDA events around each call (host: the CPU's clock); on a CPU `hot` alone, by its clock.
 """
 
 import gc
@@ -161,7 +161,8 @@ def launches(call: Call) -> int | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         call(0)
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in record.events() or [])
+    on_gpu = [e for e in record.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not getattr(e, "is_user_annotation", False) for e in on_gpu)
 
 
 def copy_bandwidth(device: torch.device) -> float:

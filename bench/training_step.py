@@ -1,10 +1,10 @@
 """A whole training step of a timm backbone with one of three heads, for `bench_e2e`.
 
-    linear   global pooling and one linear layer, cross entropy: what GGAM replaces
-    fused    this library's head and fused loss
-    authors  the released script's way: the predicted scores' backward pass through the whole backbone gives beta,
-             its gradients are dropped, then the loss goes back through the backbone a second time.  Attention,
-             classifier and guidance are the reference's, so that all else is equal.
+linear   global pooling and one linear layer, cross entropy: what GGAM replaces
+fused    this library's head and fused loss
+authors  the released script's way: the predicted scores' backward pass through the whole backbone gives beta,
+         its gradients are dropped, then the loss goes back through the backbone a second time.  Attention,
+         classifier and guidance are the reference's, so that all else is equal.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +32,8 @@ class Setting(NamedTuple):
     autocast: torch.dtype | None
 
 
+AS_IN_THE_SCRIPT = {"cam_class": "predicted", "cam_at": "attended"}
+"""What Grad-CAM looks at; both heads do the same."""
 GPU = Setting("resnet50", 448, 32, torch.bfloat16)
 CPU = Setting("resnet10t", 64, 4, None)
 
@@ -45,12 +47,11 @@ class TrainingStep:
         backbone = timm.create_model(setting.backbone, pretrained=False, num_classes=0, global_pool="")
         self.channels = backbone.num_features
         torch.manual_seed(1)
-        # The paper's Grad-CAM class is the label; the script's is the prediction. Predicted, for both.
         kind = {"linear": None, "fused": GGAMHead, "authors": GGAMHeadReference}[provider]
         head = (
             nn.Linear(self.channels, NUM_CLASSES)
             if kind is None
-            else kind(self.channels, NUM_CLASSES, cam_class="predicted", cam_at="attended")
+            else kind(self.channels, NUM_CLASSES, cam_norm="standardized", **AS_IN_THE_SCRIPT)
         )
         self.backbone = backbone.to(device, memory_format=torch.channels_last)
         self.head = head.to(device)

@@ -3,7 +3,8 @@
     python -m bench.tune CHANNELS_PER_PARTIAL=128,256,512
     python -m bench.tune "MEANS_TILE=(64,32,8),(64,64,8)" --run fwd_beta --case 128x2048x14x14-bfloat16-nchw
 
-All combinations of the values are tried, in this process alone; what is printed is for a person to weigh and commit.
+All combinations of the values are tried, in this process alone; what is printed is for a person to weigh
+and commit.
 """
 
 import argparse
@@ -14,9 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from ggam_fast.kernels import plan
 
 from ggam_fast import ops  # noqa: F401  (makes ggam_fast.kernels importable in a checkout)
-from ggam_fast.kernels import plan
 
 from . import environment, floor, timing
 from .cases import PASSES, Case, gpu_cases

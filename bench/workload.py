@@ -21,17 +21,19 @@ class Workload:
         self.case, self.device = case, device
         torch.manual_seed(0)
         head = peers.new_head(GGAMHeadReference, case)
+        # Its own generator: the default one belongs to whichever CUDA graph is being captured.
+        self.random = torch.Generator(device).manual_seed(0)
         self.state = {k: _rounded(v, case.dtype) for k, v in head.state_dict().items()}
         count = timing.buffers_for(floor.feature_bytes(case))
         self.features = [self._features() for _ in range(count)]
         self.leaves = [x.detach().requires_grad_() for x in self.features]  # the same memory
-        self.target = torch.randint(peers.NUM_CLASSES, (case.n,), device=device)
+        self.target = torch.randint(peers.NUM_CLASSES, (case.n,), device=device, generator=self.random)
         self._expected: dict[str, tuple[Results, Results]] = {}
 
     def _features(self) -> Tensor:
         case = self.case
         shape = (case.n, case.positions, case.c) if case.layout == "nlc" else (case.n, case.c, case.h, case.w)
-        x = torch.randn(shape, device=self.device, dtype=case.dtype).relu_()
+        x = torch.randn(shape, device=self.device, dtype=case.dtype, generator=self.random).relu_()
         return x.contiguous(memory_format=torch.channels_last) if case.layout == "channels_last" else x
 
     def inputs(self, peer: Peer) -> list[Tensor]:
@@ -94,14 +96,21 @@ class Workload:
         found = [
             rows.Row(
                 OP, provider, run, case.n, case.c, h, w, case.type_name, case.layout, kind,
-                *(x * 1e6 for x in s), counted,
-                *((None, None, None) if kind == "host" else
-                  (counted / s.p50 / 1e9, s.p50 / memcpy[kind].p50 if kind in memcpy else None, s.p50 / least)),
+                *(x * 1e6 for x in s), counted, *_ratios(kind, s.p50, counted, memcpy.get(kind), least),
                 peak, launched, now, gradients, share,
             )
             for kind, s in spreads.items()
         ]  # fmt: skip
         return found, missing
+
+
+def _ratios(
+    kind: str, seconds: float, counted: int, memcpy: timing.Spread | None, least: float
+) -> tuple[float | None, ...]:
+    """GB/s, times a copy of A, times the floor; of the device's time alone."""
+    if kind == "host":
+        return None, None, None
+    return counted / seconds / 1e9, seconds / memcpy.p50 if memcpy else None, seconds / least
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,28 +7,39 @@ import pytest
 from bench import bars, report, rows, table
 from bench.environment import ROOT, Environment
 
-GPU = Environment("Test GPU", "580.1", "13.0", "2.11.0", "3.6.0", "abc", 0, "2026-01-01T00:00:00Z", 1980, 2619, 16, 1.0)
+GPU = Environment(
+    "Test GPU", "580.1", "13.0", "2.11.0", "3.6.0", "abc", 0, "2026-01-01T00:00:00Z", 1980, 2619, 16, 1.0
+)
 CPU = GPU._replace(gpu="CPU Test, 2 threads", cuda="", driver="", sm_mhz=None, memory_mhz=None)
-TIMES = {"eager": 900.0, "fused": 100.0, "compiled": 300.0, "compiled_max_autotune": 250.0, "fused_compiled": 110.0}
+TIMES = {
+    "eager": 900.0,
+    "fused": 100.0,
+    "compiled": 300.0,
+    "compiled_max_autotune": 250.0,
+    "fused_compiled": 110.0,
+}
+
+
+def row(provider: str, time: float, environment: Environment, **changes: object) -> rows.Row:
+    return rows.Row(
+        "ggam", provider, "step", 32, 2048, 14, 14, "bfloat16", "nchw", "cold", time, time, time,
+        3, None, 2.0, None, None, 7, environment, None, 0.5,
+    )._replace(**changes)  # type: ignore[arg-type]  # fmt: skip
 
 
 def result_file(folder: Path, environment: Environment, timings: tuple[str, ...]) -> Path:
-    """Steps at two batch sizes, floor 50 us at 32 images."""
+    """Steps at two batch sizes, floor 50 us at 32 images, and a whole training step."""
     path = rows.path_for(environment, folder)
     for n in (32, 128):
+        mib, floor = n * 2048 * 196 * 2 / 2**20, 50 * n / 32
         for provider, time in TIMES.items():
             for timing in timings:
                 p50 = time * n / 32 * (0.7 if timing == "graph" else 1)
-                size, floor = n * 2048 * 196 * 2, 50 * n / 32
-                found = rows.Row(
-                    "ggam", provider, "step", n, 2048, 14, 14, "bfloat16", "nchw", timing, p50 * 0.9, p50, p50 * 1.2,
-                    3 * size, None, 2.0, p50 / floor, size * 1.3 / 2**20, 7, environment, size * 1.25 / 2**20, 0.5,
-                )  # fmt: skip
-                rows.append(path, [found])
+                found = row(provider, p50, environment, N=n, timing=timing, x_floor=p50 / floor)
+                rows.append(path, [found._replace(peak_mib=1.3 * mib, gradients_mib=1.25 * mib)])
     for provider, time in (("linear", 70e3), ("fused", 71e3), ("authors", 140e3)):
-        found = rows.Row("resnet50", provider, "e2e", 32, 2048, 14, 14, "bfloat16", "channels_last", "hot", time, time,
-                         time, None, None, None, None, 900.0, 99, environment, None, 0.1, 32e6 / time, 0.5)  # fmt: skip
-        rows.append(path, [found])
+        whole = {"op": "resnet50", "run": "e2e", "timing": "hot", "peak_mib": 900.0, "joules_per_image": 0.5}
+        rows.append(path, [row(provider, time, environment, images_per_s=32e6 / time, **whole)])
     return path
 
 
@@ -41,7 +52,10 @@ def test_readme_is_not_stale() -> None:
 def test_gpu_table(tmp_path: Path) -> None:
     text = table.markdown([result_file(tmp_path, GPU, ("hot", "cold", "graph", "host"))])
     assert "Test GPU, 1980 MHz, driver 580.1, CUDA 13.0, torch 2.11.0, triton 3.6.0, commit abc:" in text
-    assert "| 2048 x 14 x 14 | 32 | 50 | 70 (1.40 x floor) | 100 | 900 (9.0 x) | 250 (2.5 x) | - | 0.05 |" in text
+    assert (
+        "| 2048 x 14 x 14 | 32 | 50 | 70 (1.40 x floor) | 100 | 900 (9.0 x) | 250 (2.5 x) | - | 0.05 |"
+        in text
+    )
     assert "| resnet50 | fused | 451 | 900 | 0.50 |" in text
     assert "No GPU" not in text
 
@@ -59,8 +73,7 @@ def test_the_newest_row_counts(tmp_path: Path) -> None:
     last = [r for r in table.Results(path).rows.values() if r["provider"] == "fused" and r["pass"] == "step"]
     assert last
     newer = GPU._replace(utc="2026-02-01T00:00:00Z", commit="def", dirty=1)
-    rows.append(path, [rows.Row("ggam", "fused", "step", 32, 2048, 14, 14, "bfloat16", "nchw", "cold", 40.0, 50.0, 60.0,
-                                1, None, 1.0, 1.0, 1.0, 1, newer)])  # fmt: skip
+    rows.append(path, [row("fused", 50.0, newer)])
     after = table.markdown([path])
     assert before != after
     assert "(18.0 x)" in after
@@ -68,6 +81,7 @@ def test_the_newest_row_counts(tmp_path: Path) -> None:
 
 
 def test_stale_readme_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     path, readme = result_file(tmp_path, GPU, ("cold",)), tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     arguments = [str(path), "--readme", str(readme), "--plots", str(tmp_path)]
@@ -81,7 +95,9 @@ def test_stale_readme_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert (tmp_path / f"{path.stem}-{name}.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END}{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2])
+@pytest.mark.parametrize(
+    "text", ["", report.BEGIN, f"{report.END}{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2]
+)
 def test_a_readme_without_the_place_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="README must have one"):
         report.replaced(text, "")
@@ -89,7 +105,10 @@ def test_a_readme_without_the_place_is_refused(text: str) -> None:
 
 def test_bars(tmp_path: Path) -> None:
     lines = list(bars.judged(table.Results(result_file(tmp_path, GPU, ("hot", "cold", "graph")))))
-    assert "MISSED guided step over floor, N >= 128, cold: 2.00 (at most 1.5) at 2048 x 14 x 14, N = 128" in lines
+    assert (
+        "MISSED guided step over floor, N >= 128, cold: 2.00 (at most 1.5) at 2048 x 14 x 14, N = 128"
+        in lines
+    )
     assert any(x.startswith("met    guided step over floor, N >= 128, graph: 1.40") for x in lines)
     assert any(x.startswith("met    guided step against the best torch.compile, hot: 2.50") for x in lines)
     assert any(x.startswith("met    whole step over the plain head's: 1.01") for x in lines)

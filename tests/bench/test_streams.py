@@ -1,4 +1,4 @@
-"""Launches that overlap or are replayed share nothing: the same bits from streams, threads and CUDA graphs."""
+"""Launches that overlap or are replayed share nothing: the same bits from streams, threads and graphs."""
 
 import threading
 

@@ -101,8 +101,8 @@ class Step(Peer):
 
 
 def new_head(kind: type[GGAMHeadBase], case: Case, state: dict[str, Tensor] | None = None) -> Any:
-    """A head for the case, in evaluation mode, with the training command's `cam_norm`: its guidance feels beta,
-    so that a wrong beta shows in the gradients that parity looks at."""
+    """A head for the case, in evaluation mode, with the training command's `cam_norm`: its guidance feels
+    beta, so that a wrong one shows in the gradients that parity looks at."""
     input_fmt = "NLC" if case.layout == "nlc" else "NCHW"
     head = kind(case.c, NUM_CLASSES, cam_norm="standardized", input_fmt=input_fmt)
     if state is not None:

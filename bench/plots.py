@@ -90,26 +90,27 @@ def _best(results: Results, provider: str, case: Sized) -> float | None:
     return None
 
 
-def _bars(groups: list[tuple[str, dict[str, float]]], title: str, xlabel: str, unit: float | None) -> Any:
-    providers = [p for p in LABELS if any(p in values for _, values in groups)]
-    if not providers:
+def _bars(groups: list[tuple[str, dict[str, float]]], title: str, xlabel: str) -> Any:
+    """One block of bars for each group, a gap of one bar between them."""
+    count = sum(len(values) + 1 for _, values in groups)
+    if not groups:
         return None
-    figure, axis = plt.subplots(
-        figsize=(9, 1.3 + 0.25 * len(groups) * (len(providers) + 1)), layout="constrained"
-    )
-    height = 0.85 / len(providers)
-    for j, provider in enumerate(providers):
-        at = [i + j * height for i, (_, values) in enumerate(groups) if provider in values]
-        lengths = [values[provider] for _, values in groups if provider in values]
-        bars = axis.barh(at, lengths, height, label=LABELS[provider], color=COLOURS[provider])
-        axis.bar_label(bars, fmt="%.2g", padding=2, fontsize=7)
-    axis.set_yticks([i + 0.425 - height / 2 for i in range(len(groups))], [name for name, _ in groups])
-    axis.invert_yaxis()
+    figure, axis = plt.subplots(figsize=(9, 1.6 + 0.19 * count), layout="constrained")
+    top, ticks, seen = 0, [], set()
+    for _, values in groups:
+        for i, provider in enumerate(p for p in LABELS if p in values):
+            label = None if provider in seen else LABELS[provider]
+            bar = axis.barh(top + i, values[provider], 0.95, label=label, color=COLOURS[provider])
+            axis.bar_label(bar, fmt="%.2g", padding=2, fontsize=7)
+            seen.add(provider)
+        ticks.append(top + (len(values) - 1) / 2)
+        top += len(values) + 1
+    axis.set_yticks(ticks, [name for name, _ in groups])
+    axis.set_ylim(top - 1, -1)
     axis.set(title=title, xlabel=xlabel)
     axis.margins(x=0.08)
-    if unit is not None:
-        axis.axvline(unit, color="black", linewidth=0.8)
-    axis.legend(fontsize=8, loc="best")
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -131,7 +132,7 @@ def _speedup(results: Results) -> Any:
         if values:
             groups.append((name, values))
     versus = "A from memory" if results.on_gpu else "compiled against compiled"
-    return _bars(groups, f"Guided step: times faster than each peer ({versus})", "times", 1.0)
+    return _bars(groups, f"Guided step: times faster than each peer ({versus})", "times")
 
 
 def _memory(results: Results) -> Any:
@@ -143,4 +144,4 @@ def _memory(results: Results) -> Any:
         }
         if values:
             groups.append((name, values))
-    return _bars(groups, "Guided step: peak memory beyond A and parameters (dA is 1)", "in bytes(A)", 1.0)
+    return _bars(groups, "Guided step: peak memory beyond A and parameters (dA is 1)", "in bytes(A)")

@@ -18,7 +18,8 @@ from .table import Results, markdown
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 INTRODUCTION = (
     '`pip install -e ".[test,bench]" && pytest bench/` times the head and its peers, each checked against '
-    "the reference first;\n`python -m bench.report` prints this from [bench/results](bench/results/README.md)."
+    "the reference first;\n`python -m bench.report` prints this from "
+    "[bench/results](bench/results/README.md)."
 )
 
 

@@ -117,16 +117,18 @@ def _tables(results: Results) -> Iterable[str]:
     if results.on_gpu:
         yield _step_table(results)
         yield (
-            "Microseconds, medians with A coming from memory; *graph* is one replay of a CUDA graph, without\n"
-            "launch gaps. Floor: 3 bytes(A) over the copy bandwidth of the same run. *compiled* is the fastest\n"
-            "mode of `torch.compile` measured for that case. Memory: the step's peak beyond A, parameters and\n"
-            "the gradients of both, in bytes(A). Steps not timed against `torch.compile` stand in the file."
+            "Microseconds, medians with A coming from memory; *graph* is a replay of a CUDA graph,\n"
+            "without launch gaps. Floor: 3 bytes(A) over the copy bandwidth of the same run.\n"
+            "*compiled* is the fastest mode of `torch.compile` measured for that case. Memory: the\n"
+            "step's peak beyond A, parameters and the gradients of both, in bytes(A). Steps not timed\n"
+            "against `torch.compile` stand in the file."
         )
     else:
         yield _cpu_table(results)
         yield (
-            "Milliseconds, medians; in brackets how many times faster this library is, whose torch backend runs\n"
-            "here. A load above the number of threads means that others used the machine meanwhile."
+            "Milliseconds, medians; in brackets how many times faster this library is, whose torch\n"
+            "backend runs here. A load above the number of threads means that others used the\n"
+            "machine meanwhile."
         )
     beta = _beta_table(results)
     if beta:

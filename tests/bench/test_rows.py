@@ -10,8 +10,8 @@ from bench import environment, rows
 
 ANCHORED = [
     "op", "provider", "pass", "N", "C", "H", "W", "dtype", "layout", "timing", "p20", "p50", "p80", "bytes",
-    "GB/s", "x_memcpy", "x_floor", "peak MiB", "launches", "gpu", "driver", "cuda", "torch", "triton", "commit",
-    "dirty", "utc",
+    "GB/s", "x_memcpy", "x_floor", "peak MiB", "launches", "gpu", "driver", "cuda", "torch", "triton",
+    "commit", "dirty", "utc",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 #   bench/gpu.sh DIR parity sanitizer      these alone, each below ten minutes
 #
 #   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log
-#   bench       the suite, under nine minutes                                                    bench.log, bench.csv
+#   bench       the suite, under nine minutes                                                    bench.log, DEVICE-torch...csv
 #   counters    bytes read from and written to device memory by each kernel (ncu)                counters.log, .csv
 #   sanitizer   memcheck and racecheck on small shapes (compute-sanitizer)                       sanitizer.log
 #   first_call  the first step of a new process, with empty and with warm caches                 first_call.log
@@ -48,16 +48,19 @@ missing() { echo "$1 is not installed"; return 3; }
 export -f missing
 
 parity() {
-    step parity 240 kernels "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/kernels
-    step parity 200 head "$python" -m pytest -q -p no:cacheprovider tests/test_head.py tests/test_contractions.py
-    step parity 110 "marked gpu" "$python" -m pytest -q -p no:cacheprovider -m gpu tests/bench tests/test_*.py
-    step parity 200 compile "$python" -m pytest -q -p no:cacheprovider tests/test_compile.py
+    local tests=("$python" -m pytest -q -p no:cacheprovider)
+    "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
+    step parity 170 kernels "${tests[@]}" tests/test_ops.py tests/kernels
+    step parity 150 head "${tests[@]}" tests/test_head.py tests/test_contractions.py
+    step parity 70 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
+    step parity 170 compile "${tests[@]}" tests/test_compile.py
 }
 
 bench() {
+    rm -f "$out"/*-torch*.csv
     # shellcheck disable=SC2086  # several words
     step bench 560 suite "$python" -m pytest -q -p no:cacheprovider bench/ --results "$scratch/results" ${BENCH_ARGS:-}
-    cat "$scratch"/results/*.csv >"$out/bench.csv" 2>/dev/null
+    cp "$scratch"/results/*.csv "$out" 2>/dev/null
 }
 
 counters() {

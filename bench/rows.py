@@ -70,7 +70,7 @@ def _line(cells: Iterable[str]) -> str:
 def path_for(environment: Environment, folder: Path = RESULTS) -> Path:
     """One file for a device and a version set."""
     name = f"{environment.gpu}-torch{environment.torch}-triton{environment.triton or 'none'}"
-    safe = "".join(c if c.isalnum() or c in ".-+" else "_" for c in name)
+    safe = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
     return folder / f"{safe}.csv"
 
 

@@ -64,7 +64,7 @@ def test_another_form_is_refused(tmp_path: Path) -> None:
 def test_one_file_for_a_device_and_a_version_set() -> None:
     now = environment.current()._replace(gpu="NVIDIA H100 80GB HBM3", torch="2.11.0+cu130", triton="3.6.0")
     path = rows.path_for(now)
-    assert path.name == "NVIDIA_H100_80GB_HBM3-torch2.11.0+cu130-triton3.6.0.csv"
+    assert path.name == "NVIDIA_H100_80GB_HBM3-torch2.11.0_cu130-triton3.6.0.csv"
     assert path == rows.path_for(now._replace(commit="other", utc="later", sm_mhz=1))
     assert path != rows.path_for(now._replace(torch="2.12.0"))
 

@@ -117,20 +117,25 @@ def gpu_default() -> Iterator[Run]:
 
 
 def cpu_default() -> Iterator[Run]:
-    """Small maps in float32; each compilation takes half a minute on two cores, so few cases have one."""
+    """Small maps in float32; a compilation takes half a minute on two cores, so few cases have one."""
     f32 = torch.float32
-    compiled = ("compiled", "fused_compiled")
+    plain, compiled = ("eager", "fused"), ("compiled", "fused_compiled")
     efficientnet, resnet = Case(32, 1280, 7, 7, f32), Case(16, 2048, 14, 14, f32)
-    for case in (efficientnet, resnet, resnet._replace(n=4), resnet._replace(layout="channels_last")):
-        names = (*compiled, "memcpy") if case.layout == "nchw" else ("memcpy",)
-        yield from (Run(case, "step", name) for name in ("eager", "fused", "fused_modular", *names))
-    for run in ("fwd", "fwd_beta"):
-        yield from (Run(resnet, run, name) for name in ("eager", "fused", *compiled))
-    yield from (Run(resnet, "beta", name) for name in ("eager", "fused", *CAM_LIBRARIES))
-    yield from (Run(resnet._replace(n=1), "fwd", name) for name in ("eager", "fused"))
+    wanted = [
+        (case, "step", (*plain, "fused_modular", *compiled, "memcpy")) for case in (efficientnet, resnet)
+    ]
+    wanted += [(resnet, "fwd_beta", (*plain, *compiled)), (resnet, "fwd", plain)]
+    wanted += [(resnet, "beta", (*plain, *CAM_LIBRARIES))]
+    wanted += [
+        (case, "step", plain) for case in (resnet._replace(layout="channels_last"), resnet._replace(n=4))
+    ]
+    wanted += [(resnet._replace(n=1), "fwd", plain)]
+    for case, run, names in wanted:
+        yield from (Run(case, run, name) for name in names)
 
 
 CPU_LEFT_OUT = (
+    "compiled peers but for two guided steps and one forward with beta: half a minute each",
     "the paper's batch sizes, bfloat16 and tokens: sizes of a GPU",
     "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: the default there, or slower to build",
     "compiled_closed_form: on a CPU that is fused_compiled",

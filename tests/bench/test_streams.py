@@ -23,11 +23,16 @@ def bits(work: Workload) -> list[Tensor]:
     return list(work.results(work.build("fused", "step")).values())
 
 
+def flipped(x: Tensor) -> Tensor:
+    """Other features of the same layout."""
+    return torch.empty_like(x).copy_(x.flip(0))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("threads", [False, True], ids=["streams", "threads"])
 def test_two_at_once(case: Case, threads: bool, device: torch.device) -> None:
     works = [Workload(case, device) for _ in range(2)]
-    works[1].leaves = [x.detach().flip(0).contiguous().requires_grad_() for x in works[1].leaves]
+    works[1].leaves = [flipped(x).requires_grad_() for x in works[1].features]
     alone = [bits(work) for work in works]
     found: list[list[list[Tensor]]] = [[], []]
     streams = [torch.cuda.Stream() for _ in works]
@@ -70,6 +75,6 @@ def test_graph_replays(case: Case, device: torch.device) -> None:
         torch.cuda.synchronize()
         assert leaf.grad is not None
         replayed = leaf.grad.clone()
-        eager = inputs.clone().requires_grad_()
+        eager = torch.empty_like(features).copy_(inputs).requires_grad_()
         expected = work.build("fused", "step").results(eager, work.target)["features"]
         assert torch.equal(replayed, expected)

@@ -130,6 +130,11 @@ def _tables(results: Results) -> Iterable[str]:
             "backend runs here. A load above the number of threads means that others used the\n"
             "machine meanwhile."
         )
+    pictures = {"time": "time against batch size", "speedup": "speed-ups", "memory": "memory"}
+    links = (
+        f"[{text}](bench/results/plots/{results.path.stem}-{name}.png)" for name, text in pictures.items()
+    )
+    yield f"Pictures: {', '.join(links)}."
     beta = _beta_table(results)
     if beta:
         yield beta

@@ -1,5 +1,6 @@
 """README's block is what the result files say, and says so when it is not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def test_readme_is_not_stale() -> None:
     files = report.result_files()
     readme = (ROOT / "README.md").read_text()
     assert report.replaced(readme, report.block(files)) == readme, "run python -m bench.report"
+    for link in re.findall(r"\]\((bench/[^)]+)\)", report.block(files)):
+        assert (ROOT / link).exists(), f"{link} is linked but not there: run python -m bench.report"
 
 
 def test_gpu_table(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def _time(results: Results) -> Any:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, 2 * columns), fontsize=8)
+    wide = {"ncols": min(4, 2 * columns), "fontsize": 8}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", **wide)
     return figure
 
 

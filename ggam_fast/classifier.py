@@ -18,7 +18,7 @@ Pullback = Callable[[Tensor], Tensor]
 
 
 class Scores(NamedTuple):
-    """Logits, and the map from d y / d logits to v = d y / d pooled."""
+    """Logits, and the map from d y / d logits (N, K) to v = d y / d pooled, or from (R, N, K) to R of them."""
 
     logits: Tensor
     pull_back: Pullback
@@ -104,6 +104,8 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
             )
 
     def pull_back(seed: Tensor) -> Tensor:
+        if seed.dim() > logits.dim():
+            return torch.stack([pull_back(one) for one in seed])
         with graph_allowed(), torch.enable_grad():
             (v,) = torch.autograd.grad(
                 logits,
@@ -164,7 +166,8 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
         variance, mean = torch.var_mean(x, 0, correction=0)
         scale = torch.rsqrt(variance + layer.eps)
         normed = (x - mean) * scale
-        return scale * (v - v.mean(0) - normed * (v * normed).mean(0))
+        along = (v * normed).mean(-2, keepdim=True)
+        return scale * (v - v.mean(-2, keepdim=True) - normed * along)
 
     return y, pull
 

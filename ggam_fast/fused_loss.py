@@ -130,8 +130,9 @@ def fused_loss(
     entropy = cross_entropy(logits, target, terms.label_smoothing)
 
     with torch.no_grad():
-        v = scores.pull_back(score_gradient(scores.logits, target, terms.cam_class))
-        dz = scores.pull_back(cross_entropy_grad(logits.detach(), target, terms.label_smoothing))
+        dy = score_gradient(scores.logits, target, terms.cam_class)
+        dce = cross_entropy_grad(logits.detach(), target, terms.label_smoothing)
+        v, dz = scores.pull_back(torch.stack([dy, dce.to(dy.dtype)]))
     with torch.no_grad(), full_precision(features):
         log_s = torch.log_softmax(attended.channel_logits, -1)
         explained = [v] if terms.cam_at == "features" else []

@@ -168,6 +168,6 @@ class GGAMHead(GGAMHeadBase):
 
         def pull_back(seed: Tensor) -> Tensor:
             with checks.full_precision(pooled):
-                return result.pull_back(seed).view(pooled.shape)
+                return result.pull_back(seed).view(seed.shape[:-2] + pooled.shape)
 
         return Scores(result.logits, pull_back)

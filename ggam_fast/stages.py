@@ -63,7 +63,8 @@ class Stages:
         if weights is None:
             return features.sum(-1, dtype=compute_dtype(features)) * scale
         a = features.to(compute_dtype(features))
-        return (a @ weights.unsqueeze(-1)).squeeze(-1) * scale
+        # As a row times a matrix: a matrix times a column takes 2 to 26 times as long on a CPU.
+        return (weights.unsqueeze(-2) @ a.transpose(1, 2)).squeeze(-2) * scale
 
     def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         """T and sum(U) for U = channel_sum(A, s)"""

@@ -11,7 +11,14 @@ from . import environment, peers
 from .cases import Case
 
 SIZES = ((2, 130, 14, 14), (3, 40, 7, 5), (1, 257, 16, 16))
-OPTIONS = ({}, {"pool_type": "max", "spatial_norm": "sum"}, {"spatial_norm": "sigmoid", "cam_at": "attended"})
+OPTIONS = (
+    {},
+    {"pool_type": "max", "spatial_norm": "sum"},
+    {"spatial_norm": "sigmoid", "cam_at": "attended"},
+    {"pool_type": "flatten"},
+    {"attention": "spatial"},
+    {"attention": "channel", "pool_type": "max"},
+)
 
 
 def main() -> None:
@@ -26,7 +33,7 @@ def main() -> None:
 
 
 def _run(case: Case, options: dict[str, str], device: torch.device) -> None:
-    head = GGAMHead(case.c, 8, hidden_size=16, **options).to(device)  # type: ignore[arg-type]
+    head = GGAMHead(case.c, 8, hidden_size=16, feat_size=(case.h, case.w), **options).to(device)  # type: ignore[arg-type]
     x = torch.randn(case.n, case.c, case.h, case.w, device=device, dtype=case.dtype)
     if case.layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ Pullback = Callable[[Tensor], Tensor]
 
 
 class Scores(NamedTuple):
-    """Logits, and the map from d y / d logits (N, K) to v = d y / d pooled, or from (R, N, K) to R of them."""
+    """Logits, and the map from d y / d logits (N, K) to v = d y / d pooled; from (R, N, K) to R of them."""
 
     logits: Tensor
     pull_back: Pullback

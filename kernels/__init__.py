@@ -3,6 +3,19 @@
 Symbols, per image: A the feature map, C channels by L = H*W positions; s channel weights (C);
 t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in bytes.
 
+One launch for a whole direction; a read in brackets finds A in the L2 cache:
+
+| file                  | equation                                              | reads      | writes |
+|-----------------------|-------------------------------------------------------|------------|--------|
+| attention_forward     | A -> g, e, T and A pooled under T, or D               | |A| (2|A|) | small  |
+| attention_backward    | dT = v A, dU = norm'(dT), ds = A dU; for v and dz     | |A| (|A|)  | small  |
+| features_grad         | dA = x t + s dU + k, an outer-product sum             | 0 (|G|)    | |A|    |
+| channel_mlp           | e = FC2(relu(FC1(g))), inside attention_forward       | small      | small  |
+| schedule              | tickets, and counters that say what is finished       |            |        |
+| plan                  | tiles, groups, and when to go pass by pass            |            |        |
+
+Pass by pass, and what other poolings need:
+
 | file                  | equation                                              | reads      | writes |
 |-----------------------|-------------------------------------------------------|------------|--------|
 | spatial_sum           | out_c = scale * sum_l t_l A_cl                        | |A|        | small  |
@@ -12,5 +25,4 @@ t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in byt
 | position_scatter      | out_l = sum over c with index_c = l of x_c            | small      | small  |
 | hadamard              | D_cl = A_cl * t_l (or A_cl * s_c)                     | |A|        | |D|    |
 | grad_cam_means        | mean_l G t, sum_l G A, sum_c G A in one pass          | |A| + |G|  | small  |
-| features_grad         | dA = x t + s dU + k, an outer-product sum             | 0 (|G|)    | |A|    |
 """

@@ -199,11 +199,13 @@ def _amd(assembly: str) -> Code:
     return Code(number("vgpr_count"), stack, shared, widths("load"), widths("store"))
 
 
-def table(targets: list[str], shapes: list[tuple[int, int, bool]]) -> Iterator[tuple[Launch, str, Code, str]]:
+def table(
+    targets: list[str], shapes: list[tuple[int, int, bool]], dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> Iterator[tuple[Launch, str, Code, str]]:
     """(launch, target, code, its Markdown row) for every kernel, shape, type and target."""
     for target in targets:
         for channels, positions, channels_last in shapes:
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 for launch in launches(channels, positions, channels_last, dtype):
                     code = inspect(launch, target)
                     layout = "channels-last" if channels_last else "NCHW"

@@ -306,7 +306,7 @@ def _programs(device: torch.device) -> int:
     return plan.PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _persistent(features: Tensor, schedule: plan.Schedule, registers: int = plan.REGISTERS) -> dict[str, int]:
+def _persistent(features: Tensor, schedule: plan.Schedule, registers: int) -> dict[str, int]:
     constants = {
         **_geometry(features, schedule.tile),
         "TASK_C": schedule.task_c,
@@ -346,7 +346,7 @@ def _launch_forward(
         hidden_parts = torch.empty((fc1, batch, hidden_size), dtype=torch.float32, device=device)
         statistics = torch.empty((batch, fc2, 2), dtype=torch.float32, device=device)
     dense = pool == _POOL["flatten"]
-    registers = plan.MAXIMUM_REGISTERS if pool == _POOL["max"] else plan.REGISTERS
+    registers = plan.MORE_REGISTERS if pool == _POOL["max"] else plan.REGISTERS
     if batch:
         with torch.cuda.device_of(features):
             attention_forward.attention_forward_kernel[(_programs(device),)](
@@ -489,7 +489,7 @@ def _attention_backward(
                 features, weights.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
                 total.contiguous(), partials, du, ds, counters, batch,
                 min(schedule.group, batch), features.stride(0), R=rows, NORM=norm,
-                HAS_EXTRA=extra is not None, **_persistent(features, schedule),
+                HAS_EXTRA=extra is not None, **_persistent(features, schedule, plan.MORE_REGISTERS),
             )  # fmt: skip
     return du, ds
 

@@ -63,8 +63,9 @@ REGISTERS = 128
 """At most, said to the compiler: left alone, it takes up to 164, or spills at 48 (sm_100, sm_120) to make
 room for more programs than there are.  `tests/test_codegen.py` checks that nothing spills."""
 
-MAXIMUM_REGISTERS = 168
-"""For maximum pooling, which would spill at 128: three programs on each multiprocessor."""
+MORE_REGISTERS = 168
+"""For the backward and for maximum pooling, which would spill at 128: three programs on each multiprocessor
+where they take them all."""
 
 MAP_BLOCK = 1024
 """Positions that a fused kernel normalises at a time."""

@@ -20,3 +20,4 @@ def load_sibling_kernels() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    setattr(sys.modules["ggam_fast"], "kernels", module)  # noqa: B010  (mypy does not know the attribute)

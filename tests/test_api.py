@@ -136,6 +136,11 @@ except RuntimeError as error:
     assert 'backend="triton" needs the package triton' in run(code)
 
 
+@pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
+def test_kernels_are_an_attribute_of_the_package() -> None:
+    assert "Triton device code" in run("import ggam_fast.ops; print(ggam_fast.kernels.__doc__)")
+
+
 def test_import_is_light() -> None:
     """Neither the training extras nor the compiler are imported with the library."""
     loaded = set(run("import ggam_fast, sys; print(*sys.modules)").split())

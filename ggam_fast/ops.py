@@ -294,7 +294,14 @@ def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[T
 
 
 def _schedule(features: Tensor, accumulators: int = 1) -> plan.Schedule | None:
-    _, channels, positions = features.shape
+    """How a fused kernel goes through these features; None: pass by pass."""
+    batch, channels, positions = features.shape
+    # AMD's barrier does not wait for the stores of the other waves, which `schedule.finish` counts on.
+    if torch.version.hip is not None or features.device.type not in ("cuda", "cpu"):
+        return None
+    # Tickets are int32; an image has at most some ten a part.
+    if batch * plan.blocks(channels, plan.TASK_CHANNELS) > 2**27:
+        return None
     return plan.schedule(channels, positions, features.element_size(), _layout(features), accumulators)
 
 

@@ -177,7 +177,7 @@ def attention_forward_kernel(
                         counters_ptr + 1 + 3 * group, task, group, group_size, n, part, batch,
                         C, L, J, STRIDE_C, STRIDE_L, PRECISION, TASK_C, BLOCK_C, BLOCK_L, FC1, FC2,
                     )  # fmt: skip
-                else:
+                elif (task < pool_at) & (n < batch):
                     wait(counters_ptr + 3 + 3 * group, FC2)
             if (task >= maps_at) & (task < pool_at) & (n < batch):
                 _map_task(

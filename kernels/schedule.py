@@ -10,9 +10,11 @@ finished, and the part of A that it reads again is still in the L2 cache.  Ticke
 oldest unfinished task never waits for one that no running program has drawn: no deadlock, however few
 programs run, one after another in the interpreter included.
 
-`finish` makes a task's stores visible before it counts the task, `wait` sees them after it saw the count;
-what others stored is loaded past the L1 cache (".cg").  The counters are zeroed before every launch and
-belong to it alone.
+`finish` makes a task's stores visible before it counts the task; `wait` sees them after it saw the count: its
+acquire empties the L1 cache, and what others stored is loaded with ".cg", not to fill it again.  The counters
+are zeroed before every launch and belong to it alone.
+
+On AMD the barrier of `finish` does not wait for other waves' stores: `ops` goes pass by pass there.
 """
 
 import triton

@@ -61,6 +61,16 @@ def test_any_number_of_programs_and_any_group_give_the_same_bits(
             assert torch.equal(found, wanted)
 
 
+def test_pass_by_pass_on_amd_and_where_tickets_would_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = torch.empty(1, C, L)
+    assert ops._schedule(a) is not None
+    assert ops._schedule(a.expand(2**27, C, L)) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with traced() as trace:
+        forward(a)
+    assert trace.launches > 1
+
+
 READS = {
     "forward": (forward, 3),
     "forward dense": (lambda a: forward(a, ""), 3),

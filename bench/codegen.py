@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -80,14 +81,17 @@ class _Recorder:
         return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
 
 
-def launches(channels: int, positions: int, channels_last: bool, dtype: torch.dtype) -> list[Launch]:
+def launches(
+    channels: int, positions: int, channels_last: bool, dtype: torch.dtype, rocm: bool = False
+) -> list[Launch]:
     """Every kernel in every variant, as launched for features of this shape, layout and type."""
     found: list[Launch] = []
     originals = [(m, n, k) for m in _MODULES for n, k in vars(m).items() if n.endswith("_kernel")]
     for module, name, kernel in originals:
         setattr(module, name, _Recorder(kernel, found))
     try:
-        _run_all(channels, positions, channels_last, dtype)
+        with mock.patch.object(torch.version, "hip", "" if rocm else None):
+            _run_all(channels, positions, channels_last, dtype)
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
@@ -152,8 +156,6 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
 
 def inspect(launch: Launch, target: str) -> Code:
     """Compile one launch for one target and read its code."""
-    if target.startswith("gfx") and "PRECISION" in launch.keywords:
-        launch = launch._replace(keywords=launch.keywords | {"PRECISION": ops.PLAIN_DOT})
     kernel_source, options = source(launch)
     compiled = triton.compile(kernel_source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
@@ -206,7 +208,8 @@ def table(
     for target in targets:
         for channels, positions, channels_last in shapes:
             for dtype in dtypes:
-                for launch in launches(channels, positions, channels_last, dtype):
+                rocm = target.startswith("gfx")
+                for launch in launches(channels, positions, channels_last, dtype, rocm):
                     code = inspect(launch, target)
                     layout = "channels-last" if channels_last else "NCHW"
                     name = launch.kernel.__name__.removesuffix("_kernel")

@@ -254,13 +254,18 @@ def features_grad(
 
 
 def mlp_grads(mlp: ChannelMLP, attended: Attended, f: Factors) -> list[Tensor | None]:
-    """d fc1 and d fc2, each in its parameter's type; None without channel attention."""
+    """d fc1 and d fc2 in the type of the small tensors; None without channel attention."""
     if f.grad_hidden is None or f.grad_logits is None:
         return [None] * 4
     dw1 = f.grad_hidden.t() @ attended.mean
     dw2 = f.grad_logits.t() @ attended.hidden
-    found = (dw1, f.grad_hidden.sum(0), dw2, f.grad_logits.sum(0))
-    return [d.to(p.dtype) for d, p in zip(found, mlp, strict=True) if p is not None]
+    return [dw1, f.grad_hidden.sum(0), dw2, f.grad_logits.sum(0)]
+
+
+def like_parameters(grads: Sequence[Tensor | None], mlp: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each gradient in its parameter's type."""
+    pairs = zip(grads, mlp, strict=True)
+    return [None if d is None or p is None else d.to(p.dtype) for d, p in pairs]
 
 
 class Attention(Function):
@@ -328,7 +333,7 @@ def _backward(
     da = None
     if ctx.needs_input_grad[0]:
         da = features_grad(stages, features, options, attended.spatial, attended.peak_index, f)
-    return da, *mlp_grads(mlp, attended, f), None, None, None, None
+    return da, *like_parameters(mlp_grads(mlp, attended, f), mlp), None, None, None, None
 
 
 def _differentiable_backward(

@@ -8,11 +8,12 @@ again. For any other module v comes from `torch.autograd.grad`, which a compiled
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -103,20 +104,50 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
                 "give its first layer inplace=False"
             )
 
-    def pull_back(seed: Tensor) -> Tensor:
-        if seed.dim() > logits.dim():
-            return torch.stack([pull_back(one) for one in seed])
+    def pull_one(seed: Tensor) -> Tensor:
+        # The module may work in float16, where the cross entropy's small gradients would vanish.
+        scale = power_of_two(seed)
         with graph_allowed(), torch.enable_grad():
             (v,) = torch.autograd.grad(
                 logits,
                 x,
-                seed.to(logits.dtype),
+                (seed / scale).to(logits.dtype),
                 retain_graph=needs_graph,
                 create_graph=needs_graph and not detach,
             )
-        return v.detach() if detach else v
+        return scale * (v.detach() if detach else v)
+
+    def pull_back(seed: Tensor) -> Tensor:
+        return pull_one(seed) if seed.dim() == logits.dim() else torch.stack([pull_one(s) for s in seed])
 
     return Scores(logits if needs_graph else logits.detach(), pull_back)
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The power of two below the largest |x|, (): dividing by it is exact.  1 for zeros and non-finite x."""
+    largest = x.abs().amax() if x.numel() else x.new_ones(())
+    exact = torch.exp2(torch.floor(torch.log2(largest)))
+    return torch.where((largest > 0) & largest.isfinite(), exact, torch.ones_like(largest))
+
+
+class Attached(Function):
+    """x as a function of `anchor`, which gets no gradient from it.
+
+    A compiled step cannot return what depends on a leaf made inside it, as `scores_by_autograd` makes one
+    of an x without a graph.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, anchor: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pullback]:

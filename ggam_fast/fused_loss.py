@@ -24,6 +24,7 @@ from .attention import (
     Options,
     attend,
     features_grad,
+    like_parameters,
     mlp_grads,
     pull_back_to_channels,
     pull_back_to_mean,
@@ -86,17 +87,18 @@ class HeldGradient(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1], *inputs[6:16])
+        ctx.save_for_backward(*inputs[1:16])
         ctx.options, ctx.backend = Options(*inputs[16]), inputs[17]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "fused_ggam_loss can be differentiated once, and create_graph=True asks for more: "
-                "use GGAMLoss()(head(features, target), target)"
+                "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad ask for "
+                "more: use GGAMLoss()(head(features, target), target)"
             )
-        features, first, channel, grad_map, grad_mean, spatial, peak_index, *parameters = ctx.saved_tensors
+        features, *mlp = ctx.saved_tensors[:5]
+        first, channel, grad_map, grad_mean, spatial, peak_index, *parameters = ctx.saved_tensors[5:]
         # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
         _ = features.stride()
         with full_precision(features):
@@ -107,8 +109,8 @@ class HeldGradient(Function):
                 da = features_grad(
                     get_stages(ctx.backend), features, ctx.options, spatial, peak_index, factors
                 )
-            scaled = [None if p is None else p * grad.to(p.dtype) for p in parameters]
-        return grad, da, *scaled, *[None] * 12
+            scaled = [None if p is None else p * grad for p in parameters]
+        return grad, da, *like_parameters(scaled, mlp), *[None] * 12
 
 
 def fused_loss(
@@ -132,7 +134,7 @@ def fused_loss(
     with torch.no_grad():
         dy = score_gradient(scores.logits, target, terms.cam_class)
         dce = cross_entropy_grad(logits.detach(), target, terms.label_smoothing)
-        v, dz = scores.pull_back(torch.stack([dy, dce.to(dy.dtype)]))
+        v, dz = scores.pull_back(torch.stack([dy.to(dce.dtype), dce]))
     with torch.no_grad(), full_precision(features):
         log_s = torch.log_softmax(attended.channel_logits, -1)
         explained = [v] if terms.cam_at == "features" else []
@@ -149,11 +151,10 @@ def fused_loss(
         de = kl_guidance_grad(*divergence) * (terms.guidance_weight / per_image)
         f = pull_back_to_mean(mlp, options, attended, pulled_z, de)
         parameters = mlp_grads(mlp, attended, f)
-        loss = entropy.detach() + terms.guidance_weight * guidance
-    # The value counts the guidance; the classifier's own gradient is that of the cross entropy.
-    loss = entropy + (loss - entropy.detach())
+    # The guidance has no graph here: the classifier's own gradient is that of the cross entropy.
     loss = HeldGradient.apply(
-        loss, features, *mlp, f.first, f.channel, f.grad_map, f.grad_mean, attended.spatial,
-        attended.peak_index, *parameters, tuple(options), backend,
+        entropy + terms.guidance_weight * guidance, features, *mlp,
+        f.first, f.channel, f.grad_map, f.grad_mean, attended.spatial, attended.peak_index,
+        *parameters, tuple(options), backend,
     )  # fmt: skip
     return FusedLoss(loss, GGAMOutput(scores.logits.detach(), log_s.exp(), attended.spatial, beta, guidance))

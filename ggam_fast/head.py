@@ -7,6 +7,7 @@ from . import checks
 from .attention import ChannelMLP, Options, ggam_attention
 from .base import GGAMHeadBase, GGAMOutput
 from .classifier import (
+    Attached,
     Scores,
     closed_form_layers,
     layers_of,
@@ -117,6 +118,9 @@ class GGAMHead(GGAMHeadBase):
                           self.cam_temperature, self.divergence, self.guidance_reduction)  # fmt: skip
 
         def score(pooled: Tensor) -> Scores:
+            if torch.compiler.is_compiling() and closed_form_layers(self.classifier, self.drop) is None:
+                anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
+                pooled = pooled if anchor is None else Attached.apply(pooled, anchor)
             result = self._score(pooled, spatial_shape, detach=True)
             checks.scores(result.logits, x.shape[0], self.num_classes)
             return result

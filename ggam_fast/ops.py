@@ -32,10 +32,8 @@ from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare c
 
 _LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
 _NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
-# What CUDA's compiler alone knows: float32's exactness from three tensor-core products, and `maxnreg`.
-_CUDA = torch.version.cuda is not None
-PLAIN_DOT = "ieee"
-_DOT_PRECISION = "tf32x3" if _CUDA else PLAIN_DOT
+# Three tensor-core products, as exact as float32.
+_DOT_PRECISION = "tf32x3"
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
 
 
@@ -314,14 +312,12 @@ def _programs(device: torch.device) -> int:
 
 
 def _persistent(features: Tensor, schedule: plan.Schedule, registers: int) -> dict[str, int]:
-    constants = {
+    return {
         **_geometry(features, schedule.tile),
         "TASK_C": schedule.task_c,
         "BLOCK_MAP": schedule.block_map,
+        "maxnreg": registers,
     }
-    if _CUDA:
-        constants["maxnreg"] = registers
-    return constants
 
 
 def _launch_forward(
@@ -396,7 +392,7 @@ def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bo
     if schedule is not None:
         return _launch_forward(features, None, s, norm, pool, for_flatten, schedule)[:4]
     t, total = _spatial_attention(features, s, norm)
-    out, index = _pooled(features, pool, for_flatten)
+    index = torch.empty(0, dtype=torch.int64, device=features.device)
     if pool == _POOL["avg"]:
         out = _spatial_sum(features, t, 1.0 / features.shape[2])
     elif pool == _POOL["max"]:

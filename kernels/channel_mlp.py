@@ -89,7 +89,8 @@ def channel_logits(
     e = acc + tl.load(fc2_bias_ptr + c, c < C, other=0.0).to(tl.float32)[None, :]
     e = tl.where((c < C)[None, :], e, -float("inf"))
     peak = tl.max(e, axis=1)
-    exponentials = tl.sum(tl.exp(e - peak[:, None]), axis=1)
+    shift = tl.where(peak == -float("inf"), 0.0, peak)  # a block of -inf weighs nothing
+    exponentials = tl.sum(tl.exp(e - shift[:, None]), axis=1)
     tl.store(logits_ptr + n[:, None] * C + c[None, :], e, valid[:, None] & (c < C)[None, :])
     tl.store(statistics_ptr + (n * blocks + task) * 2, peak, valid)
     tl.store(statistics_ptr + (n * blocks + task) * 2 + 1, exponentials, valid)

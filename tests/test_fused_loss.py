@@ -1,5 +1,7 @@
 """The fused criterion against the head followed by GGAMLoss: same loss, outputs, gradients and state."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -185,11 +187,93 @@ def test_gradients_under_a_loss_scale(device: torch.device) -> None:
     assert parity.relative_error(found.double() / 2.0**14, expected) < 1e-3
 
 
+class Confident(nn.Module):
+    """A linear classifier that is sure of class 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(parity.C, parity.K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + 14.0 * (torch.arange(parity.K, device=x.device) == 0)
+
+
+def test_small_gradients_pass_a_classifier_in_float16(device: torch.device) -> None:
+    """d CE / d logits of 1e-8 is far below float16, and the loss scale comes after it."""
+    head = GGAMHead(parity.C, parity.K, classifier=Confident(), device=device)
+    x = parity.features(device, torch.float32).requires_grad_()
+    target = torch.zeros(x.shape[0], dtype=torch.int64, device=device)
+
+    with torch.autocast(x.device.type, torch.float16):
+        fused = fused_ggam_loss(head, x, target, guidance_weight=0.0).loss
+        composed = GGAMLoss(0.0)(head(x, target), target)
+    expected = torch.autograd.grad(composed * 65536.0, x)[0] / 65536.0
+    assert 0 < expected.abs().max() < 1e-8
+    assert parity.relative_error(torch.autograd.grad(fused, x)[0], expected) < 1e-2
+
+
+def test_a_large_scale_on_float16_parameters(device: torch.device) -> None:
+    torch.manual_seed(0)
+    head = GGAMHead(parity.C, parity.K, hidden_size=0, device=device, dtype=torch.float16)
+    x, target = parity.features(device, torch.float16), parity.hard_target(device)
+    (fused_ggam_loss(head, x, target).loss * 65536.0).backward()
+    found = [p.grad.double() for p in head.parameters() if p.grad is not None]
+    head.zero_grad()
+    head.double()
+    (fused_ggam_loss(head, x.double(), target).loss * 65536.0).backward()
+    expected = [p.grad for p in head.parameters() if p.grad is not None]
+    for one, exact in zip(found, expected, strict=True):
+        assert parity.relative_error(one, exact) < 1e-2
+
+
+@pytest.mark.parametrize("call", ["head", "fused"])
+def test_nothing_of_a_step_waits_for_the_garbage_collector(call: str, device: torch.device) -> None:
+    classifier = nn.Sequential(nn.Linear(parity.C, 9), nn.Tanh(), nn.Linear(9, parity.K))
+    outputs: list[weakref.ref[Tensor]] = []
+    classifier[1].register_forward_hook(lambda m, i, o: outputs.append(weakref.ref(o)))
+    head = GGAMHead(parity.C, parity.K, classifier=classifier, device=device)
+    x, target = parity.features(device, torch.float32).requires_grad_(), parity.hard_target(device)
+    gc.disable()
+    try:
+        head(x, target) if call == "head" else fused_ggam_loss(head, x, target)
+        assert [r() for r in outputs] == [None]
+    finally:
+        gc.enable()
+
+
+def test_compiled_with_your_own_classifier(device: torch.device) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(parity.C, 9), nn.Tanh(), nn.Linear(9, parity.K))
+
+    head, _ = parity.pair(device=device, dtype=torch.float32, build_classifier=build)
+    target = parity.hard_target(device)
+    x = parity.features(device, torch.float32)
+    eager_x, compiled_x = (x.clone().requires_grad_() for _ in range(2))
+    expected = result(head, *fused_ggam_loss(head, eager_x, target), eager_x)
+    step = torch.compile(
+        lambda x: tuple(fused_ggam_loss(head, x, target)), fullgraph=True, backend="aot_eager"
+    )
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        found = result(head, *step(compiled_x), compiled_x)
+    assert_same(found, expected, 1e-5)
+
+
+def test_an_infinite_cross_entropy_is_infinite(device: torch.device) -> None:
+    head = GGAMHead(parity.C, parity.K, hidden_size=0, device=device)
+    with torch.no_grad():
+        head.classifier.bias[0], head.classifier.bias[1] = 3e38, -3e38
+    target = torch.ones(parity.N, dtype=torch.int64, device=device)
+    loss = fused_ggam_loss(head, parity.features(device, torch.float32), target).loss
+    assert loss.item() == float("inf")
+
+
 def test_errors_name_the_argument(device: torch.device) -> None:
     head, reference = parity.pair(device=device, dtype=torch.float32)
     x, target = parity.features(device, torch.float32), parity.hard_target(device)
     with pytest.raises(TypeError, match="head must be a GGAMHead; got Linear"):
         fused_ggam_loss(nn.Linear(1, 1), x, target)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got DataParallel; call fused_ggam_loss inside the wrapped module"):
+        fused_ggam_loss(nn.DataParallel(head), x, target)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="head must be a GGAMHead; got GGAMHeadReference"):
         fused_ggam_loss(reference, x, target)
     with pytest.raises(ValueError, match="guidance_weight must be finite and not negative; got -1"):

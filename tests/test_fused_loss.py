@@ -267,7 +267,7 @@ def test_an_infinite_cross_entropy_is_infinite(device: torch.device) -> None:
     assert loss.item() == float("inf")
 
 
-def test_errors_name_the_argument(device: torch.device) -> None:
+def test_errors_name_the_argument(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     head, reference = parity.pair(device=device, dtype=torch.float32)
     x, target = parity.features(device, torch.float32), parity.hard_target(device)
     with pytest.raises(TypeError, match="head must be a GGAMHead; got Linear"):
@@ -276,6 +276,10 @@ def test_errors_name_the_argument(device: torch.device) -> None:
         fused_ggam_loss(nn.DataParallel(head), x, target)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="head must be a GGAMHead; got GGAMHeadReference"):
         fused_ggam_loss(reference, x, target)
+    monkeypatch.setattr(head.fc1.weight, "full_tensor", None, raising=False)
+    with pytest.raises(TypeError, match=r"head must have whole parameters; they are sharded DTensors"):
+        fused_ggam_loss(head, x, target)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="guidance_weight must be finite and not negative; got -1"):
         fused_ggam_loss(head, x, target, guidance_weight=-1)
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\]; got 2"):

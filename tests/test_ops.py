@@ -296,6 +296,21 @@ def test_the_whole_forward(
     check(again[0], pooled.double(), 1e-5 if pool_type != "" else 2**-8)
 
 
+@pytest.mark.parametrize(("channels", "masked"), [(70, slice(0, 32)), (70, slice(5, 64)), (20, slice(0, 20))])
+def test_channels_masked_by_an_infinite_bias(
+    channels: int, masked: slice, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole blocks of the softmax's statistics are -inf; all channels are NaN, as torch has it."""
+    set_path("one launch", monkeypatch)
+    a = make(2, channels, 9, device, torch.float32, "nchw").abs()
+    weights = [torch.randn(x, device=device) for x in ((3, channels), (3,), (channels, 3), (channels,))]
+    weights[3][masked] = -float("inf")
+    _, _, t, _, logits, _, _ = S.attention_forward(a, *weights, "softmax", "avg")
+    u = torch.einsum("ncl,nc->nl", a, logits.softmax(1))
+    assert u.isnan().all() == (masked.stop - masked.start == channels)
+    torch.testing.assert_close(t, u.softmax(1), equal_nan=True)
+
+
 @ALL
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_backward_of_one_and_of_two_gradients(

@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from .checks import compute_dtype, full_precision
 from .contractions import DifferentiableStages, get_stages
-from .stages import Stages
+from .stages import Stages, channel_mlp
 
 
 class Options(NamedTuple):
@@ -101,9 +101,7 @@ def attend(stages: Stages, features: Tensor, mlp: ChannelMLP, options: Options) 
     logits = features.new_zeros((batch, channels), dtype=dtype)
     if options.uses_channel:
         mean = stages.spatial_sum(features, None, 1.0 / positions)
-        w1, b1, w2, b2 = (p.to(dtype) for p in mlp if p is not None)
-        hidden = torch.relu(torch.addmm(b1, mean, w1.t()))
-        logits = torch.addmm(b2, hidden, w2.t())
+        hidden, logits = channel_mlp(mean, *(p for p in mlp if p is not None))
     s = torch.softmax(logits, -1)
 
     if options.uses_spatial:

@@ -130,7 +130,7 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.where((largest > 0) & largest.isfinite(), exact, torch.ones_like(largest))
 
 
-class Attached(Function):
+class Anchored(Function):
     """x as a function of `anchor`, which gets no gradient from it.
 
     A compiled step cannot return what depends on a leaf made inside it, as `scores_by_autograd` makes one

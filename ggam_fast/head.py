@@ -7,7 +7,7 @@ from . import checks
 from .attention import ChannelMLP, Options, ggam_attention
 from .base import GGAMHeadBase, GGAMOutput
 from .classifier import (
-    Attached,
+    Anchored,
     Scores,
     closed_form_layers,
     layers_of,
@@ -120,15 +120,13 @@ class GGAMHead(GGAMHeadBase):
         def score(pooled: Tensor) -> Scores:
             if torch.compiler.is_compiling() and closed_form_layers(self.classifier, self.drop) is None:
                 anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
-                pooled = pooled if anchor is None else Attached.apply(pooled, anchor)
+                pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
             result = self._score(pooled, spatial_shape, detach=True)
             checks.scores(result.logits, x.shape[0], self.num_classes)
             return result
 
-        loss, out = fused_loss(x, mlp, options, backend, score, target, terms)
-        return FusedLoss(
-            loss, out._replace(spatial_attention=out.spatial_attention.unflatten(1, spatial_shape))
-        )
+        loss, (logits, s, t, beta, guidance) = fused_loss(x, mlp, options, backend, score, target, terms)
+        return FusedLoss(loss, GGAMOutput(logits, s, t.unflatten(1, spatial_shape), beta, guidance))
 
     def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
         """Features as (N, C, L), their spatial shape, the channel MLP, the options, the resolved backend."""

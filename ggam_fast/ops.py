@@ -10,8 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import _checkout
-from .stages import Stages
+from . import _checkout, stages
 
 _checkout.load_sibling_kernels()
 
@@ -366,9 +365,9 @@ def _launch_forward(
 def _pooled(features: Tensor, pool: int, for_flatten: bool) -> tuple[Tensor, Tensor]:
     """Room for (out, index): the pooled features, A at the maxima and where, or D."""
     batch, channels, _ = features.shape
-    index = torch.empty(0, dtype=torch.int64, device=features.device)
     if pool == _POOL["max"]:
         return _max_pool_fake(features, None)
+    index = torch.empty(0, dtype=torch.int64, device=features.device)
     if pool == _POOL["avg"]:
         return _small(batch, channels, features), index
     return _hadamard_fake(features, None, features, for_flatten), index
@@ -446,9 +445,7 @@ def _attention_forward(
         *attended, mean, hidden = _launch_forward(features, mlp, logits, norm, pool, for_flatten, schedule)
         return *attended, logits, mean, hidden
     mean = _spatial_sum(features, None, 1.0 / positions)
-    w1, b1, w2, b2 = (p.float() for p in mlp)
-    hidden = torch.relu(torch.addmm(b1, mean, w1.t()))
-    logits = torch.addmm(b2, hidden, w2.t())
+    hidden, logits = stages.channel_mlp(mean, *mlp)
     return *_attended(features, logits.softmax(-1), norm, pool, for_flatten), logits, mean, hidden
 
 
@@ -552,7 +549,7 @@ def _features_grad(
     return out
 
 
-class TritonStages(Stages):
+class TritonStages(stages.Stages):
     """The stages as kernels.  Small results are float32; none of them is differentiable by itself."""
 
     whole_forward = True

@@ -60,8 +60,9 @@ PROGRAMS_PER_SM = 4
 the others start when the first have ended, find no ticket and end."""
 
 REGISTERS = 128
-"""At most, said to the compiler: left alone, it takes up to 164, or spills at 48 (sm_100, sm_120) to make
-room for more programs than there are.  `tests/test_codegen.py` checks that nothing spills."""
+"""At most, said to the compiler: left alone, it takes more in some shapes, and in others (sm_100, sm_120)
+spills to make room for more programs than there are.  `tests/test_codegen.py` checks small shapes for
+spills, `python -m bench.codegen` prints them at real ones."""
 
 MORE_REGISTERS = 168
 """For the backward and for maximum pooling, which would spill at 128: three programs on each multiprocessor

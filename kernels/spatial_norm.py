@@ -22,7 +22,7 @@ NONE = tl.constexpr(3)
 
 @triton.jit
 def _sum_partials(partials_ptr, l, P: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr):
-    # Up to 4,096 parts' elements at a time, so that their loads are in flight together.
+    # Several parts of a small map at a time, so that their loads are in flight together.
     BLOCK_P: tl.constexpr = max(1, min(32, 1024 // BLOCK_L))
     acc = tl.zeros((BLOCK_P, BLOCK_L), tl.float32)
     for start in range(0, P, BLOCK_P):

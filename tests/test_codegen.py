@@ -88,7 +88,7 @@ def test_no_spills_and_wide_accesses(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "dtype"),  # one of two types each, a minute of compilation
+    ("target", "dtype"),  # one of two types each, as compiling takes long
     [("sm_80", "bfloat16"), ("sm_100", "float32"), ("sm_120", "float32"), ("gfx942", "bfloat16")],
 )
 def test_compiles_without_spills(target: str, dtype: str) -> None:

@@ -230,20 +230,24 @@ def main(arguments: list[str] | None = None) -> None:
     command = "python -m bench.codegen " + " ".join(sys.argv[1:])
     lines = [
         f"Compiled by triton {triton.__version__} with torch {torch.__version__}: `{command.strip()}`.",
-        "Nothing here was run or timed. Stack is bytes of stack, local memory, spills. Widths are in bits,",
-        "of all global loads and stores of the kernel, small operands included.",
+        "Nothing here was run or timed. Stack is bytes of stack and local memory plus spilling instructions;",
+        "where it is not 0 the command fails. Widths are in bits, of all global loads and stores,",
+        "small operands included.",
         "",
         "| target | kernel | variant | features | type | registers | stack | shared | loads | stores |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [row for *_, row in table(chosen.target, SHAPES)]
+    found = list(table(chosen.target, SHAPES))
+    lines += [row for *_, row in found]
     text = "\n".join(lines) + "\n"
     if chosen.write:
         path = Path(__file__).parent / "results" / "codegen.md"
         path.write_text(text)
-        print(f"{len(lines) - 6} rows in {path.relative_to(Path.cwd())}")
+        print(f"{len(found)} rows in {path.relative_to(Path.cwd())}")
     else:
         print(text)
+    if spilled := sum(code.stack > 0 for _, _, code, _ in found):
+        raise SystemExit(f"{spilled} of {len(found)} spill")
 
 
 if __name__ == "__main__":

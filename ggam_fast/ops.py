@@ -34,6 +34,8 @@ _NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 # Three tensor-core products, as exact as float32.
 _DOT_PRECISION = "tf32x3"
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
+# Multiply-adds round once, whatever Triton's default is: 3.9 warns that it will change.
+_FUSED = {"enable_fp_fusion": True}
 
 
 def _register(schema: str, fake: Callable[..., object]) -> Callable[[Callable], Callable]:
@@ -72,6 +74,7 @@ def _geometry(features: Tensor, tile: plan.Tile) -> dict[str, int]:
         "BLOCK_C": tile.block_c,
         "BLOCK_L": tile.block_l,
         "num_warps": tile.num_warps,
+        **_FUSED,
     }
 
 
@@ -118,7 +121,7 @@ def _normalise(partials: Tensor, norm: int) -> tuple[Tensor, Tensor]:
 
 def _map_geometry(positions: int) -> dict[str, int]:
     block_l, num_warps = plan.norm_block(positions)
-    return {"L": positions, "BLOCK_L": block_l, "num_warps": num_warps}
+    return {"L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **_FUSED}
 
 
 def _spatial_sum_fake(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
@@ -237,7 +240,7 @@ def _position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
         with torch.cuda.device_of(values):
             position_scatter.position_scatter_kernel[(batch * plan.blocks(positions, tile.block_l),)](
                 values.contiguous(), index.contiguous(), out, C=channels, L=positions,
-                BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps,
+                BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps, **_FUSED,
             )  # fmt: skip
     return out
 
@@ -337,18 +340,19 @@ def _launch_forward(
     out, index = _pooled(features, pool, for_flatten)
     attention, total = _spatial_attention_fake(features, channel, norm)
     partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=device)
-    counters = torch.zeros(1 + 3 * groups + batch, dtype=torch.int32, device=device)
-    hidden_size, fc1, fc2 = 1, 0, 0
+    hidden_size, hidden_blocks = 1, 0
     mean = hidden = hidden_parts = statistics = partials  # not touched without the MLP
     if mlp is not None:
         hidden_size = mlp[0].shape[0]
+        hidden_blocks = plan.blocks(hidden_size, channel_mlp.FC1_J.value)
         fc1 = plan.blocks(channels, channel_mlp.FC1_C.value)
         fc2 = plan.blocks(channels, channel_mlp.FC2_C.value)
         mean, hidden = _small(batch, channels, features), _small(batch, hidden_size, features)
         hidden_parts = torch.empty((fc1, batch, hidden_size), dtype=torch.float32, device=device)
         statistics = torch.empty((batch, fc2, 2), dtype=torch.float32, device=device)
+    counters = torch.zeros(1 + groups * (3 + hidden_blocks) + batch, dtype=torch.int32, device=device)
     dense = pool == _POOL["flatten"]
-    registers = plan.MORE_REGISTERS if pool == _POOL["max"] else plan.REGISTERS
+    registers = plan.REGISTERS if pool == _POOL["avg"] else plan.MORE_REGISTERS
     if batch:
         with torch.cuda.device_of(features):
             attention_forward.attention_forward_kernel[(_programs(device),)](
@@ -544,7 +548,7 @@ def _features_grad(
                 GRAD_STRIDE_C=first.stride(1) if dense else 0,
                 GRAD_STRIDE_L=first.stride(2) if dense else 0,
                 POOL=pool, HAS_SPATIAL=has_spatial, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l,
-                num_warps=tile.num_warps,
+                num_warps=tile.num_warps, **_FUSED,
             )  # fmt: skip
     return out
 

@@ -35,7 +35,7 @@ def _map_task(
         l = start + tl.arange(0, BLOCK_L)
         if R == 1:
             dt = channel_sums(
-                image_ptr, weights_ptr, 0.0, 1.0, part * TASK_C, l,
+                image_ptr, weights_ptr, 0.0, part * TASK_C, l,
                 C, L, STRIDE_C, STRIDE_L, False, TASK_C, BLOCK_C, BLOCK_L,
             )  # fmt: skip
         else:

@@ -12,7 +12,7 @@ flight fit the L2 cache (`plan.GROUP_BYTES`).  Writes small tensors, and D in th
 import triton
 import triton.language as tl
 
-from .channel_mlp import FC1_C, FC1_J, FC2_C, ROWS, channel_logits, hidden_part, softmax_scale
+from .channel_mlp import FC1_C, FC1_J, FC2_C, channel_logits, hidden_block, hidden_part, softmax_scale
 from .channel_sum import channel_sums
 from .features_grad import AVERAGE, MAXIMUM
 from .hadamard import store_attended
@@ -27,25 +27,34 @@ def _channel_task(
     image_ptr,
     mean_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr,  # as below
     hidden_parts_ptr, hidden_ptr, logits_ptr, statistics_ptr,
-    done_ptr,  # (3,): mean, FC1, FC2 of this group
+    done_ptr,  # (3 + HIDDEN,) of this group: mean, hidden, logits; parts of each hidden block
     task, group, group_size, n, part, batch,
     C: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_L: tl.constexpr,
-    PRECISION: tl.constexpr, TASK_C: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, FC1: tl.constexpr, FC2: tl.constexpr,
+    PRECISION: tl.constexpr, TASK_C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    HIDDEN: tl.constexpr, FC1: tl.constexpr, FC2: tl.constexpr,
 ):  # fmt: skip
-    """FC1 for task < FC1, then FC2 for as many as FC2, then g of some channels of image n < batch."""
-    row = tl.arange(0, ROWS)
-    images = group * group_size + row.to(tl.int64)
-    valid = (row < group_size) & (images < batch)
+    """FC1 for task < FC1, where whoever stores the last part of a hidden block adds it up; then FC2 for as
+    many as FC2; then g of some channels of image n < batch."""
+    first = (group * group_size).to(tl.int64)
+    images = tl.minimum(batch - group * group_size, group_size)
     if task < FC1:
-        wait(done_ptr, tl.minimum(batch - group * group_size, group_size) * ((C + TASK_C - 1) // TASK_C))
-        hidden_part(mean_ptr, fc1_weight_ptr, hidden_parts_ptr, task, images, valid, batch, C, J, PRECISION)
-        finish(done_ptr + 1)
+        block = task % HIDDEN
+        wait(done_ptr, images * ((C + TASK_C - 1) // TASK_C))
+        hidden_part(
+            mean_ptr + first * C, fc1_weight_ptr, hidden_parts_ptr + first * J, task // HIDDEN, block,
+            images, batch, C, J, PRECISION,
+        )  # fmt: skip
+        if finish(done_ptr + 3 + block) == FC1 // HIDDEN - 1:
+            hidden_block(
+                hidden_parts_ptr + first * J, fc1_bias_ptr, hidden_ptr + first * J, block, images, batch,
+                C, J,
+            )  # fmt: skip
+            finish(done_ptr + 1)
     elif task < FC1 + FC2:
-        wait(done_ptr + 1, FC1)
+        wait(done_ptr + 1, HIDDEN)
         channel_logits(
-            hidden_parts_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr, hidden_ptr, logits_ptr,
-            statistics_ptr, task - FC1, images, valid, batch, C, J, PRECISION,
+            hidden_ptr + first * J, fc2_weight_ptr, fc2_bias_ptr, logits_ptr + first * C,
+            statistics_ptr + first * FC2 * 2, task - FC1, images, C, J, PRECISION,
         )  # fmt: skip
         finish(done_ptr + 2)
     elif n < batch:
@@ -78,10 +87,10 @@ def _map_task(
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
         u = channel_sums(
-            image_ptr, channel_ptr, peak, scale, part * TASK_C, l,
+            image_ptr, channel_ptr, peak, part * TASK_C, l,
             C, L, STRIDE_C, STRIDE_L, HAS_MLP, TASK_C, BLOCK_C, BLOCK_L,
         )  # fmt: skip
-        tl.store(partials_ptr + part * L + l, u, mask=l < L)
+        tl.store(partials_ptr + part * L + l, u * scale, mask=l < L)
     if finish(done_ptr) == parts - 1:
         normalise(partials_ptr, attention_ptr, total_ptr, parts, L, NORM, BLOCK_MAP)
         finish(done_ptr)
@@ -132,7 +141,7 @@ def attention_forward_kernel(
     total_ptr,  # (N,) float32: sum(U)
     out_ptr,  # (N, C) float32: pooled, or A at the maxima; D (N, C, L) in the dense case
     index_ptr,  # (N, C) int64: the argmax; only when POOL is MAXIMUM
-    counters_ptr,  # (1 + 3 * groups + N,) int32 zeros: the ticket; mean, FC1, FC2 by group; map by image
+    counters_ptr,  # (1 + groups * (3 + HIDDEN) + N,) int32 zeros: the ticket; by group; map by image
     batch, group_size, stride_n, out_stride_n,
     C: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_L: tl.constexpr,
@@ -142,7 +151,8 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """This program draws tasks until none is left; a pass over A is cut into TASK_C channels of one image."""
     parts: tl.constexpr = (C + TASK_C - 1) // TASK_C
-    FC1: tl.constexpr = HAS_MLP * ((C + FC1_C - 1) // FC1_C) * ((J + FC1_J - 1) // FC1_J)
+    HIDDEN: tl.constexpr = HAS_MLP * ((J + FC1_J - 1) // FC1_J)  # blocks of the hidden layer
+    FC1: tl.constexpr = HIDDEN * ((C + FC1_C - 1) // FC1_C)
     FC2: tl.constexpr = HAS_MLP * ((C + FC2_C - 1) // FC2_C)
     # A round's phases, FC1 | FC2 | mean | map | pool: where they begin, and which group's they are.
     maps_at = FC1 + FC2 + HAS_MLP * group_size * parts
@@ -167,18 +177,19 @@ def attention_forward_kernel(
         n = (group * group_size + index // parts).to(tl.int64)
         part = index % parts
         image_ptr = features_ptr + n * stride_n
-        maps_done_ptr = counters_ptr + 1 + 3 * groups + n
+        group_done_ptr = counters_ptr + 1 + (3 + HIDDEN) * group
+        maps_done_ptr = counters_ptr + 1 + (3 + HIDDEN) * groups + n
         if (group >= 0) & (group < groups):
             if HAS_MLP:
                 if task < maps_at:
                     _channel_task(
                         image_ptr, mean_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr,
                         hidden_parts_ptr, hidden_ptr, channel_ptr, statistics_ptr,
-                        counters_ptr + 1 + 3 * group, task, group, group_size, n, part, batch,
-                        C, L, J, STRIDE_C, STRIDE_L, PRECISION, TASK_C, BLOCK_C, BLOCK_L, FC1, FC2,
+                        group_done_ptr, task, group, group_size, n, part, batch, C, L, J,
+                        STRIDE_C, STRIDE_L, PRECISION, TASK_C, BLOCK_C, BLOCK_L, HIDDEN, FC1, FC2,
                     )  # fmt: skip
                 elif (task < pool_at) & (n < batch):
-                    wait(counters_ptr + 3 + 3 * group, FC2)
+                    wait(group_done_ptr + 2, FC2)
             if (task >= maps_at) & (task < pool_at) & (n < batch):
                 _map_task(
                     image_ptr, channel_ptr + n * C, statistics_ptr + n * FC2 * 2,

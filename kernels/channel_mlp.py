@@ -4,7 +4,8 @@
     e[n, c]      = b2_c + sum_j hidden[n, j] W2_cj
     S[n, c]      = exp(e - m) / sum exp(e - m)        from each block's maximum and sum of exponentials
 
-The images of a group are the rows of a matrix product, so that the weights are read once a group.
+The images of a group are the rows of a matrix product, so that the weights are read once a group.  Pointers
+are to the group's first image: offsets from there are short, and fit int32.
 """
 
 import triton
@@ -12,77 +13,93 @@ import triton.language as tl
 
 ROWS = tl.constexpr(16)  # the smallest side of tl.dot; a group has at most as many images
 FC1_C = tl.constexpr(256)  # channels of one part of FC1's sum
-FC1_J = tl.constexpr(32)  # hidden units of one task
+FC1_J = tl.constexpr(32)  # hidden units of one task, and of one block whose parts are added up
 FC2_C = tl.constexpr(32)  # channels of one task of FC2, and of one block of the softmax's statistics
 BLOCK_K = tl.constexpr(32)  # of both sums at a time
 
 
 @triton.jit
 def hidden_part(
-    mean_ptr,  # (N, C) float32: g
+    mean_ptr,  # (images, C) float32: g
     fc1_weight_ptr,  # (J, C)
-    parts_ptr,  # (P, N, J) float32
-    task,
-    n,  # (ROWS,) images
-    valid,  # (ROWS,)
-    batch,
+    parts_ptr,  # (P, N, J) float32, from the group's first image
+    part,
+    block,
+    images,  # of this group
+    batch,  # N
     C: tl.constexpr,
     J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store one part of FC1's sum for FC1_J hidden units."""
-    blocks: tl.constexpr = (J + FC1_J - 1) // FC1_J
-    part = task // blocks
-    j = task % blocks * FC1_J + tl.arange(0, FC1_J)
+    """Store one part of FC1's sum for one block of hidden units."""
+    n = tl.arange(0, ROWS)
+    j = block * FC1_J + tl.arange(0, FC1_J)
 
     acc = tl.zeros((ROWS, FC1_J), tl.float32)
     for start in range(0, FC1_C, BLOCK_K):
         c = part * FC1_C + start + tl.arange(0, BLOCK_K)
-        mean_mask = valid[:, None] & (c < C)[None, :]
+        mean_mask = (n < images)[:, None] & (c < C)[None, :]
         weight_mask = (c < C)[:, None] & (j < J)[None, :]
         g = tl.load(mean_ptr + n[:, None] * C + c[None, :], mean_mask, other=0.0, cache_modifier=".cg")
         w = tl.load(fc1_weight_ptr + j[None, :] * C + c[:, None], weight_mask, other=0.0)
         acc = tl.dot(g, w.to(tl.float32), acc, input_precision=PRECISION)
 
-    out = (part * batch + n[:, None]) * J + j[None, :]
-    tl.store(parts_ptr + out, acc, mask=valid[:, None] & (j < J)[None, :])
+    out_ptr = parts_ptr + part * batch.to(tl.int64) * J
+    tl.store(out_ptr + n[:, None] * J + j[None, :], acc, mask=(n < images)[:, None] & (j < J)[None, :])
+
+
+@triton.jit
+def hidden_block(
+    parts_ptr,  # (P, N, J) float32, from the group's first image
+    fc1_bias_ptr,  # (J,)
+    hidden_ptr,  # (images, J) float32
+    block,
+    images,  # of this group
+    batch,  # N
+    C: tl.constexpr,
+    J: tl.constexpr,
+):
+    """Store one block of the hidden layer, all of whose parts are stored."""
+    parts: tl.constexpr = (C + FC1_C - 1) // FC1_C
+    n = tl.arange(0, ROWS)
+    j = block * FC1_J + tl.arange(0, FC1_J)
+    offsets = n[:, None] * J + j[None, :]
+    mask = (n < images)[:, None] & (j < J)[None, :]
+
+    h = tl.zeros((ROWS, FC1_J), tl.float32)
+    for part in range(parts):
+        part_ptr = parts_ptr + part * batch.to(tl.int64) * J
+        h += tl.load(part_ptr + offsets, mask, other=0.0, cache_modifier=".cg")
+    h += tl.load(fc1_bias_ptr + j, j < J, other=0.0).to(tl.float32)[None, :]
+    h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu
+    tl.store(hidden_ptr + offsets, h, mask)
 
 
 @triton.jit
 def channel_logits(
-    parts_ptr,  # (P, N, J) float32
-    fc1_bias_ptr,  # (J,)
+    hidden_ptr,  # (images, J) float32
     fc2_weight_ptr,  # (C, J)
     fc2_bias_ptr,  # (C,)
-    hidden_ptr,  # (N, J) float32
-    logits_ptr,  # (N, C) float32: e
-    statistics_ptr,  # (N, B, 2) float32: maximum and sum of exponentials of each block
+    logits_ptr,  # (images, C) float32: e
+    statistics_ptr,  # (images, B, 2) float32: maximum and sum of exponentials of each block
     task,
-    n,  # (ROWS,) images
-    valid,  # (ROWS,)
-    batch,
+    images,  # of this group
     C: tl.constexpr,
     J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Store e and its statistics for FC2_C channels; the first task stores the hidden layer too."""
-    parts: tl.constexpr = (C + FC1_C - 1) // FC1_C
+    """Store e and its statistics for FC2_C channels."""
     blocks: tl.constexpr = (C + FC2_C - 1) // FC2_C
     c = task * FC2_C + tl.arange(0, FC2_C)
+    n = tl.arange(0, ROWS)
+    valid = n < images
 
     acc = tl.zeros((ROWS, FC2_C), tl.float32)
     for start in range(0, J, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
-        mask = valid[:, None] & (j < J)[None, :]
-        h = tl.zeros((ROWS, BLOCK_K), tl.float32)
-        for part in range(parts):
-            offsets = (part * batch + n[:, None]) * J + j[None, :]
-            h += tl.load(parts_ptr + offsets, mask, other=0.0, cache_modifier=".cg")
-        h += tl.load(fc1_bias_ptr + j, j < J, other=0.0).to(tl.float32)[None, :]
-        h = tl.where(h > 0, h, tl.where(h == h, 0.0, h))  # relu, NaN kept as torch keeps it
-        if task == 0:
-            tl.store(hidden_ptr + n[:, None] * J + j[None, :], h, mask)
+        hidden_mask = valid[:, None] & (j < J)[None, :]
         weight_mask = (j < J)[:, None] & (c < C)[None, :]
+        h = tl.load(hidden_ptr + n[:, None] * J + j[None, :], hidden_mask, other=0.0, cache_modifier=".cg")
         w = tl.load(fc2_weight_ptr + c[None, :] * J + j[:, None], weight_mask, other=0.0)
         acc = tl.dot(h, w.to(tl.float32), acc, input_precision=PRECISION)
 

@@ -13,9 +13,8 @@ from .offsets import image_offsets
 @triton.jit
 def channel_sums(
     image_ptr,
-    weights_ptr,  # (C,) float32 of this image: s, or with EXPONENTIAL its logits
-    peak,  # s = exp(logits - peak) * scale; only with EXPONENTIAL
-    scale,
+    weights_ptr,  # (C,) float32 of this image: s, or with EXPONENTIAL logits
+    peak,  # s = exp(logits - peak); only with EXPONENTIAL
     first,  # the first channel
     l,  # (BLOCK_L,) positions
     C: tl.constexpr,
@@ -35,9 +34,11 @@ def channel_sums(
         mask = (c < C)[:, None] & (l < L)[None, :]
 
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(weights_ptr + c, mask=c < C, other=0.0, cache_modifier=".cg")
+        s = tl.load(
+            weights_ptr + c, mask=c < C, other=-float("inf") if EXPONENTIAL else 0.0, cache_modifier=".cg"
+        )
         if EXPONENTIAL:
-            s = tl.where(c < C, tl.exp(s - peak) * scale, 0.0)
+            s = tl.exp(s - peak)
         acc += a * s[:, None]
     return tl.sum(acc, axis=0)
 
@@ -92,7 +93,7 @@ def channel_sum_kernel(
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
 
     sums = channel_sums(
-        features_ptr + n * stride_n, weights_ptr + n * C, 0.0, 1.0, part * PARTIAL_C, l,
+        features_ptr + n * stride_n, weights_ptr + n * C, 0.0, part * PARTIAL_C, l,
         C, L, STRIDE_C, STRIDE_L, False, PARTIAL_C, BLOCK_C, BLOCK_L,
     )  # fmt: skip
     tl.store(partials_ptr + (n * parts + part) * L + l, sums, mask=l < L)

@@ -65,8 +65,8 @@ spills to make room for more programs than there are.  `tests/test_codegen.py` c
 spills, `python -m bench.codegen` prints them at real ones."""
 
 MORE_REGISTERS = 168
-"""For the backward and for maximum pooling, which would spill at 128: three programs on each multiprocessor
-where they take them all."""
+"""For the backward, and for maximum and dense pooling, which would spill at 128: three programs on each
+multiprocessor where they take them all."""
 
 MAP_BLOCK = 1024
 """Positions that a fused kernel normalises at a time."""

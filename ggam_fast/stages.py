@@ -43,6 +43,16 @@ def channel_mlp(
     return hidden, torch.addmm(b2, hidden, w2.t())
 
 
+def rows_times(rows: Tensor, matrix: Tensor, addend: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """addend + scale * rows @ matrix, for (N, R, K) and (N, K, M).
+
+    Rows times a matrix, as torch on a CPU is much slower with a matrix times columns; and by baddbmm, as
+    Inductor turns a CPU's bmm of one row into a loop that walks down the columns."""
+    if addend is None:
+        return torch.baddbmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)
+    return torch.baddbmm(addend, rows, matrix, alpha=scale)
+
+
 class Stages:
     """The stages in torch operations; `A` is (N, C, L), `s` and `v` are (N, C), `t` is (N, L)."""
 
@@ -64,16 +74,14 @@ class Stages:
 
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
         """out[n, l] = sum_c weights[n, c] A[n, c, l]"""
-        a = features.to(compute_dtype(features))
-        return (weights.unsqueeze(-2) @ a).squeeze(-2)
+        return rows_times(weights.unsqueeze(1), features.to(compute_dtype(features))).squeeze(1)
 
     def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """out[n, c] = scale * sum_l weights[n, l] A[n, c, l]; weights = 1 if None"""
         if weights is None:
             return features.sum(-1, dtype=compute_dtype(features)) * scale
         a = features.to(compute_dtype(features))
-        # A row times a matrix: on a CPU torch is much slower with a matrix times a column.
-        return (weights.unsqueeze(-2) @ a.transpose(1, 2)).squeeze(-2) * scale
+        return rows_times(weights.unsqueeze(1), a.transpose(1, 2), scale=scale).squeeze(1)
 
     def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         """T and sum(U) for U = channel_sum(A, s)"""
@@ -99,9 +107,8 @@ class Stages:
         """dU (N, R, L) and ds = spatial_sum(A, dU) (N, R, C) for dT = channel_sum(A, v) + extra, where v is
         (N, R, C): R gradients share the reads of A"""
         a = features.to(compute_dtype(features))
-        dt = v @ a if extra is None else torch.baddbmm(extra, v, a)
-        du = spatial_norm_grad(dt, t.unsqueeze(1), total.unsqueeze(1), norm)
-        return du, du @ a.transpose(1, 2)
+        du = spatial_norm_grad(rows_times(v, a, extra), t.unsqueeze(1), total.unsqueeze(1), norm)
+        return du, rows_times(du, a.transpose(1, 2))
 
     def spatial_attention_grad(
         self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str

@@ -175,6 +175,14 @@ class Stages:
         # Computed in the memory order of A, so that dA has its layout.
         channels_last = features.stride(1) == 1 and features.shape[2] > 1
         c, l = (1, 2) if channels_last else (2, 1)  # where to insert the other's axis
+        if pool_type == "avg" and t is not None and du is not None and not torch.compiler.is_compiling():
+            # One product that writes dA once, as Inductor makes of the multiply-adds below.
+            left = torch.stack([first, s, constant], -1)
+            right = torch.stack([t, du, torch.ones_like(t)], -1)
+            if channels_last:
+                left, right = right, left
+            da = left @ right.transpose(1, 2)
+            return (da.transpose(1, 2) if channels_last else da).to(features.dtype)
         if pool_type == "avg":
             x = first.unsqueeze(c)
         elif pool_type == "max":

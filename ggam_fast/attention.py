@@ -360,8 +360,11 @@ def ggam_attention(
     backend: str,
     differentiable: bool = False,
 ) -> Attended:
-    """`attend` with gradients: the fused node, or with `differentiable` the contractions."""
+    """`attend` with gradients where they are enabled: the fused node, or with `differentiable` the
+    contractions."""
     with full_precision(features):
         if differentiable:
             return attend(DifferentiableStages(backend), features, mlp, options)
+        if not torch.is_grad_enabled():
+            return attend(get_stages(backend), features, mlp, options)
         return Attended(*Attention.apply(features, *mlp, *options, backend))

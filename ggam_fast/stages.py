@@ -43,14 +43,14 @@ def channel_mlp(
     return hidden, torch.addmm(b2, hidden, w2.t())
 
 
-def rows_times(rows: Tensor, matrix: Tensor, addend: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """addend + scale * rows @ matrix, for (N, R, K) and (N, K, M).
+def rows_times(rows: Tensor, matrix: Tensor, addend: Tensor | None = None) -> Tensor:
+    """addend + rows @ matrix, for (N, R, K) and (N, K, M).
 
     Rows times a matrix, as torch on a CPU is much slower with a matrix times columns; and by baddbmm, as
     Inductor turns a CPU's bmm of one row into a loop that walks down the columns."""
     if addend is None:
-        return torch.baddbmm(rows.new_zeros(()), rows, matrix, beta=0, alpha=scale)
-    return torch.baddbmm(addend, rows, matrix, alpha=scale)
+        return torch.baddbmm(rows.new_zeros(()), rows, matrix, beta=0)
+    return torch.baddbmm(addend, rows, matrix)
 
 
 class Stages:
@@ -81,7 +81,7 @@ class Stages:
         if weights is None:
             return features.sum(-1, dtype=compute_dtype(features)) * scale
         a = features.to(compute_dtype(features))
-        return rows_times(weights.unsqueeze(1), a.transpose(1, 2), scale=scale).squeeze(1)
+        return rows_times(weights.unsqueeze(1), a.transpose(1, 2)).squeeze(1) * scale
 
     def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         """T and sum(U) for U = channel_sum(A, s)"""
@@ -175,8 +175,10 @@ class Stages:
         # Computed in the memory order of A, so that dA has its layout.
         channels_last = features.stride(1) == 1 and features.shape[2] > 1
         c, l = (1, 2) if channels_last else (2, 1)  # where to insert the other's axis
-        if pool_type == "avg" and t is not None and du is not None and not torch.compiler.is_compiling():
-            # One product that writes dA once, as Inductor makes of the multiply-adds below.
+        eager_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
+        if eager_cpu and pool_type == "avg" and t is not None and du is not None:
+            # One product that writes dA once, as Inductor makes of the multiply-adds below; on a GPU it
+            # could be rounded to TF32.
             left = torch.stack([first, s, constant], -1)
             right = torch.stack([t, du, torch.ones_like(t)], -1)
             if channels_last:

@@ -5,6 +5,7 @@
 
 The launches are the library's own: its operators run on empty tensors with the kernels replaced by a
 recorder, so what is compiled here is what a GPU would be given, specialisation included.
+The command fails where anything spills.
 """
 
 import argparse

@@ -35,7 +35,7 @@ _NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 _DOT_PRECISION = "tf32x3"
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
 # Multiply-adds round once, whatever Triton's default is: 3.9 warns that it will change.
-_FUSED = {"enable_fp_fusion": True}
+_FP_FUSION = {"enable_fp_fusion": True}
 
 
 def _register(schema: str, fake: Callable[..., object]) -> Callable[[Callable], Callable]:
@@ -74,7 +74,7 @@ def _geometry(features: Tensor, tile: plan.Tile) -> dict[str, int]:
         "BLOCK_C": tile.block_c,
         "BLOCK_L": tile.block_l,
         "num_warps": tile.num_warps,
-        **_FUSED,
+        **_FP_FUSION,
     }
 
 
@@ -121,7 +121,7 @@ def _normalise(partials: Tensor, norm: int) -> tuple[Tensor, Tensor]:
 
 def _map_geometry(positions: int) -> dict[str, int]:
     block_l, num_warps = plan.norm_block(positions)
-    return {"L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **_FUSED}
+    return {"L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **_FP_FUSION}
 
 
 def _spatial_sum_fake(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
@@ -240,7 +240,7 @@ def _position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
         with torch.cuda.device_of(values):
             position_scatter.position_scatter_kernel[(batch * plan.blocks(positions, tile.block_l),)](
                 values.contiguous(), index.contiguous(), out, C=channels, L=positions,
-                BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps, **_FUSED,
+                BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps, **_FP_FUSION,
             )  # fmt: skip
     return out
 
@@ -548,7 +548,7 @@ def _features_grad(
                 GRAD_STRIDE_C=first.stride(1) if dense else 0,
                 GRAD_STRIDE_L=first.stride(2) if dense else 0,
                 POOL=pool, HAS_SPATIAL=has_spatial, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l,
-                num_warps=tile.num_warps, **_FUSED,
+                num_warps=tile.num_warps, **_FP_FUSION,
             )  # fmt: skip
     return out
 

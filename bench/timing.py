@@ -21,7 +21,9 @@ Call = Callable[[int], Any]
 """call(i) runs once on input i"""
 
 BUDGET = 0.25  # seconds for one kind of timing, warm-up apart
+CPU_BUDGET = 3.0  # a shared CPU changes its pace from one second to the next
 ROUNDS = (10, 200)  # at least, at most
+CPU_ROUNDS = (10, 5000)
 CACHE_MULTIPLE, MOST_BUFFERS = 3, 256
 
 
@@ -49,9 +51,9 @@ def buffers_for(bytes_each: int) -> int:
     return min(max(2, -(-CACHE_MULTIPLE * l2 // bytes_each)), MOST_BUFFERS)
 
 
-def rounds_for(seconds: float, budget: float = BUDGET) -> int:
-    """How many calls of that length fit in the budget, within ROUNDS."""
-    return int(min(max(budget / max(seconds, 1e-9), ROUNDS[0]), ROUNDS[1]))
+def rounds_for(seconds: float, budget: float = BUDGET, bounds: tuple[int, int] = ROUNDS) -> int:
+    """How many calls of that length fit in the budget, within the bounds."""
+    return int(min(max(budget / max(seconds, 1e-9), bounds[0]), bounds[1]))
 
 
 def host_times(call: Call, rounds: int, synchronize: bool, buffers: int = 1) -> list[float]:
@@ -110,7 +112,7 @@ def measure(call: Call, buffers: int, graph: bool = True) -> tuple[dict[str, Spr
         call(i % buffers)
     if not torch.cuda.is_available():
         once = min(host_times(call, 3, False))
-        return {"hot": spread(host_times(call, rounds_for(once, 1.0), False))}, []
+        return {"hot": spread(host_times(call, rounds_for(once, CPU_BUDGET, CPU_ROUNDS), False))}, []
     once = min(event_times(call, 3, 1))
     rounds = rounds_for(once)
     found = {

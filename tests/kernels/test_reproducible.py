@@ -14,7 +14,7 @@ if not checks.TRITON_AVAILABLE:
 from ggam_fast import ops
 
 S = ops.TRITON
-N, C, L = 4, 300, 49
+N, C, L = 3, 300, 49
 
 
 def mlp(like: Tensor) -> list[Tensor]:
@@ -86,7 +86,7 @@ def test_bits(name: str, layout: str, device: torch.device) -> None:
     for value in (float("nan"), float("inf")):
         bad = a.clone()
         bad[1] = value
-        others = [0, 2, 3]
+        others = [0, 2]
         found = run(a=bad)
         for spoilt, one in zip(found, whole, strict=True):
             assert torch.equal(spoilt[others], one[others]), f"{value} reached another image"

@@ -51,9 +51,10 @@ def buffers_for(bytes_each: int) -> int:
     return min(max(2, -(-CACHE_MULTIPLE * l2 // bytes_each)), MOST_BUFFERS)
 
 
-def rounds_for(seconds: float, budget: float = BUDGET, bounds: tuple[int, int] = ROUNDS) -> int:
-    """How many calls of that length fit in the budget, within the bounds."""
-    return int(min(max(budget / max(seconds, 1e-9), bounds[0]), bounds[1]))
+def rounds_for(seconds: float, budget: float = BUDGET, bounds: tuple[int, int] | None = None) -> int:
+    """How many calls of that length fit in the budget, within the bounds (ROUNDS)."""
+    least, most = bounds or ROUNDS
+    return int(min(max(budget / max(seconds, 1e-9), least), most))
 
 
 def host_times(call: Call, rounds: int, synchronize: bool, buffers: int = 1) -> list[float]:

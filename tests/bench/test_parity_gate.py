@@ -16,6 +16,7 @@ CASE = Case(4, 32, 5, 3, torch.float32)
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "ROUNDS", (2, 3))
+    monkeypatch.setattr(timing, "CPU_ROUNDS", (2, 3))
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         yield
 

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from bench import counters, tune
+from bench import counters, timing, tune
 from bench.cases import Case
 from bench.workload import Workload
 
@@ -53,7 +53,8 @@ def test_what_cannot_be_tuned(text: str) -> None:
         tune.candidates(text)
 
 
-def test_a_tuned_pass_is_timed(device: torch.device) -> None:
+def test_a_tuned_pass_is_timed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "CPU_ROUNDS", (2, 3))
     work = Workload(Case(2, 32, 4, 4, torch.float32), device)
     with tune.patched({"CHANNELS_PER_PARTIAL": 256}):
         assert tune.median(work, "fwd") > 0

@@ -70,7 +70,7 @@ class Code(NamedTuple):
     registers: int
     stack: int  # bytes of stack, local memory and spills
     shared: int
-    loads: tuple[int, ...]  # these two empty where they were not looked for
+    loads: tuple[int, ...]
     stores: tuple[int, ...]
 
 
@@ -155,8 +155,8 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
 
-def inspect(launch: Launch, target: str, widths: bool = True) -> Code:
-    """Compile one launch for one target and read its code; without widths in half the time."""
+def inspect(launch: Launch, target: str) -> Code:
+    """Compile one launch for one target and read its code."""
     kernel_source, options = source(launch)
     compiled = triton.compile(kernel_source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
@@ -165,8 +165,7 @@ def inspect(launch: Launch, target: str, widths: bool = True) -> Code:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _binary("cuobjdump", "-res-usage", cubin.name)
-        # Without dataflow analysis, a third of its time.
-        sass = _binary("nvdisasm", "-ndf", "-c", cubin.name) if widths else ""
+        sass = _binary("nvdisasm", "-ndf", "-c", cubin.name)  # without the slow dataflow analysis
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump gave no resource usage:\n{usage}")
@@ -205,10 +204,7 @@ def _amd(assembly: str) -> Code:
 
 
 def table(
-    targets: list[str],
-    shapes: list[tuple[int, int, bool]],
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-    widths: bool = True,
+    targets: list[str], shapes: list[tuple[int, int, bool]], dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> Iterator[tuple[Launch, str, Code, str]]:
     """(launch, target, code, its Markdown row) for every kernel, shape, type and target."""
     for target in targets:
@@ -216,7 +212,7 @@ def table(
             for dtype in dtypes:
                 rocm = target.startswith("gfx")
                 for launch in launches(channels, positions, channels_last, dtype, rocm):
-                    code = inspect(launch, target, widths)
+                    code = inspect(launch, target)
                     layout = "channels-last" if channels_last else "NCHW"
                     name = launch.kernel.__name__.removesuffix("_kernel")
                     loads, stores = ("/".join(map(str, w)) for w in (code.loads, code.stores))

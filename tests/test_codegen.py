@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import json, sys
 from bench import codegen
-targets, shapes, dtypes, widths = json.loads(sys.argv[1])
+targets, shapes, dtypes = json.loads(sys.argv[1])
 rows = [
     [launch.kernel.__name__, target, list(code.loads), list(code.stores), code.stack, code.registers, row]
     for launch, target, code, row in codegen.table(
-        targets, [tuple(s) for s in shapes], tuple(getattr(codegen.torch, d) for d in dtypes), widths
+        targets, [tuple(s) for s in shapes], tuple(getattr(codegen.torch, d) for d in dtypes)
     )
 ]
 print(json.dumps(rows))
@@ -44,13 +44,11 @@ READS = (
 WRITES = ("hadamard", "features_grad")
 
 
-def compile_all(
-    target: str, shape: tuple[int, int, bool], dtypes: tuple[str, ...], widths: bool = True
-) -> list[list]:
+def compile_all(target: str, shape: tuple[int, int, bool], dtypes: tuple[str, ...]) -> list[list]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([[target], [shape], dtypes, widths])],
+        [sys.executable, "-c", PROGRAM, json.dumps([[target], [shape], dtypes])],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -94,5 +92,5 @@ def test_no_spills_and_wide_accesses(
     [("sm_80", "bfloat16"), ("sm_100", "float32"), ("sm_120", "float32"), ("gfx942", "bfloat16")],
 )
 def test_compiles_without_spills(target: str, dtype: str) -> None:
-    for *_, stack, _, row in compile_all(target, (320, 196, False), (dtype,), widths=False):
+    for *_, stack, _, row in compile_all(target, (320, 196, False), (dtype,)):
         assert stack == 0, row

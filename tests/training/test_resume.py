@@ -117,7 +117,7 @@ def test_logs_of_a_run_that_was_stopped_are_those_of_one_that_was_not(tiny_confi
 def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
     """Killed again and again from outside, until it is through."""
     options = ("train", "--data", "folder", "--root", photos, *TINY, "--no-compile")
-    options = (*options, "--epochs", "8", "--drop-rate", "0.3", "--save-every", "1")
+    options = (*options, "--epochs", "12", "--drop-rate", "0.3", "--save-every", "1")
     run = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     subprocess.run(command(*options, "--out", "whole"), **run, check=True, timeout=240)
     arguments, kills = (*options, "--out", "killed"), 0
@@ -128,7 +128,7 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
     while True:
         process = subprocess.Popen(command(*arguments), **run)
         before = written()
-        if kills < 2:
+        if kills < 3:
             deadline = time.monotonic() + 120
             while written() <= before and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -140,7 +140,7 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
         assert process.returncode == -signal.SIGKILL, error
         kills += 1
         arguments = ("train", "--resume", "killed")
-    assert kills == 2
+    assert kills == 3
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()

@@ -69,7 +69,7 @@ class Code(NamedTuple):
 
     registers: int
     stack: int  # bytes of stack, local memory and spills
-    shared: int
+    shared: int  # bytes, asked for at launch
     loads: tuple[int, ...]
     stores: tuple[int, ...]
 
@@ -83,15 +83,19 @@ class _Recorder:
 
 
 def launches(
-    channels: int, positions: int, channels_last: bool, dtype: torch.dtype, rocm: bool = False
+    channels: int, positions: int, channels_last: bool, dtype: torch.dtype, target: str = "sm_90"
 ) -> list[Launch]:
     """Every kernel in every variant, as launched for features of this shape, layout and type."""
+    rocm, arch = target.startswith("gfx"), TARGETS[target].arch
     found: list[Launch] = []
     originals = [(m, n, k) for m in _MODULES for n, k in vars(m).items() if n.endswith("_kernel")]
     for module, name, kernel in originals:
         setattr(module, name, _Recorder(kernel, found))
     try:
-        with mock.patch.object(torch.version, "hip", "" if rocm else None):
+        with (
+            mock.patch.object(torch.version, "hip", "" if rocm else None),
+            mock.patch.object(ops, "_multiprocessors", return_value=(1, 0 if rocm else arch // 10)),
+        ):
             _run_all(channels, positions, channels_last, dtype)
     finally:
         for module, name, kernel in originals:
@@ -166,12 +170,16 @@ def inspect(launch: Launch, target: str) -> Code:
         cubin.flush()
         usage = _binary("cuobjdump", "-res-usage", cubin.name)
         sass = _binary("nvdisasm", "-ndf", "-c", cubin.name)  # without the slow dataflow analysis
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump gave no resource usage:\n{usage}")
-    registers, stack, shared, local = map(int, found.groups())
+    registers, stack, local = map(int, found.groups())
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Code(registers, stack + local + spills, shared, _widths("LDG", sass), _widths("STG", sass))
+    loads = _widths("LDG", sass) | _widths("LDGSTS", sass)
+    return Code(
+        registers, stack + local + spills, compiled.metadata.shared, tuple(sorted(loads)),
+        tuple(sorted(_widths("STG", sass))),
+    )  # fmt: skip
 
 
 def _binary(name: str, *arguments: str) -> str:
@@ -179,13 +187,13 @@ def _binary(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _widths(instruction: str, sass: str) -> tuple[int, ...]:
+def _widths(instruction: str, sass: str) -> set[int]:
     widths = set()
     for suffix in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
         narrow = re.search(r"\.[US](8|16)\b", suffix)
         wide = re.search(r"\.(64|128|256)\b", suffix)
         widths.add(int(narrow.group(1)) if narrow else int(wide.group(1)) if wide else 32)
-    return tuple(sorted(widths))
+    return widths
 
 
 def _amd(assembly: str) -> Code:
@@ -210,8 +218,7 @@ def table(
     for target in targets:
         for channels, positions, channels_last in shapes:
             for dtype in dtypes:
-                rocm = target.startswith("gfx")
-                for launch in launches(channels, positions, channels_last, dtype, rocm):
+                for launch in launches(channels, positions, channels_last, dtype, target):
                     code = inspect(launch, target)
                     layout = "channels-last" if channels_last else "NCHW"
                     name = launch.kernel.__name__.removesuffix("_kernel")

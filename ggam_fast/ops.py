@@ -17,7 +17,6 @@ _checkout.load_sibling_kernels()
 from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare checkout)
     attention_backward,
     attention_forward,
-    channel_mlp,
     channel_sum,
     features_grad,
     grad_cam_means,
@@ -31,8 +30,6 @@ from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare c
 
 _LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
 _NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
-# Three tensor-core products, as exact as float32.
-_DOT_PRECISION = "tf32x3"
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
 # Multiply-adds round once, whatever Triton's default is: 3.9 warns that it will change.
 _FP_FUSION = {"enable_fp_fusion": True}
@@ -300,25 +297,33 @@ def _schedule(features: Tensor, accumulators: int = 1) -> plan.Schedule | None:
     if torch.version.hip is not None or features.device.type not in ("cuda", "cpu"):
         return None
     # Tickets are int32; an image has at most some ten a part.
-    if batch * plan.blocks(channels, plan.TASK_CHANNELS) > 2**27:
+    if batch * plan.blocks(channels, plan.TASK_CHANNELS[0]) > 2**26:
         return None
     return plan.schedule(channels, positions, features.element_size(), _layout(features), accumulators)
 
 
 @lru_cache
+def _multiprocessors(device: torch.device) -> tuple[int, int]:
+    """How many, and their major compute capability."""
+    if device.type != "cuda":
+        return 1, 9
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.major
+
+
 def _programs(device: torch.device) -> int:
     """How many programs of a persistent kernel run at a time; any number gives the same bits."""
-    if device.type != "cuda":
-        return 2
-    return plan.PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    count, capability = _multiprocessors(device)
+    return count * plan.occupancy(capability)[0]
 
 
-def _persistent(features: Tensor, schedule: plan.Schedule, registers: int) -> dict[str, int]:
+def _persistent(features: Tensor, schedule: plan.Schedule) -> dict[str, int]:
     return {
         **_geometry(features, schedule.tile),
         "TASK_C": schedule.task_c,
         "BLOCK_MAP": schedule.block_map,
-        "maxnreg": registers,
+        "STAGES": schedule.stages,
+        "maxnreg": plan.occupancy(_multiprocessors(features.device)[1])[1],
     }
 
 
@@ -340,19 +345,17 @@ def _launch_forward(
     out, index = _pooled(features, pool, for_flatten)
     attention, total = _spatial_attention_fake(features, channel, norm)
     partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=device)
-    hidden_size, hidden_blocks = 1, 0
+    hidden_size = 1 if mlp is None else mlp[0].shape[0]
+    tasks = plan.mlp_tasks(channels, hidden_size)
     mean = hidden = hidden_parts = statistics = partials  # not touched without the MLP
     if mlp is not None:
-        hidden_size = mlp[0].shape[0]
-        hidden_blocks = plan.blocks(hidden_size, channel_mlp.FC1_J.value)
-        fc1 = plan.blocks(channels, channel_mlp.FC1_C.value)
-        fc2 = plan.blocks(channels, channel_mlp.FC2_C.value)
         mean, hidden = _small(batch, channels, features), _small(batch, hidden_size, features)
-        hidden_parts = torch.empty((fc1, batch, hidden_size), dtype=torch.float32, device=device)
+        fc1 = plan.blocks(channels, tasks.fc1_c)
+        fc2 = plan.blocks(channels, tasks.fc2_c)
+        hidden_parts = torch.empty((batch, fc1, hidden_size), dtype=torch.float32, device=device)
         statistics = torch.empty((batch, fc2, 2), dtype=torch.float32, device=device)
-    counters = torch.zeros(1 + groups * (3 + hidden_blocks) + batch, dtype=torch.int32, device=device)
+    counters = torch.zeros(1 + 3 * groups + batch, dtype=torch.int32, device=device)
     dense = pool == _POOL["flatten"]
-    registers = plan.REGISTERS if pool == _POOL["avg"] else plan.MORE_REGISTERS
     if batch:
         with torch.cuda.device_of(features):
             attention_forward.attention_forward_kernel[(_programs(device),)](
@@ -360,8 +363,8 @@ def _launch_forward(
                 partials, attention, total, out, index, counters,
                 batch, group, features.stride(0), out.stride(0), J=hidden_size,
                 OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
-                NORM=norm, POOL=pool, HAS_MLP=mlp is not None, PRECISION=_DOT_PRECISION,
-                **_persistent(features, schedule, registers),
+                NORM=norm, POOL=pool, HAS_MLP=mlp is not None, FC1_C=tasks.fc1_c, FC1_J=tasks.fc1_j,
+                FC2_C=tasks.fc2_c, **_persistent(features, schedule),
             )  # fmt: skip
     return out, index, attention, total, mean, hidden
 
@@ -391,7 +394,7 @@ def _attended_fake(
 def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
     """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
     features, s = _native(features), s.contiguous()
-    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
+    schedule = _schedule(features, plan.ACCUMULATORS[pool])
     if schedule is not None:
         return _launch_forward(features, None, s, norm, pool, for_flatten, schedule)[:4]
     t, total = _spatial_attention(features, s, norm)
@@ -440,7 +443,7 @@ def _attention_forward(
     """The whole forward: (out, index, T, total, e, mean, hidden)"""
     features = _native(features)
     batch, channels, positions = features.shape
-    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
+    schedule = _schedule(features, plan.ACCUMULATORS[pool])
     mlp = tuple(p.contiguous() for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
     if schedule is not None and plan.mlp_inside(
         channels, mlp[0].shape[0], mlp[0].element_size(), positions, features.element_size(), schedule.group
@@ -493,7 +496,7 @@ def _attention_backward(
                 features, weights.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
                 total.contiguous(), partials, du, ds, counters, batch,
                 min(schedule.group, batch), features.stride(0), R=rows, NORM=norm,
-                HAS_EXTRA=extra is not None, **_persistent(features, schedule, plan.MORE_REGISTERS),
+                HAS_EXTRA=extra is not None, **_persistent(features, schedule),
             )  # fmt: skip
     return du, ds
 

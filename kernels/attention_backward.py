@@ -10,10 +10,10 @@ Reads A twice, whatever R, of which only the first needs memory.  Writes small t
 import triton
 import triton.language as tl
 
-from .channel_sum import channel_sums, channel_sums_pair
-from .schedule import draw, finish, wait
+from .channel_sum import store_channel_sums
+from .schedule import draw, finish, finish_and_count, wait
 from .spatial_norm import normalise_grad
-from .spatial_sum import spatial_sums, spatial_sums_pair
+from .spatial_sum import store_spatial_sums
 
 
 @triton.jit
@@ -28,24 +28,18 @@ def _map_task(
     C: tl.constexpr, L: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_L: tl.constexpr,
     R: tl.constexpr, NORM: tl.constexpr, HAS_EXTRA: tl.constexpr, TASK_C: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_MAP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of an image's dT; whoever stores the last part stores dU and counts once more."""
     parts: tl.constexpr = (C + TASK_C - 1) // TASK_C
-    for start in range(0, L, BLOCK_L):
-        l = start + tl.arange(0, BLOCK_L)
-        if R == 1:
-            dt = channel_sums(
-                image_ptr, weights_ptr, 0.0, part * TASK_C, l,
-                C, L, STRIDE_C, STRIDE_L, False, TASK_C, BLOCK_C, BLOCK_L,
-            )  # fmt: skip
-        else:
-            dt, dt_1 = channel_sums_pair(
-                image_ptr, weights_ptr, part * TASK_C, l,
-                C, L, STRIDE_C, STRIDE_L, TASK_C, BLOCK_C, BLOCK_L,
-            )  # fmt: skip
-            tl.store(partials_ptr + (parts + part) * L + l, dt_1, mask=l < L)
-        tl.store(partials_ptr + part * L + l, dt, mask=l < L)
-    if finish(done_ptr) == parts - 1:
+    partial_ptr = partials_ptr + part * L
+    for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
+        store_channel_sums(
+            image_ptr, weights_ptr, 0.0, 1.0, partial_ptr, partial_ptr + parts * L, part * TASK_C,
+            start + tl.arange(0, BLOCK_L), C, L, STRIDE_C, STRIDE_L, R, False, TASK_C, BLOCK_C, BLOCK_L,
+            STAGES,
+        )  # fmt: skip
+    if finish_and_count(done_ptr) == parts - 1:
         for r in range(R):
             normalise_grad(
                 partials_ptr + r * parts * L, extra_ptr + r * L, attention_ptr, total_ptr,
@@ -79,16 +73,18 @@ def attention_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_MAP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """This program draws tasks until none is left; a task is TASK_C channels of one image."""
     parts: tl.constexpr = (C + TASK_C - 1) // TASK_C
     maps = group_size * parts  # a round's phases: map | sums
     groups = (batch + group_size - 1) // group_size
+    LAG: tl.constexpr = 2
 
     ticket = draw(counters_ptr)
-    while ticket < (groups + 1) * 2 * maps:
+    while ticket < (groups + LAG) * 2 * maps:
         phase = ticket % (2 * maps) // maps
-        group = ticket // (2 * maps) - phase
+        group = ticket // (2 * maps) - phase * LAG
         n = (group * group_size + ticket % maps // parts).to(tl.int64)
         part = ticket % parts
         image_ptr = features_ptr + n * stride_n
@@ -98,22 +94,12 @@ def attention_backward_kernel(
                     image_ptr, weights_ptr + n * R * C, extra_ptr + n * R * L, attention_ptr + n * L,
                     total_ptr + n, partials_ptr + n * R * parts * L, grad_map_ptr + n * R * L,
                     counters_ptr + 1 + n, part, C, L, STRIDE_C, STRIDE_L, R, NORM, HAS_EXTRA, TASK_C,
-                    BLOCK_C, BLOCK_L, BLOCK_MAP,
+                    BLOCK_C, BLOCK_L, BLOCK_MAP, STAGES,
                 )  # fmt: skip
             else:
                 wait(counters_ptr + 1 + n, parts + 1)
-                for start in range(0, TASK_C, BLOCK_C):
-                    c = part * TASK_C + start + tl.arange(0, BLOCK_C)
-                    if R == 1:
-                        ds = spatial_sums(
-                            image_ptr, grad_map_ptr + n * L, c,
-                            C, L, STRIDE_C, STRIDE_L, True, BLOCK_C, BLOCK_L,
-                        )  # fmt: skip
-                    else:
-                        ds, ds_1 = spatial_sums_pair(
-                            image_ptr, grad_map_ptr + n * R * L, c,
-                            C, L, STRIDE_C, STRIDE_L, BLOCK_C, BLOCK_L,
-                        )  # fmt: skip
-                        tl.store(sums_ptr + (n * R + 1) * C + c, ds_1, mask=c < C)
-                    tl.store(sums_ptr + n * R * C + c, ds, mask=c < C)
+                store_spatial_sums(
+                    image_ptr, grad_map_ptr + n * R * L, sums_ptr + n * R * C, part * TASK_C, 1.0,
+                    C, L, STRIDE_C, STRIDE_L, R, TASK_C, BLOCK_C, BLOCK_L, STAGES,
+                )  # fmt: skip
         ticket = draw(counters_ptr)

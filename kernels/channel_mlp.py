@@ -1,120 +1,115 @@
-"""F_cr inside a kernel: e = FC2(relu(FC1(g))) for a group of up to 16 images, cut into tasks.
+"""F_cr inside a kernel: e = FC2(relu(FC1(g))) for a group of images, cut into tasks.
 
-    hidden[n, j] = relu(b1_j + sum_c g_nc W1_jc)      in parts over c, added up in a fixed order
-    e[n, c]      = b2_c + sum_j hidden[n, j] W2_cj
-    S[n, c]      = exp(e - m) / sum exp(e - m)        from each block's maximum and sum of exponentials
+    parts[n, p, j] = sum over part p of c of g_nc W1_jc
+    hidden[n, j]   = relu(b1_j + sum_p parts[n, p, j])
+    e[n, c]        = b2_c + sum_j hidden[n, j] W2_cj
+    S[n, c]        = exp(e - m) / sum exp(e - m)        from each block's maximum and sum of exponentials
 
-The images of a group are the rows of a matrix product, so that the weights are read once a group.  Pointers
-are to the group's first image: offsets from there are short, and fit int32.
+A task keeps a tile of weights in registers and goes through the images: weights are read once a group, and
+before what they wait for.  No tensor cores: a group has few images, and these sums are float32 throughout.
+Pointers are to the group's first image.
 """
 
 import triton
 import triton.language as tl
 
-ROWS = tl.constexpr(16)  # the smallest side of tl.dot; a group has at most as many images
-FC1_C = tl.constexpr(256)  # channels of one part of FC1's sum
-FC1_J = tl.constexpr(32)  # hidden units of one task, and of one block whose parts are added up
-FC2_C = tl.constexpr(32)  # channels of one task of FC2, and of one block of the softmax's statistics
-BLOCK_K = tl.constexpr(32)  # of both sums at a time
+from .schedule import finish, wait
 
 
 @triton.jit
-def hidden_part(
+def _load_weights(weight_ptr, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    return tl.load(weight_ptr + row[:, None] * COLUMNS + column[None, :], mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_mean(mean_ptr, n, images, c, C: tl.constexpr):
+    return tl.load(mean_ptr + n * C + c, (c < C) & (n < images), other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def fc1_task(
     mean_ptr,  # (images, C) float32: g
-    fc1_weight_ptr,  # (J, C)
-    parts_ptr,  # (P, N, J) float32, from the group's first image
-    part,
-    block,
-    images,  # of this group
-    batch,  # N
+    weight_ptr,  # (J, C)
+    parts_ptr,  # (images, P, J) float32
+    task,
+    images,
+    means_ptr, means,  # the counter of the group's means, and how many they are
+    done_ptr,
     C: tl.constexpr,
     J: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store one part of FC1's sum for one block of hidden units."""
-    n = tl.arange(0, ROWS)
-    j = block * FC1_J + tl.arange(0, FC1_J)
-
-    acc = tl.zeros((ROWS, FC1_J), tl.float32)
-    for start in range(0, FC1_C, BLOCK_K):
-        c = part * FC1_C + start + tl.arange(0, BLOCK_K)
-        mean_mask = (n < images)[:, None] & (c < C)[None, :]
-        weight_mask = (c < C)[:, None] & (j < J)[None, :]
-        g = tl.load(mean_ptr + n[:, None] * C + c[None, :], mean_mask, other=0.0, cache_modifier=".cg")
-        w = tl.load(fc1_weight_ptr + j[None, :] * C + c[:, None], weight_mask, other=0.0)
-        acc = tl.dot(g, w.to(tl.float32), acc, input_precision=PRECISION)
-
-    out_ptr = parts_ptr + part * batch.to(tl.int64) * J
-    tl.store(out_ptr + n[:, None] * J + j[None, :], acc, mask=(n < images)[:, None] & (j < J)[None, :])
+    FC1_C: tl.constexpr,
+    FC1_J: tl.constexpr,
+):  # fmt: skip
+    """Store one part of FC1's sum for FC1_J hidden units of every image."""
+    P: tl.constexpr = (C + FC1_C - 1) // FC1_C
+    part = task % P
+    c = part * FC1_C + tl.arange(0, FC1_C)
+    j = task // P * FC1_J + tl.arange(0, FC1_J)
+    w = _load_weights(weight_ptr, j, c, J, C)
+    wait(means_ptr, means)
+    g = _load_mean(mean_ptr, 0, images, c, C)
+    for n in range(images):
+        following = _load_mean(mean_ptr, n + 1, images, c, C)
+        tl.store(parts_ptr + (n * P + part) * J + j, tl.sum(w * g[None, :], axis=1), j < J)
+        g = following
+    finish(done_ptr)
 
 
 @triton.jit
-def hidden_block(
-    parts_ptr,  # (P, N, J) float32, from the group's first image
-    fc1_bias_ptr,  # (J,)
-    hidden_ptr,  # (images, J) float32
-    block,
-    images,  # of this group
-    batch,  # N
-    C: tl.constexpr,
-    J: tl.constexpr,
-):
-    """Store one block of the hidden layer, all of whose parts are stored."""
-    parts: tl.constexpr = (C + FC1_C - 1) // FC1_C
-    n = tl.arange(0, ROWS)
-    j = block * FC1_J + tl.arange(0, FC1_J)
-    offsets = n[:, None] * J + j[None, :]
-    mask = (n < images)[:, None] & (j < J)[None, :]
-
-    h = tl.zeros((ROWS, FC1_J), tl.float32)
-    for part in range(parts):
-        part_ptr = parts_ptr + part * batch.to(tl.int64) * J
-        h += tl.load(part_ptr + offsets, mask, other=0.0, cache_modifier=".cg")
-    h += tl.load(fc1_bias_ptr + j, j < J, other=0.0).to(tl.float32)[None, :]
-    h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu
-    tl.store(hidden_ptr + offsets, h, mask)
+def _load_hidden(parts_ptr, bias, n, images, j, P: tl.constexpr, J: tl.constexpr):
+    """The hidden units of image n, from FC1's parts."""
+    p = tl.arange(0, triton.next_power_of_2(P))
+    mask = (p < P)[:, None] & (j < J)[None, :] & (n < images)
+    offsets = n * P * J + p[:, None] * J + j[None, :]
+    parts = tl.load(parts_ptr + offsets, mask, other=0.0, cache_modifier=".cg")
+    return tl.maximum(tl.sum(parts, axis=0) + bias, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu
 
 
 @triton.jit
-def channel_logits(
+def fc2_task(
+    parts_ptr,  # (images, P, J) float32
+    bias1_ptr,  # (J,)
+    weight_ptr,  # (C, J)
+    bias2_ptr,  # (C,)
     hidden_ptr,  # (images, J) float32
-    fc2_weight_ptr,  # (C, J)
-    fc2_bias_ptr,  # (C,)
     logits_ptr,  # (images, C) float32: e
     statistics_ptr,  # (images, B, 2) float32: maximum and sum of exponentials of each block
     task,
-    images,  # of this group
+    images,
+    parts_done_ptr, parts_done,  # the counter of FC1's tasks, and how many they are
+    done_ptr,
     C: tl.constexpr,
     J: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store e and its statistics for FC2_C channels."""
+    FC1_C: tl.constexpr,
+    FC2_C: tl.constexpr,
+):  # fmt: skip
+    """Store e and its statistics for FC2_C channels of every image; the first task, the hidden layer too."""
+    P: tl.constexpr = (C + FC1_C - 1) // FC1_C
     blocks: tl.constexpr = (C + FC2_C - 1) // FC2_C
     c = task * FC2_C + tl.arange(0, FC2_C)
-    n = tl.arange(0, ROWS)
-    valid = n < images
-
-    acc = tl.zeros((ROWS, FC2_C), tl.float32)
-    for start in range(0, J, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        hidden_mask = valid[:, None] & (j < J)[None, :]
-        weight_mask = (j < J)[:, None] & (c < C)[None, :]
-        h = tl.load(hidden_ptr + n[:, None] * J + j[None, :], hidden_mask, other=0.0, cache_modifier=".cg")
-        w = tl.load(fc2_weight_ptr + c[None, :] * J + j[:, None], weight_mask, other=0.0)
-        acc = tl.dot(h, w.to(tl.float32), acc, input_precision=PRECISION)
-
-    e = acc + tl.load(fc2_bias_ptr + c, c < C, other=0.0).to(tl.float32)[None, :]
-    e = tl.where((c < C)[None, :], e, -float("inf"))
-    peak = tl.max(e, axis=1)
-    shift = tl.where(peak == -float("inf"), 0.0, peak)  # a block of -inf weighs nothing
-    exponentials = tl.sum(tl.exp(e - shift[:, None]), axis=1)
-    tl.store(logits_ptr + n[:, None] * C + c[None, :], e, valid[:, None] & (c < C)[None, :])
-    tl.store(statistics_ptr + (n * blocks + task) * 2, peak, valid)
-    tl.store(statistics_ptr + (n * blocks + task) * 2 + 1, exponentials, valid)
+    j = tl.arange(0, triton.next_power_of_2(J))
+    w = _load_weights(weight_ptr, c, j, C, J)
+    bias1 = tl.load(bias1_ptr + j, j < J, other=0.0).to(tl.float32)
+    bias2 = tl.load(bias2_ptr + c, c < C, other=0.0).to(tl.float32)
+    wait(parts_done_ptr, parts_done)
+    h = _load_hidden(parts_ptr, bias1, 0, images, j, P, J)
+    for n in range(images):
+        following = _load_hidden(parts_ptr, bias1, n + 1, images, j, P, J)
+        if task == 0:
+            tl.store(hidden_ptr + n * J + j, h, j < J)
+        e = tl.where(c < C, tl.sum(w * h[None, :], axis=1) + bias2, -float("inf"))
+        peak = tl.max(e, axis=0)
+        shift = tl.where(peak == -float("inf"), 0.0, peak)  # a block of -inf weighs nothing
+        tl.store(logits_ptr + n * C + c, e, c < C)
+        tl.store(statistics_ptr + (n * blocks + task) * 2, peak)
+        tl.store(statistics_ptr + (n * blocks + task) * 2 + 1, tl.sum(tl.exp(e - shift), axis=0))
+        h = following
+    finish(done_ptr)
 
 
 @triton.jit
-def softmax_scale(statistics_ptr, C: tl.constexpr):
+def softmax_scale(statistics_ptr, C: tl.constexpr, FC2_C: tl.constexpr):
     """(m, 1 / sum exp(e - m)) of one image, from its blocks' statistics."""
     blocks: tl.constexpr = (C + FC2_C - 1) // FC2_C
     block = tl.arange(0, triton.next_power_of_2(blocks))

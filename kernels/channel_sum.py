@@ -1,7 +1,7 @@
-"""partials[n, p, l] = sum over the channels c of part p of weights[n, c] * A[n, c, l].
+"""partials[n, r, p, l] = sum over the channels c of part p of weights[n, r, c] * A[n, c, l], for R = 1 or 2.
 
 The sum over p, in the order p = 0, 1, ..., is channel_sum; `spatial_norm` takes the partials as they
-are.  No atomics: the result is the same bits every run.  Reads A once, writes 4*N*P*L bytes.
+are.  No atomics: the result is the same bits every run.  Reads A once, writes 4*N*R*P*L bytes.
 """
 
 import triton
@@ -11,28 +11,33 @@ from .offsets import image_offsets
 
 
 @triton.jit
-def channel_sums(
+def store_channel_sums(
     image_ptr,
-    weights_ptr,  # (C,) float32 of this image: s, or with EXPONENTIAL logits
-    peak,  # s = exp(logits - peak); only with EXPONENTIAL
-    first,  # the first channel
+    weights_ptr,  # (R, C) float32 of this image: s, or with EXPONENTIAL logits
+    peak,
+    scale,  # s = scale * exp(logits - peak); only with EXPONENTIAL
+    partial_ptr,  # (L,) float32: this part
+    partial_1_ptr,  # for the second row of weights
+    first,  # channel
     l,  # (BLOCK_L,) positions
     C: tl.constexpr,
     L: tl.constexpr,
     STRIDE_C: tl.constexpr,
     STRIDE_L: tl.constexpr,
+    R: tl.constexpr,
     EXPONENTIAL: tl.constexpr,
     PARTIAL_C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """(BLOCK_L,) float32: sum of s_c A_cl over PARTIAL_C channels of one image."""
+    """Store sum_c s_c A_cl over PARTIAL_C channels of one image, with STAGES - 1 tiles under way."""
     acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
-    for start in range(0, PARTIAL_C, BLOCK_C):
+    acc_1 = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
+    for start in tl.range(0, PARTIAL_C, BLOCK_C, num_stages=STAGES):
         c = first + start + tl.arange(0, BLOCK_C)
         offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
-
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(
             weights_ptr + c, mask=c < C, other=-float("inf") if EXPONENTIAL else 0.0, cache_modifier=".cg"
@@ -40,35 +45,11 @@ def channel_sums(
         if EXPONENTIAL:
             s = tl.exp(s - peak)
         acc += a * s[:, None]
-    return tl.sum(acc, axis=0)
-
-
-@triton.jit
-def channel_sums_pair(
-    image_ptr,
-    weights_ptr,  # (2, C) float32 of this image
-    first,  # the first channel
-    l,  # (BLOCK_L,) positions
-    C: tl.constexpr,
-    L: tl.constexpr,
-    STRIDE_C: tl.constexpr,
-    STRIDE_L: tl.constexpr,
-    PARTIAL_C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """The sums for two rows of weights, from one read of A."""
-    acc_0 = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
-    acc_1 = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
-    for start in range(0, PARTIAL_C, BLOCK_C):
-        c = first + start + tl.arange(0, BLOCK_C)
-        offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
-        mask = (c < C)[:, None] & (l < L)[None, :]
-
-        a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        acc_0 += a * tl.load(weights_ptr + c, mask=c < C, other=0.0)[:, None]
-        acc_1 += a * tl.load(weights_ptr + C + c, mask=c < C, other=0.0)[:, None]
-    return tl.sum(acc_0, axis=0), tl.sum(acc_1, axis=0)
+        if R > 1:
+            acc_1 += a * tl.load(weights_ptr + C + c, mask=c < C, other=0.0)[:, None]
+    tl.store(partial_ptr + l, tl.sum(acc, axis=0) * scale, mask=l < L)
+    if R > 1:
+        tl.store(partial_1_ptr + l, tl.sum(acc_1, axis=0), mask=l < L)
 
 
 @triton.jit
@@ -91,9 +72,8 @@ def channel_sum_kernel(
     n = (tl.program_id(0) // (parts * blocks)).to(tl.int64)
     part = tl.program_id(0) // blocks % parts
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
-
-    sums = channel_sums(
-        features_ptr + n * stride_n, weights_ptr + n * C, 0.0, part * PARTIAL_C, l,
-        C, L, STRIDE_C, STRIDE_L, False, PARTIAL_C, BLOCK_C, BLOCK_L,
+    partial_ptr = partials_ptr + (n * parts + part) * L
+    store_channel_sums(
+        features_ptr + n * stride_n, weights_ptr + n * C, 0.0, 1.0, partial_ptr, partial_ptr,
+        part * PARTIAL_C, l, C, L, STRIDE_C, STRIDE_L, 1, False, PARTIAL_C, BLOCK_C, BLOCK_L, 1,
     )  # fmt: skip
-    tl.store(partials_ptr + (n * parts + part) * L + l, sums, mask=l < L)

@@ -40,33 +40,48 @@ A multiple of every block_c: no block straddles two parts."""
 
 GROUP_BYTES = 4 << 20
 """A fused kernel takes as many images as a group as fit this many bytes of A.  From one read of an image to
-the next, the forward reads six groups at most, 24 MiB: half of an H100's 50 MiB of L2 cache, the other half
-of which may hold copies."""
+the next, the forward reads seven groups at most, 28 MiB: about half of an H100's 50 MiB of L2 cache, the
+other half of which may hold copies."""
+
+MLP_TILE = 4096
+"""Weights of a task of the channel MLP, which stay in registers: 32 for each of 128 threads."""
+
+LARGEST_HIDDEN = 512
+"""Hidden units at most: of FC2, a task takes whole rows of weights."""
 
 LARGEST_GROUP = 16
-"""The rows of the channel MLP's matrix products."""
+"""Images of a group at most: a task of the channel MLP goes through them one after another."""
 
-TASK_CHANNELS = 64
-"""Channels of one task at least: 25 KB of a 14 x 14 map in bfloat16, so that the tasks of 32 images of 2,048
-channels are about twice the programs that run at a time, and drawing one is short against doing it."""
+TILE_ELEMENTS = 4096
+"""Of a fused kernel's tile of A: 32 float32 accumulators for each of 128 threads."""
 
-FUSED_TILE_BYTES = 8192
-"""A fused kernel's tile of A, 64 bytes for each of 128 threads: with PROGRAMS_PER_SM programs, 32 KB in
-flight on each multiprocessor.  Half of it where two accumulators are kept (a pair of gradients; a maximum
-and its place), which otherwise spill or leave fewer programs."""
+ACCUMULATORS = {0: 1, 1: 4, 2: 2}
+"""By what share a tile is smaller where a kernel keeps more, or would spill: by pooling (average; maximum,
+which keeps its place as well; dense, which stores what it loads).  The backward has one for each gradient."""
 
-PROGRAMS_PER_SM = 4
-"""Programs of 128 threads on each multiprocessor, which leaves them REGISTERS a thread.  Should fewer fit,
-the others start when the first have ended, find no ticket and end."""
+TASK_BYTES = 65536
+"""A task's tiles of A, with their padding: 50 KB of a 14 x 14 map.  One phase of 32 images of 2,048 channels
+still has more tasks than programs run at a time on an H100 (512 and 396)."""
 
-REGISTERS = 128
-"""At most, said to the compiler: left alone, it takes more in some shapes, and in others (sm_100, sm_120)
-spills to make room for more programs than there are.  `tests/test_codegen.py` checks small shapes for
-spills, `python -m bench.codegen` prints them at real ones."""
+COPY_BYTES = 32768
+"""Tiles on their way to shared memory at a time: with three programs 96 KB a multiprocessor.  Its share of an
+H100's 3.35 TB/s, 25 bytes/ns, asks for 18 KB if memory takes 700 ns (assumed, not measured); more, because a
+program also draws, waits, adds up and counts."""
 
-MORE_REGISTERS = 168
-"""For the backward, and for maximum and dense pooling, which would spill at 128: three programs on each
-multiprocessor where they take them all."""
+TASK_CHANNELS = (32, 128)
+"""Channels of a task at least, as a map's partial sums, one a task, are 1/C of it in float32; and at most, so
+that few images still fill a GPU."""
+
+LINE_BYTES = 128
+"""Neighbouring channels that a task reads of channels-last memory: a whole cache line."""
+
+OCCUPANCY = ((9, (3, 168)), (None, (2, 255)))
+"""(largest major compute capability, (programs of 128 threads on each multiprocessor, the registers that this
+leaves a thread)).  The latter is said to the compiler, which may take more if left alone, or spill to make
+room for more programs than there are.  With fewer it spills, in some shapes, what does not change from task
+to task: at 128 on sm_90, at 168 on sm_100 and sm_120.  `tests/test_codegen.py` checks small shapes for
+spills, `python -m bench.codegen` prints them at real ones.  Should fewer programs fit, the others start when
+the first have ended, find no ticket and end."""
 
 MAP_BLOCK = 1024
 """Positions that a fused kernel normalises at a time."""
@@ -78,11 +93,25 @@ class Schedule(NamedTuple):
     group: int  # images whose phases follow one another
     task_c: int  # channels of a task, a multiple of tile.block_c
     tile: Tile
+    stages: int  # tiles under way, and the one that is added up
     block_map: int
+
+
+class MlpTasks(NamedTuple):
+    """How the fused forward cuts up the channel MLP."""
+
+    fc1_c: int  # channels of one part of FC1's sum
+    fc1_j: int  # hidden units of a task of FC1
+    fc2_c: int  # channels of a task of FC2, and of one block of the softmax's statistics
 
 
 def _row(table: tuple, size: int):
     return next(value for limit, value in table if limit is None or size <= limit)
+
+
+def _power_of_2(size: int) -> int:
+    """The smallest that is not below `size`."""
+    return 1 << (size - 1).bit_length()
 
 
 def blocks(size: int, block: int) -> int:
@@ -108,7 +137,7 @@ def num_partials(channels: int) -> int:
 def norm_block(positions: int) -> tuple[int, int]:
     """(BLOCK_L, warps) of a program that normalises one image over its L positions."""
     largest, num_warps = _row(_NORM_BLOCK, positions)
-    return min(1 << (positions - 1).bit_length(), largest), num_warps
+    return min(_power_of_2(positions), largest), num_warps
 
 
 def schedule(
@@ -119,19 +148,33 @@ def schedule(
     image_bytes = channels * positions * itemsize
     if image_bytes > GROUP_BYTES:
         return None
-    elements = FUSED_TILE_BYTES // (itemsize * accumulators)
+    elements = TILE_ELEMENTS // accumulators
     if layout == POSITIONS_FIRST:
-        block_l = _row(_POSITIONS_TILE, positions)
+        block_l = min(max(_power_of_2(positions), 16), MAP_BLOCK)
         block_c = elements // block_l
+        least, most = TASK_CHANNELS
+        task_c = max(block_c, least, min(TASK_BYTES // (itemsize * block_l), most))
     else:
-        block_c = min(_row(_CHANNELS_TILE, channels), 2 * TASK_CHANNELS)
+        task_c = block_c = max(min(_power_of_2(channels), LINE_BYTES // itemsize), 16)
         block_l = elements // block_c
     return Schedule(
         group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
-        task_c=max(block_c, TASK_CHANNELS),
+        task_c=task_c,
         tile=Tile(block_c, block_l, 4),
-        block_map=min(1 << (positions - 1).bit_length(), MAP_BLOCK),
+        stages=1 + COPY_BYTES // (elements * itemsize),
+        block_map=min(_power_of_2(positions), MAP_BLOCK),
     )
+
+
+def occupancy(capability: int) -> tuple[int, int]:
+    """(programs on each multiprocessor, registers a thread) of a persistent kernel."""
+    return _row(OCCUPANCY, capability)
+
+
+def mlp_tasks(channels: int, hidden: int) -> MlpTasks:
+    """A quarter of the channels or less for FC1, whole rows for FC2: MLP_TILE weights a task at most."""
+    fc1_c = min(max(_power_of_2(channels // 4 + 1) // 2, 16), MLP_TILE // 8)
+    return MlpTasks(fc1_c, 8, min(MLP_TILE // _power_of_2(hidden), 32))
 
 
 def mlp_inside(
@@ -139,4 +182,6 @@ def mlp_inside(
 ) -> bool:
     """Whether the fused forward computes the channel MLP itself.  Its weights are read once a group, from the
     cache; where that is more than the group's own share of A, one matrix product for the batch is better."""
+    if hidden > LARGEST_HIDDEN:
+        return False
     return 2 * channels * hidden * weight_itemsize <= group * channels * positions * itemsize

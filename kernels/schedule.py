@@ -5,14 +5,18 @@ draws tickets from one integer; a ticket names its task by arithmetic alone:
 
     round = ticket // tasks_per_round      phase p of group (round - LAG_p), in the order of the phases
 
-so that phase p+1 of a group comes right after phase p of a later group: what it waits for is nearly always
-finished, and the part of A that it reads again is still in the L2 cache.  Tickets are drawn in order, so the
-oldest unfinished task never waits for one that no running program has drawn: no deadlock, however few
-programs run, one after another in the interpreter included.
+so that phase p+1 of a group comes when about as many tasks of other groups have been drawn since phase p as
+there are programs: what it waits for is nearly finished, and the part of A that it reads again is still in
+the L2 cache.  Tickets are drawn in order, so the oldest unfinished task never waits for one that no running
+program has drawn: no deadlock, however few programs run, one after another in the interpreter included.
+
+Within a task, the tiles of A come through shared memory by asynchronous copies, all under way at once
+(`plan.TASK_BYTES`): that is what `num_stages` on its loops asks the compiler for.
 
 `finish` makes a task's stores visible before it counts the task; `wait` sees them after it saw the count: its
-acquire empties the L1 cache, and what others stored is loaded with ".cg", not to fill it again.  The counters
-are zeroed before every launch and belong to it alone.
+acquire empties the L1 cache.  What others stored is loaded with ".cg", past that cache, except by copies too
+narrow for it, which come after that acquire.  The counters are zeroed before every launch and belong to it
+alone.
 
 On AMD the barrier of `finish` does not wait for other waves' stores: `ops` goes pass by pass there.
 """
@@ -29,8 +33,15 @@ def draw(ticket_ptr):
 
 @triton.jit
 def finish(counter_ptr):
-    """Count a task of this program as done, after all its stores; returns how many were done before."""
+    """Count a task of this program as done, after all its stores."""
     tl.debug_barrier()  # the stores of all threads, before the one thread that counts
+    tl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@triton.jit
+def finish_and_count(counter_ptr):
+    """As `finish`; returns how many were done before, whose stores can be loaded then."""
+    tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
 

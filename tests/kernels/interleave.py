@@ -67,7 +67,7 @@ class Adversary:
 
 
 @contextmanager
-def interleaved(seed: int, change: float = 0.03) -> Iterator[list[Adversary]]:
+def interleaved(seed: int, change: float = 0.06) -> Iterator[list[Adversary]]:
     """Run the programs of every launch inside at the same time; gives the launches' adversaries."""
     from triton.runtime import interpreter
 

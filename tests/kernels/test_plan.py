@@ -88,12 +88,18 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
 ) -> None:
     found = plan.schedule(channels, positions, itemsize, layout, accumulators)
     assert found is not None
-    group, task_c, tile, block_map = found
+    group, task_c, tile, stages, block_map = found
     assert 1 <= group <= plan.LARGEST_GROUP
     assert group * channels * positions * itemsize <= plan.GROUP_BYTES
     assert (group == plan.LARGEST_GROUP) or (group + 1) * channels * positions * itemsize > plan.GROUP_BYTES
     assert task_c % tile.block_c == 0
-    assert tile.block_c * tile.block_l * itemsize * accumulators == plan.FUSED_TILE_BYTES
+    assert tile.block_c * tile.block_l * accumulators == plan.TILE_ELEMENTS
+    assert (stages - 1) * tile.block_c * tile.block_l * itemsize == plan.COPY_BYTES
+    if layout == plan.POSITIONS_FIRST:
+        assert tile.block_l in (16, plan.MAP_BLOCK) or tile.block_l // 2 < positions <= tile.block_l
+        assert plan.TASK_CHANNELS[0] <= task_c <= max(plan.TASK_CHANNELS[1], tile.block_c)
+    else:
+        assert tile.block_c in (16, plan.LINE_BYTES // itemsize) or tile.block_c // 2 < channels
     assert block_map & (block_map - 1) == 0
     assert block_map == plan.MAP_BLOCK or positions <= block_map < 2 * positions
 
@@ -107,3 +113,21 @@ def test_an_image_larger_than_a_group_goes_pass_by_pass() -> None:
 def test_the_mlp_is_inside_where_its_weights_are_small_against_a_group() -> None:
     assert plan.mlp_inside(2048, 128, 4, 196, 2, 5)  # 2.1 MB of weights, 4.0 MB of A
     assert not plan.mlp_inside(2048, 2048, 4, 196, 2, 5)  # 33.6 MB of weights
+    assert plan.mlp_inside(1024, 512, 4, 4096, 2, 1)
+    assert not plan.mlp_inside(1024, 513, 4, 4096, 2, 1)  # few weights, but too long a row
+
+
+def test_registers_of_the_programs_that_share_a_multiprocessor() -> None:
+    for capability in (8, 9, 10, 12):
+        programs, registers = plan.occupancy(capability)
+        assert programs * 128 * -(-registers // 8) * 8 <= 65536
+
+
+@pytest.mark.parametrize("hidden", [1, 9, 32, 80, 128, 129, 512])
+@pytest.mark.parametrize("channels", SIZES)
+def test_tasks_of_the_mlp_fit_their_registers(channels: int, hidden: int) -> None:
+    fc1_c, fc1_j, fc2_c = plan.mlp_tasks(channels, hidden)
+    assert fc1_c & (fc1_c - 1) == fc2_c & (fc2_c - 1) == 0
+    assert fc1_c * fc1_j <= plan.MLP_TILE
+    assert fc2_c * hidden <= plan.MLP_TILE
+    assert fc1_c == 16 or fc1_c <= channels / 4

@@ -108,7 +108,7 @@ def reuse_distances(trace: Trace, a: Tensor) -> np.ndarray:
     return np.array(found)
 
 
-@pytest.mark.parametrize(("call", "groups"), [(forward, 6), (backward, 3)])
+@pytest.mark.parametrize(("call", "groups"), [(forward, 7), (backward, 5)])
 def test_a_group_is_read_again_before_many_others(
     call: Callable[[Tensor], tuple[Tensor, ...]], groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

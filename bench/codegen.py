@@ -32,7 +32,8 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# (C, L, channels-last): ResNet-50 at 448 in both layouts, VGG-16, EfficientNet, ViT-L tokens, 16x16 maps
+# (C, L, channels-last): ResNet-50 at 448 in both layouts, VGG-16, EfficientNet, ViT-L tokens, maps of 16x16
+# and of 56x56
 SHAPES = [
     (2048, 196, False),
     (2048, 196, True),
@@ -40,6 +41,7 @@ SHAPES = [
     (1280, 49, False),
     (1024, 1024, True),
     (512, 256, False),
+    (512, 3136, False),
 ]
 DTYPES = (torch.bfloat16, torch.float32)
 _MODULES = (

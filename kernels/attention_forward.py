@@ -116,7 +116,7 @@ def attention_forward_kernel(
     FC1: tl.constexpr = HAS_MLP * HIDDEN_PARTS * ((J + FC1_J - 1) // FC1_J)
     FC2: tl.constexpr = HAS_MLP * ((C + FC2_C - 1) // FC2_C)
     # A round's phases, FC1 | mean | FC2 | map | pool: where they begin, and how many rounds after the group's
-    # first read of A they come.  Between two phases of a group lie about as many tasks as programs run.
+    # first read of A they come.
     fc2_at = FC1 + HAS_MLP * group_size * parts
     maps_at = fc2_at + FC2
     pool_at = maps_at + group_size * parts

@@ -49,10 +49,12 @@ def fc1_task(
     w = _load_weights(weight_ptr, j, c, J, C)
     wait(means_ptr, means)
     g = _load_mean(mean_ptr, 0, images, c, C)
-    for n in range(images):
+    n = 0
+    while n < images:
         following = _load_mean(mean_ptr, n + 1, images, c, C)
         tl.store(parts_ptr + (n * P + part) * J + j, tl.sum(w * g[None, :], axis=1), j < J)
         g = following
+        n += 1
     finish(done_ptr)
 
 
@@ -94,7 +96,8 @@ def fc2_task(
     bias2 = tl.load(bias2_ptr + c, c < C, other=0.0).to(tl.float32)
     wait(parts_done_ptr, parts_done)
     h = _load_hidden(parts_ptr, bias1, 0, images, j, P, J)
-    for n in range(images):
+    n = 0
+    while n < images:
         following = _load_hidden(parts_ptr, bias1, n + 1, images, j, P, J)
         if task == 0:
             tl.store(hidden_ptr + n * J + j, h, j < J)
@@ -105,6 +108,7 @@ def fc2_task(
         tl.store(statistics_ptr + (n * blocks + task) * 2, peak)
         tl.store(statistics_ptr + (n * blocks + task) * 2 + 1, tl.sum(tl.exp(e - shift), axis=0))
         h = following
+        n += 1
     finish(done_ptr)
 
 

@@ -31,7 +31,7 @@ def store_channel_sums(
     BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Store sum_c s_c A_cl over PARTIAL_C channels of one image, with STAGES - 1 tiles under way."""
+    """Store sum_c s_c A_cl over PARTIAL_C channels of one image, with up to STAGES - 1 tiles under way."""
     acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     acc_1 = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     for start in tl.range(0, PARTIAL_C, BLOCK_C, num_stages=STAGES):

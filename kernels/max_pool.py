@@ -27,7 +27,7 @@ def store_maxima(
     BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Store the attended maxima of TASK_C channels of one image, with STAGES - 1 tiles under way."""
+    """Store the attended maxima of TASK_C channels of one image, with up to STAGES - 1 tiles under way."""
     l = tl.arange(0, BLOCK_L)
     if HAS_WEIGHTS:
         t = tl.load(weights_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")

@@ -55,7 +55,7 @@ LARGEST_GROUP = 16
 TILE_ELEMENTS = 4096
 """Of a fused kernel's tile of A: 32 float32 accumulators for each of 128 threads."""
 
-ACCUMULATORS = {0: 1, 1: 4, 2: 2}
+ACCUMULATORS = (1, 4, 2)
 """By what share a tile is smaller where a kernel keeps more, or would spill: by pooling (average; maximum,
 which keeps its place as well; dense, which stores what it loads).  The backward has one for each gradient."""
 
@@ -66,14 +66,18 @@ still has more tasks than programs run at a time on an H100 (512 and 396)."""
 COPY_BYTES = 32768
 """Tiles on their way to shared memory at a time: with three programs 96 KB a multiprocessor.  Its share of an
 H100's 3.35 TB/s, 25 bytes/ns, asks for 18 KB if memory takes 700 ns (assumed, not measured); more, because a
-program also draws, waits, adds up and counts."""
+program also draws, waits, adds up and counts.  Two-byte values in rows of odd length are not copied so: no
+copy is that narrow."""
 
 TASK_CHANNELS = (32, 128)
-"""Channels of a task at least, as a map's partial sums, one a task, are 1/C of it in float32; and at most, so
-that few images still fill a GPU."""
+"""Channels of a task at least, as each task stores one partial sum, in float32, for every position; and at
+most, so that few images of small maps still fill a GPU."""
 
 LINE_BYTES = 128
-"""Neighbouring channels that a task reads of channels-last memory: a whole cache line."""
+"""Neighbouring channels that a task reads of channels-last memory: a whole cache line at all positions."""
+
+LONG_BLOCK = 256
+"""Positions of a tile of a map that has more than MAP_BLOCK: their weights are copied beside it."""
 
 OCCUPANCY = ((9, (3, 168)), (None, (2, 255)))
 """(largest major compute capability, (programs of 128 threads on each multiprocessor, the registers that this
@@ -150,7 +154,7 @@ def schedule(
         return None
     elements = TILE_ELEMENTS // accumulators
     if layout == POSITIONS_FIRST:
-        block_l = min(max(_power_of_2(positions), 16), MAP_BLOCK)
+        block_l = max(_power_of_2(positions), 16) if positions <= MAP_BLOCK else LONG_BLOCK
         block_c = elements // block_l
         least, most = TASK_CHANNELS
         task_c = max(block_c, least, min(TASK_BYTES // (itemsize * block_l), most))
@@ -172,7 +176,7 @@ def occupancy(capability: int) -> tuple[int, int]:
 
 
 def mlp_tasks(channels: int, hidden: int) -> MlpTasks:
-    """A quarter of the channels or less for FC1, whole rows for FC2: MLP_TILE weights a task at most."""
+    """At most a quarter of (many) channels for FC1, whole rows for FC2; at most MLP_TILE weights a task."""
     fc1_c = min(max(_power_of_2(channels // 4 + 1) // 2, 16), MLP_TILE // 8)
     return MlpTasks(fc1_c, 8, min(MLP_TILE // _power_of_2(hidden), 32))
 

@@ -5,13 +5,13 @@ draws tickets from one integer; a ticket names its task by arithmetic alone:
 
     round = ticket // tasks_per_round      phase p of group (round - LAG_p), in the order of the phases
 
-so that phase p+1 of a group comes when about as many tasks of other groups have been drawn since phase p as
-there are programs: what it waits for is nearly finished, and the part of A that it reads again is still in
-the L2 cache.  Tickets are drawn in order, so the oldest unfinished task never waits for one that no running
-program has drawn: no deadlock, however few programs run, one after another in the interpreter included.
+so that phase p+1 of a group comes after tasks of other groups: what it waits for has been going on for a
+while, and the part of A that it reads again is still in the L2 cache.  Tickets are drawn in order, so the
+oldest unfinished task never waits for one that no running program has drawn: no deadlock, however few
+programs run, one after another in the interpreter included.
 
-Within a task, the tiles of A come through shared memory by asynchronous copies, all under way at once
-(`plan.TASK_BYTES`): that is what `num_stages` on its loops asks the compiler for.
+Within a task, tiles of A come through shared memory by asynchronous copies, several under way at once
+(`plan.COPY_BYTES`): that is what `num_stages` on its loops asks the compiler for.
 
 `finish` makes a task's stores visible before it counts the task; `wait` sees them after it saw the count: its
 acquire empties the L1 cache.  What others stored is loaded with ".cg", past that cache, except by copies too

@@ -30,7 +30,7 @@ SHAPES = [
 # More than one block of what a fused kernel takes at once.
 LARGE = [
     pytest.param(2, 1030, 5, id="five parts of FC1"),
-    pytest.param(1, 5, 1025, id="L one above a fused tile, and a map's block"),
+    pytest.param(1, 5, 1025, id="L one above a map's block"),
     pytest.param(2, 3, 2050, id="three blocks of a map"),
 ]
 TOLERANCE = 2e-6  # relative: float32 accumulation of a few thousand terms

@@ -96,7 +96,8 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
     assert tile.block_c * tile.block_l * accumulators == plan.TILE_ELEMENTS
     assert (stages - 1) * tile.block_c * tile.block_l * itemsize == plan.COPY_BYTES
     if layout == plan.POSITIONS_FIRST:
-        assert tile.block_l in (16, plan.MAP_BLOCK) or tile.block_l // 2 < positions <= tile.block_l
+        assert tile.block_l in (16, plan.LONG_BLOCK) or tile.block_l // 2 < positions <= tile.block_l
+        assert (tile.block_l < positions) == (positions > plan.MAP_BLOCK)
         assert plan.TASK_CHANNELS[0] <= task_c <= max(plan.TASK_CHANNELS[1], tile.block_c)
     else:
         assert tile.block_c in (16, plan.LINE_BYTES // itemsize) or tile.block_c // 2 < channels

@@ -311,19 +311,19 @@ def _multiprocessors(device: torch.device) -> tuple[int, int]:
     return found.multi_processor_count, found.major
 
 
-def _programs(device: torch.device) -> int:
+def _programs(device: torch.device, roomy: bool) -> int:
     """How many programs of a persistent kernel run at a time; any number gives the same bits."""
     count, capability = _multiprocessors(device)
-    return count * plan.occupancy(capability)[0]
+    return count * plan.occupancy(capability, roomy)[0]
 
 
-def _persistent(features: Tensor, schedule: plan.Schedule) -> dict[str, int]:
+def _persistent(features: Tensor, schedule: plan.Schedule, roomy: bool) -> dict[str, int]:
     return {
         **_geometry(features, schedule.tile),
         "TASK_C": schedule.task_c,
         "BLOCK_MAP": schedule.block_map,
         "STAGES": schedule.stages,
-        "maxnreg": plan.occupancy(_multiprocessors(features.device)[1])[1],
+        "maxnreg": plan.occupancy(_multiprocessors(features.device)[1], roomy)[1],
     }
 
 
@@ -355,16 +355,16 @@ def _launch_forward(
         hidden_parts = torch.empty((batch, fc1, hidden_size), dtype=torch.float32, device=device)
         statistics = torch.empty((batch, fc2, 2), dtype=torch.float32, device=device)
     counters = torch.zeros(1 + 3 * groups + batch, dtype=torch.int32, device=device)
-    dense = pool == _POOL["flatten"]
+    dense, roomy = pool == _POOL["flatten"], pool != _POOL["avg"]
     if batch:
         with torch.cuda.device_of(features):
-            attention_forward.attention_forward_kernel[(_programs(device),)](
+            attention_forward.attention_forward_kernel[(_programs(device, roomy),)](
                 features, *(mlp or (partials,) * 4), channel, mean, hidden, hidden_parts, statistics,
                 partials, attention, total, out, index, counters,
                 batch, group, features.stride(0), out.stride(0), J=hidden_size,
                 OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
                 NORM=norm, POOL=pool, HAS_MLP=mlp is not None, FC1_C=tasks.fc1_c, FC1_J=tasks.fc1_j,
-                FC2_C=tasks.fc2_c, **_persistent(features, schedule),
+                FC2_C=tasks.fc2_c, **_persistent(features, schedule, roomy),
             )  # fmt: skip
     return out, index, attention, total, mean, hidden
 
@@ -492,11 +492,11 @@ def _attention_backward(
     counters = torch.zeros(1 + batch, dtype=torch.int32, device=device)
     if batch:
         with torch.cuda.device_of(features):
-            attention_backward.attention_backward_kernel[(_programs(device),)](
+            attention_backward.attention_backward_kernel[(_programs(device, False),)](
                 features, weights.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
                 total.contiguous(), partials, du, ds, counters, batch,
                 min(schedule.group, batch), features.stride(0), R=rows, NORM=norm,
-                HAS_EXTRA=extra is not None, **_persistent(features, schedule),
+                HAS_EXTRA=extra is not None, **_persistent(features, schedule, False),
             )  # fmt: skip
     return du, ds
 

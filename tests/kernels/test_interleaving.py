@@ -40,7 +40,7 @@ def test_waits_for_what_it_reads(name: str, seed: int, monkeypatch: pytest.Monke
     a = features(5, "nchw" if seed % 2 else "channels_last")
     set_group(1 + seed % 3, monkeypatch)
     expected = CALLS[name](a)
-    monkeypatch.setattr(ops, "_programs", lambda _: 2 + seed)
+    monkeypatch.setattr(ops, "_programs", lambda *_: 2 + seed)
     with interleaved(seed) as launches:
         found = CALLS[name](a)
     assert len(launches) == 1

@@ -1,5 +1,7 @@
 """Launch plans are integer functions: checked as such, every row of every table."""
 
+import itertools
+
 import pytest
 
 import ggam_fast  # noqa: F401  (makes the checkout's kernels/ importable)
@@ -119,8 +121,8 @@ def test_the_mlp_is_inside_where_its_weights_are_small_against_a_group() -> None
 
 
 def test_registers_of_the_programs_that_share_a_multiprocessor() -> None:
-    for capability in (8, 9, 10, 12):
-        programs, registers = plan.occupancy(capability)
+    for capability, roomy in itertools.product((8, 9, 10, 12), (False, True)):
+        programs, registers = plan.occupancy(capability, roomy)
         assert programs * 128 * -(-registers // 8) * 8 <= 65536
 
 

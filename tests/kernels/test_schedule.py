@@ -55,7 +55,7 @@ def test_any_number_of_programs_and_any_group_give_the_same_bits(
     a = features(5, "nchw")
     expected = call(a)
     set_group(group, monkeypatch)
-    monkeypatch.setattr(ops, "_programs", lambda _: programs)
+    monkeypatch.setattr(ops, "_programs", lambda *_: programs)
     for found, wanted in zip(call(a), expected, strict=True):
         assert torch.equal(found, wanted)
 

@@ -23,8 +23,8 @@ def _load_weights(weight_ptr, row, column, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _load_mean(mean_ptr, n, images, c, C: tl.constexpr):
-    return tl.load(mean_ptr + n * C + c, (c < C) & (n < images), other=0.0, cache_modifier=".cg")
+def _load_mean(mean_ptr, n, c, C: tl.constexpr):
+    return tl.load(mean_ptr + n * C + c, c < C, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -48,10 +48,10 @@ def fc1_task(
     j = task // P * FC1_J + tl.arange(0, FC1_J)
     w = _load_weights(weight_ptr, j, c, J, C)
     wait(means_ptr, means)
-    g = _load_mean(mean_ptr, 0, images, c, C)
+    g = _load_mean(mean_ptr, 0, c, C)
     n = 0
     while n < images:
-        following = _load_mean(mean_ptr, n + 1, images, c, C)
+        following = _load_mean(mean_ptr, tl.minimum(n + 1, images - 1), c, C)
         tl.store(parts_ptr + (n * P + part) * J + j, tl.sum(w * g[None, :], axis=1), j < J)
         g = following
         n += 1
@@ -59,10 +59,10 @@ def fc1_task(
 
 
 @triton.jit
-def _load_hidden(parts_ptr, bias, n, images, j, P: tl.constexpr, J: tl.constexpr):
+def _load_hidden(parts_ptr, bias, n, j, P: tl.constexpr, J: tl.constexpr):
     """The hidden units of image n, from FC1's parts."""
     p = tl.arange(0, triton.next_power_of_2(P))
-    mask = (p < P)[:, None] & (j < J)[None, :] & (n < images)
+    mask = (p < P)[:, None] & (j < J)[None, :]
     offsets = n * P * J + p[:, None] * J + j[None, :]
     parts = tl.load(parts_ptr + offsets, mask, other=0.0, cache_modifier=".cg")
     return tl.maximum(tl.sum(parts, axis=0) + bias, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu
@@ -95,10 +95,10 @@ def fc2_task(
     bias1 = tl.load(bias1_ptr + j, j < J, other=0.0).to(tl.float32)
     bias2 = tl.load(bias2_ptr + c, c < C, other=0.0).to(tl.float32)
     wait(parts_done_ptr, parts_done)
-    h = _load_hidden(parts_ptr, bias1, 0, images, j, P, J)
+    h = _load_hidden(parts_ptr, bias1, 0, j, P, J)
     n = 0
     while n < images:
-        following = _load_hidden(parts_ptr, bias1, n + 1, images, j, P, J)
+        following = _load_hidden(parts_ptr, bias1, tl.minimum(n + 1, images - 1), j, P, J)
         if task == 0:
             tl.store(hidden_ptr + n * J + j, h, j < J)
         e = tl.where(c < C, tl.sum(w * h[None, :], axis=1) + bias2, -float("inf"))

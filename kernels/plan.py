@@ -69,6 +69,10 @@ H100's 3.35 TB/s, 25 bytes/ns, asks for 18 KB if memory takes 700 ns (assumed, n
 program also draws, waits, adds up and counts.  Two-byte values in rows of odd length are not copied so: no
 copy is that narrow."""
 
+MOST_TILES = 8
+"""Tiles on their way at a time at most: a task's first are asked for one by one, with offsets in registers
+that for 16 small tiles, of maximum pooling at 512 x 56 x 56, spill."""
+
 TASK_CHANNELS = (32, 128)
 """Channels of a task at least, as each task stores one partial sum, in float32, for every position; and at
 most, so that few images of small maps still fill a GPU."""
@@ -76,19 +80,20 @@ most, so that few images of small maps still fill a GPU."""
 LINE_BYTES = 128
 """Neighbouring channels that a task reads of channels-last memory: a whole cache line at all positions."""
 
-LONG_BLOCK = 256
-"""Positions of a tile of a map that has more than MAP_BLOCK: their weights are copied beside it."""
+LONG_BLOCK = 512
+"""Positions of a tile of a map that has more than MAP_BLOCK: their weights are copied beside it.  With 256,
+513 x 1025 in float32 spills."""
 
 OCCUPANCY = ((9, (3, 168)), (None, (2, 255)))
 """(largest major compute capability, (programs of 128 threads on each multiprocessor, the registers that this
 leaves a thread)).  The latter is said to the compiler, which may take more if left alone, or spill to make
-room for more programs than there are.  With fewer it spills, in some shapes, what does not change from task
-to task: at 128 on sm_90, at 168 on sm_100 and sm_120.  `tests/test_codegen.py` checks small shapes for
-spills, `python -m bench.codegen` prints them at real ones.  Should fewer programs fit, the others start when
-the first have ended, find no ticket and end."""
+room for more programs than there are.  With fewer it spills in some shapes: at 128 on sm_90 (1280 x 7 x 7),
+at 168 on sm_100 (2048 x 14 x 14, channels-last, two gradients).  `tests/test_codegen.py` checks small shapes
+for spills, `python -m bench.codegen` prints them at real ones.  Should fewer programs fit, the others start
+when the first have ended, find no ticket and end."""
 
 ROOMY = (2, 255)
-"""The same for maximum and dense pooling, which at 168 spill in some shapes with Triton 3.9."""
+"""The same for maximum and dense pooling, which spill at 168 in some shapes (maximum, 512 x 56 x 56)."""
 
 MAP_BLOCK = 1024
 """Positions that a fused kernel normalises at a time."""
@@ -168,7 +173,7 @@ def schedule(
         group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
         task_c=task_c,
         tile=Tile(block_c, block_l, 4),
-        stages=1 + COPY_BYTES // (elements * itemsize),
+        stages=1 + min(COPY_BYTES // (elements * itemsize), MOST_TILES),
         block_map=min(_power_of_2(positions), MAP_BLOCK),
     )
 

@@ -25,6 +25,19 @@ import triton
 import triton.language as tl
 
 
+class unhoisted(tl.condition):
+    """The condition of a `while` loop that keeps inside what it computes: moved out of the loop over tickets,
+    the offsets of every phase would take registers in all of them."""
+
+    __triton_builtin__ = True  # the compiler may call it
+
+    def __init__(self, condition):
+        super().__init__(condition, disable_licm=True)
+
+    def __bool__(self):  # for the interpreter, whose own before Triton 3.9 is always true
+        return bool(self.condition)
+
+
 @triton.jit
 def draw(ticket_ptr):
     """The next ticket."""

@@ -99,7 +99,7 @@ def markdown(files: Iterable[Path]) -> str:
     parts = [part for r in results for part in (_heading(r), *_tables(r))]
     if not any(r.on_gpu for r in results):
         parts.insert(0, "**No GPU has been measured yet.**")
-    return "\n\n".join(parts)
+    return "\n\n".join(dict.fromkeys(parts))  # a legend once
 
 
 def _heading(results: Results) -> str:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .channel_sum import store_channel_sums
-from .schedule import draw, finish, finish_and_count, unhoisted, wait
+from .schedule import condition, draw, finish, finish_and_count, wait
 from .spatial_norm import normalise_grad
 from .spatial_sum import store_spatial_sums
 
@@ -82,7 +82,7 @@ def attention_backward_kernel(
     LAG: tl.constexpr = 2
 
     ticket = draw(counters_ptr)
-    while unhoisted(ticket < (groups + LAG) * 2 * maps):
+    while condition(ticket < (groups + LAG) * 2 * maps, disable_licm=True):
         phase = ticket % (2 * maps) // maps
         group = ticket // (2 * maps) - phase * LAG
         n = (group * group_size + ticket % maps // parts).to(tl.int64)

@@ -17,7 +17,7 @@ from .channel_sum import store_channel_sums
 from .features_grad import AVERAGE, MAXIMUM
 from .hadamard import store_attended
 from .max_pool import store_maxima
-from .schedule import draw, finish, finish_and_count, unhoisted, wait
+from .schedule import condition, draw, finish, finish_and_count, wait
 from .spatial_norm import normalise
 from .spatial_sum import store_spatial_sums
 
@@ -126,7 +126,7 @@ def attention_forward_kernel(
     groups = (batch + group_size - 1) // group_size
 
     ticket = draw(counters_ptr)
-    while unhoisted(ticket < (groups + POOL_LAG) * round_size):
+    while condition(ticket < (groups + POOL_LAG) * round_size, disable_licm=True):
         task = ticket % round_size
         group = ticket // round_size
         index = task - FC1

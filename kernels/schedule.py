@@ -25,16 +25,15 @@ import triton
 import triton.language as tl
 
 
-class unhoisted(tl.condition):
-    """The condition of a `while` loop that keeps inside what it computes: moved out of the loop over tickets,
-    the offsets of every phase would take registers in all of them."""
+class condition(tl.condition):
+    """As in Triton, for interpreters before 3.9 too, which take every condition object for true.
 
-    __triton_builtin__ = True  # the compiler may call it
+    `disable_licm` keeps the offsets of every phase inside the loop over tickets: moved out of it, they would
+    take registers in all phases."""
 
-    def __init__(self, condition):
-        super().__init__(condition, disable_licm=True)
+    __triton_builtin__ = True  # kernels may call it
 
-    def __bool__(self):  # for the interpreter, whose own before Triton 3.9 is always true
+    def __bool__(self):
         return bool(self.condition)
 
 

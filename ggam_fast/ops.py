@@ -394,7 +394,7 @@ def _attended_fake(
 def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
     """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
     features, s = _native(features), s.contiguous()
-    schedule = _schedule(features, plan.ACCUMULATORS[pool])
+    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
     if schedule is not None:
         return _launch_forward(features, None, s, norm, pool, for_flatten, schedule)[:4]
     t, total = _spatial_attention(features, s, norm)
@@ -443,7 +443,7 @@ def _attention_forward(
     """The whole forward: (out, index, T, total, e, mean, hidden)"""
     features = _native(features)
     batch, channels, positions = features.shape
-    schedule = _schedule(features, plan.ACCUMULATORS[pool])
+    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
     mlp = tuple(p.contiguous() for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
     if schedule is not None and plan.mlp_inside(
         channels, mlp[0].shape[0], mlp[0].element_size(), positions, features.element_size(), schedule.group

@@ -53,11 +53,8 @@ LARGEST_GROUP = 16
 """Images of a group at most: a task of the channel MLP goes through them one after another."""
 
 TILE_ELEMENTS = 4096
-"""Of a fused kernel's tile of A: 32 float32 accumulators for each of 128 threads."""
-
-ACCUMULATORS = (1, 4, 2)
-"""By what share a tile is smaller where a kernel keeps more, or would spill: by pooling (average; maximum,
-which keeps its place as well; dense, which stores what it loads).  The backward has one for each gradient."""
+"""Of a fused kernel's tile of A: 32 float32 accumulators for each of 128 threads.  Half of it where two are
+kept: of a pair of gradients; of a maximum and its place."""
 
 TASK_BYTES = 65536
 """A task's tiles of A, with their padding: 50 KB of a 14 x 14 map.  One phase of 32 images of 2,048 channels
@@ -68,10 +65,6 @@ COPY_BYTES = 32768
 H100's 3.35 TB/s, 25 bytes/ns, asks for 18 KB if memory takes 700 ns (assumed, not measured); more, because a
 program also draws, waits, adds up and counts.  Two-byte values in rows of odd length are not copied so: no
 copy is that narrow."""
-
-MOST_TILES = 8
-"""Tiles on their way at a time at most: a task's first are asked for one by one, with offsets in registers
-that for 16 small tiles, of maximum pooling at 512 x 56 x 56, spill."""
 
 TASK_CHANNELS = (32, 128)
 """Channels of a task at least, as each task stores one partial sum, in float32, for every position; and at
@@ -173,7 +166,7 @@ def schedule(
         group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
         task_c=task_c,
         tile=Tile(block_c, block_l, 4),
-        stages=1 + min(COPY_BYTES // (elements * itemsize), MOST_TILES),
+        stages=1 + COPY_BYTES // (elements * itemsize),
         block_map=min(_power_of_2(positions), MAP_BLOCK),
     )
 

@@ -23,13 +23,9 @@ PROGRAM = """
 import json, sys
 from bench import codegen
 targets, shapes, dtypes = json.loads(sys.argv[1])
-def under_way(launch):
-    k = launch.keywords
-    tiles = k.get("STAGES", 1) - 1
-    return tiles and tiles * k["BLOCK_C"] * k["BLOCK_L"] * launch.arguments[0].element_size()
 rows = [
     [launch.kernel.__name__, target, list(code.loads), list(code.stores), code.stack, code.registers,
-     code.shared, under_way(launch), row]
+     code.shared, row]
     for launch, target, code, row in codegen.table(
         targets, [tuple(s) for s in shapes], tuple(getattr(codegen.torch, d) for d in dtypes)
     )
@@ -81,7 +77,7 @@ def test_no_spills_and_wide_accesses(
         "spatial_norm",
         "position_scatter",
     }
-    for name, _, loads, stores, stack, registers, shared, copies, row in rows:
+    for name, _, loads, stores, stack, registers, shared, row in rows:
         short = name.removesuffix("_kernel")
         assert stack == 0, row
         if short.startswith("attention_"):
@@ -89,8 +85,7 @@ def test_no_spills_and_wide_accesses(
             assert registers <= most, row
             # Of 228 KB, 1 KB a program is the driver's.
             assert (shared + 1024) * programs <= 228 << 10, row
-            assert plan.COPY_BYTES // 2 <= copies <= plan.COPY_BYTES
-            assert shared >= copies, f"no asynchronous copies: {row}"
+            assert shared >= plan.COPY_BYTES, f"no asynchronous copies: {row}"
         if short in READS:
             assert max(loads) >= width, row
         if short in WRITES:
@@ -103,5 +98,5 @@ def test_no_spills_and_wide_accesses(
     [("sm_80", "bfloat16"), ("sm_100", "float32"), ("sm_120", "float32"), ("gfx942", "bfloat16")],
 )
 def test_compiles_without_spills(target: str, dtype: str) -> None:
-    for *_, stack, _, _, _, row in compile_all(target, (320, 196, False), (dtype,)):
+    for *_, stack, _, _, row in compile_all(target, (320, 196, False), (dtype,)):
         assert stack == 0, row

@@ -66,8 +66,7 @@ def traced(execute: bool = True) -> Iterator[Trace]:
     load, store, launch = builder.create_masked_load, builder.create_masked_store, builder.set_grid_dim
 
     def record(self: Any, into: list[Access], pointers: Any, mask: Any) -> None:
-        wanted = mask.data.astype(bool)  # a scalar comparison gives an integer
-        addresses = np.broadcast_to(pointers.data, wanted.shape)[wanted].astype(np.int64)
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data].astype(np.int64)
         into.append(Access(trace.launches, self.grid_idx[0], addresses))
 
     def traced_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:

@@ -27,6 +27,8 @@ from .checks import compute_dtype, full_precision
 from .contractions import DifferentiableStages, get_stages
 from .stages import Stages, channel_mlp
 
+aten = torch.ops.aten
+
 
 class Options(NamedTuple):
     """What of the method is switched on (checked strings, see `checks`)."""
@@ -145,7 +147,8 @@ def pull_back(
     grad_spatial: Tensor | None = None,
 ) -> Factors:
     """The backward down to dA's factors.  Grad-CAM is the same with grad_pooled = d y^k / d pooled."""
-    (pulled,) = pull_back_to_channels(stages, features, options, attended, [grad_pooled], grad_spatial)
+    grads = grad_pooled.unsqueeze(0)
+    (pulled,) = pull_back_to_channels(stages, features, options, attended, grads, grad_spatial)
     return pull_back_to_mean(mlp, options, attended, pulled, grad_logits)
 
 
@@ -154,22 +157,23 @@ def pull_back_to_channels(
     features: Tensor,
     options: Options,
     attended: Attended,
-    grads_pooled: Sequence[Tensor],
+    grads_pooled: Tensor,
     grad_spatial: Tensor | None = None,
 ) -> list[Pullback]:
-    """dU and dS of one or two gradients of the pooled features, the only part that reads A.
+    """dU and dS of one or two gradients of the pooled features (R, N, ...), the only part that reads A.
 
     With average pooling a pair shares its reads of A; only a single gradient may have a grad_spatial.
     """
     t, s = attended.spatial, torch.softmax(attended.channel_logits, -1)
     norm, total = options.spatial_norm, attended.total
     if options.pool_type == "avg" and options.attention == "channel_spatial":
-        firsts = [g / features.shape[2] for g in grads_pooled]
+        firsts = grads_pooled / features.shape[2]
         extra = None if grad_spatial is None else grad_spatial.unsqueeze(1)
-        du, ds = stages.attention_backward(features, torch.stack(firsts, 1), extra, t, total, norm)
+        du, ds = stages.attention_backward(features, firsts.transpose(0, 1), extra, t, total, norm)
+        means = firsts * t.mean(-1, keepdim=True)
         return [
-            Pullback(first * t.mean(-1, keepdim=True), first, s, du[:, r], ds[:, r])
-            for r, first in enumerate(firsts)
+            Pullback(mean, first, s, du[:, r], ds[:, r])
+            for r, (mean, first) in enumerate(zip(means, firsts, strict=True))
         ]
     return [_pull_back_one(stages, features, options, attended, s, g, grad_spatial) for g in grads_pooled]
 
@@ -232,11 +236,25 @@ def pull_back_to_mean(
     assert ds is not None
     assert mlp.fc1_weight is not None
     assert mlp.fc2_weight is not None
-    de = s * (ds - (ds * s).sum(-1, keepdim=True))
+    de = _softmax_grad(ds, s)
     if grad_logits is not None:
         de = de + grad_logits
-    dh = (de @ mlp.fc2_weight.to(de.dtype)) * (attended.hidden > 0)
+    dh = _relu_grad(de @ mlp.fc2_weight.to(de.dtype), attended.hidden)
     return Factors(first_mean, first, s, du, dh @ mlp.fc1_weight.to(de.dtype), de, dh)
+
+
+# One launch each, but where the compiler fuses them anyway: a compiled backward may run under the caller's
+# autocast with types that it was not traced with, and these two do not promote.
+
+
+def _softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return s * (ds - (ds * s).sum(-1, keepdim=True))
+    return aten._softmax_backward_data(ds, s, -1, ds.dtype)
+
+
+def _relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
+    return dh * (hidden > 0) if torch.compiler.is_compiling() else aten.threshold_backward(dh, hidden, 0)
 
 
 def features_grad(

@@ -67,7 +67,9 @@ class GGAMHeadBase(nn.Module):
         self.hidden_size = checks.positive_int("hidden_size", hidden_size or 0, minimum=0)
         self.cam_at = checks.one_of("cam_at", cam_at, checks.CAM_AT)
         self.cam_class = checks.one_of("cam_class", cam_class, checks.CAM_CLASS)
-        self.cam_detach = bool(cam_detach)
+        if not isinstance(cam_detach, bool):
+            raise TypeError(f"cam_detach must be True or False; got {cam_detach!r}")
+        self.cam_detach = cam_detach
         self.cam_norm = checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
         self.cam_temperature = checks.temperature(cam_temperature)
         self.divergence = checks.one_of("divergence", divergence, checks.DIVERGENCE)
@@ -77,6 +79,9 @@ class GGAMHeadBase(nn.Module):
         self.input_fmt = checks.one_of("input_fmt", input_fmt, checks.INPUT_FMT)
         self.feat_size = checks.feat_size(feat_size)
         self.backend = checks.one_of("backend", backend, checks.BACKEND)
+        for name, layer in (("norm_layer", norm_layer), ("act_layer", act_layer)):
+            if not callable(layer):
+                raise TypeError(f"{name} must make a layer when called; got {layer!r}")
         self._norm_layer, self._act_layer = norm_layer, act_layer
         if classifier is not None and not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier must be an nn.Module; got {type(classifier).__name__}")
@@ -166,7 +171,9 @@ class GGAMHeadBase(nn.Module):
                 self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
             if reset_other:
                 self.hidden_size = 0
-            keeps = bool(self.hidden_size) and self.pool_type != "" and width == self.pooled_features
+            hidden = type(self.classifier) is nn.Sequential and len(self.classifier) == 5
+            keeps = hidden and bool(self.hidden_size) and width == self.pooled_features
+            keeps = keeps and self.pool_type != ""
             new = self._last_linear(factory) if keeps else self._build_classifier(factory)
         except (TypeError, ValueError):
             self.num_classes, self.pool_type, self.hidden_size = before

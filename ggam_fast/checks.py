@@ -169,7 +169,8 @@ def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
     """Check class indices (N,) or class probabilities (N, K) and return them.
 
     Whether indices are in range is checked at once on the CPU, and on CUDA by a device-side assertion that
-    needs no synchronisation; `GGAM_FAST_CHECKS=1` makes it an immediate ValueError on every device.
+    needs no synchronisation; `GGAM_FAST_CHECKS=1` makes it an immediate ValueError on every device. A
+    compiled function, vmap and tracers have torch's own checks alone: its cross entropy ignores -100.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a tensor; got {type(value).__name__}")
@@ -188,9 +189,13 @@ def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
         raise ValueError(f"target with class indices must be (N,) = ({batch},); got {tuple(value.shape)}")
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or value.is_meta:
         return value
-    in_range = ((value >= 0) & (value < num_classes)).all()
+    in_range = (value.clamp(0, num_classes - 1) == value).all()
     if value.device.type == "cpu" or os.environ.get("GGAM_FAST_CHECKS") == "1":
-        if not in_range:
+        try:
+            out_of_range = not in_range
+        except RuntimeError:  # under vmap or a tracer there is no value to look at
+            return value
+        if out_of_range:
             raise ValueError(
                 f"target must be in [0, {num_classes}); got {int(value.min())} to {int(value.max())}"
             )

@@ -1,8 +1,10 @@
 """The classifier and v = d y / d pooled, the gradient of its class scores.
 
 For the default classifiers, a chain of Linear, BatchNorm1d, ELU, ReLU, Dropout and Identity, v is
-written out layer by layer: ordinary tensor code that `torch.compile` traces and autograd can go through
-again. For any other module v comes from `torch.autograd.grad`, which a compiled step can only trace with
+written out layer by layer, each by torch's own backward operation: tensor code that `torch.compile`
+traces and autograd can go through again. The parameters' gradients come on the way, as factors
+(`LayerGradient`).
+For any other module v comes from `torch.autograd.grad`, which a compiled step can only trace with
 `torch._dynamo.config.trace_autograd_ops = True`.
 """
 
@@ -15,27 +17,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-Pullback = Callable[[Tensor], Tensor]
+aten = torch.ops.aten
+
+
+class LayerGradient(NamedTuple):
+    """The gradients of a layer's weight and bias: for dy (N, J) and x (N, C) dy^T x and the sum of dy over
+    the batch, which the caller has yet to take; or, of a batch norm, the two themselves."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    left: Tensor  # dy | d weight
+    right: Tensor  # x | d bias
+    product: bool
+
+
+Pullback = Callable[[Tensor], tuple[Tensor, list[LayerGradient]]]
+"""From R gradients of the output (R, ...) to those of the input, and for the last of them the parameters'."""
 
 
 class Scores(NamedTuple):
-    """Logits, and the map from d y / d logits (N, K) to v = d y / d pooled; from (R, N, K) to R of them."""
+    """Logits, and the map from R of d y / d logits (R, N, K) to v = d y / d pooled."""
 
     logits: Tensor
     pull_back: Pullback
 
 
+def probabilities(logits: Tensor, target: Tensor) -> Tensor:
+    """The target as class probabilities (N, K): one-hot for class indices."""
+    if target.is_floating_point():
+        return target.detach().to(logits.dtype)
+    return torch.zeros_like(logits, requires_grad=False).scatter(1, target.unsqueeze(1), 1.0)
+
+
 def score_gradient(logits: Tensor, target: Tensor, cam_class: str) -> Tensor:
     """d y / d logits (N, K): one-hot of the label or of the predicted class, or the soft target."""
-    if cam_class == "label" and target.is_floating_point():
-        return target.detach().to(logits.dtype)
-    index = logits.detach().argmax(-1) if cam_class == "predicted" else target
-    return torch.zeros_like(logits).scatter(1, index.unsqueeze(1), 1.0).detach()
+    return probabilities(logits, logits.detach().argmax(-1) if cam_class == "predicted" else target)
 
 
 def layers_of(classifier: nn.Module) -> list[nn.Module]:
     """The layers of a plain nn.Sequential, else the classifier as one layer."""
-    plain = type(classifier) is nn.Sequential and len(classifier) > 0 and not _hooked(classifier)
+    plain = type(classifier) is nn.Sequential and len(classifier) > 0
     return list(classifier.children()) if plain else [classifier]
 
 
@@ -43,14 +64,15 @@ def closed_form_layers(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Modul
     """The layers in order, dropout before the last one; None if any has no closed form here."""
     *body, last = layers_of(classifier)
     layers = [*body, drop, last]
-    return layers if all(type(m) in _RULES and not _hooked(m) for m in layers) else None
+    known = all(type(m) in _RULES and not hooked(m) for m in layers)
+    return layers if known and not hooked(classifier) else None
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether the module must be called as a module for its hooks to run."""
+def hooked(module: nn.Module) -> bool:
+    """Whether the module must be called as a module, for its hooks or a forward of its own to run."""
     hooks = (module._forward_hooks, module._forward_pre_hooks,
              module._backward_hooks, module._backward_pre_hooks)  # fmt: skip
-    return any(hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def run(layers: list[nn.Module], x: Tensor) -> Tensor:
@@ -67,12 +89,14 @@ def scores(layers: list[nn.Module], x: Tensor, detach: bool) -> Scores:
         x, pull = _RULES[type(layer)](layer, x)
         pullbacks.append(pull)
 
-    def pull_back(v: Tensor) -> Tensor:
+    def pull_back(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+        gradients: list[LayerGradient] = []
         for pull in reversed(pullbacks):
-            v = pull(v)
-        return v
+            v, found = pull(v)
+            gradients += found
+        return v, gradients
 
-    def detached(v: Tensor) -> Tensor:
+    def detached(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
         with torch.no_grad():
             return pull_back(v)
 
@@ -80,11 +104,18 @@ def scores(layers: list[nn.Module], x: Tensor, detach: bool) -> Scores:
 
 
 def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
-    """The same for any module: its forward runs once, v is autograd's.
+    """The same for any module: its forward runs once, v is autograd's, and so are the parameters' gradients,
+    which are not given here.
 
     Raises ValueError if the module changes its input in place, where v would be another gradient; a
     compiled step cannot look and does not.
     """
+    # Dynamo says the same of every compilation (torch 2.11).
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "torch.export cannot trace a custom classifier's class-score gradient, which is autograd's: "
+            "export the head without target, or with Linear, BatchNorm1d, ELU, ReLU and Dropout layers alone"
+        )
     needs_graph = torch.is_grad_enabled()
     eager = not torch.compiler.is_compiling()
     inference = eager and torch.is_inference_mode_enabled()
@@ -117,8 +148,8 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
             )
         return scale * (v.detach() if detach else v)
 
-    def pull_back(seed: Tensor) -> Tensor:
-        return pull_one(seed) if seed.dim() == logits.dim() else torch.stack([pull_one(s) for s in seed])
+    def pull_back(seeds: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+        return _stack([pull_one(seed) for seed in seeds]), []
 
     return Scores(logits if needs_graph else logits.detach(), pull_back)
 
@@ -150,32 +181,37 @@ class Anchored(Function):
         return None, None
 
 
+def _stack(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+
+
 def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pullback]:
     weight = layer.weight.to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, weight, bias), lambda v: v @ weight
+
+    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+        return v @ weight, [LayerGradient(layer.weight, layer.bias, v[-1], x, True)]
+
+    return F.linear(x, weight, bias), pull
 
 
 def _identity(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
-    return x, lambda v: v
+    return x, lambda v: (v, [])
 
 
 def _dropout(layer: nn.Dropout, x: Tensor) -> tuple[Tensor, Pullback]:
     if not layer.training or layer.p == 0.0:
         return _identity(layer, x)
     mask = F.dropout(torch.ones_like(x), layer.p)
-    return x * mask, lambda v: v * mask
+    return x * mask, lambda v: (v * mask, [])
 
 
 def _relu(layer: nn.ReLU, x: Tensor) -> tuple[Tensor, Pullback]:
-    return torch.relu(x), lambda v: v * (x > 0)
+    return torch.relu(x), lambda v: (aten.threshold_backward(v, x, 0), [])
 
 
 def _elu(layer: nn.ELU, x: Tensor) -> tuple[Tensor, Pullback]:
-    def pull(v: Tensor) -> Tensor:
-        return v * torch.where(x > 0, 1.0, layer.alpha * x.clamp(max=0).exp())
-
-    return F.elu(x, layer.alpha), pull
+    return F.elu(x, layer.alpha), lambda v: (aten.elu_backward(v, layer.alpha, 1, 1, False, x), [])
 
 
 def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -184,21 +220,35 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
     beta = None if layer.bias is None else layer.bias.to(dtype)
     if x.shape[0] == 0:
         # No statistics to take or to move; the parameters stay in the graph.
-        scale = 1.0 if gamma is None else gamma
-        return x * scale + (0.0 if beta is None else beta), lambda v: v * scale
+        scale = torch.ones_like(x[:1]) if gamma is None else gamma
+
+        def pull_nothing(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+            held = LayerGradient(layer.weight, layer.bias, (v[-1] * x).sum(0), v[-1].sum(0), False)
+            return v * scale, [] if gamma is None else [held]
+
+        return x * scale + (0.0 if beta is None else beta), pull_nothing
     from_batch = layer.training or layer.running_mean is None
     y = _normalise(layer, x, gamma, beta, from_batch)
 
-    def pull(v: Tensor) -> Tensor:
-        v = v if gamma is None else v * gamma
-        if not from_batch:
+    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+        statistics: tuple[
+            Tensor | None, ...
+        ]  # running mean and variance, mean and 1 / deviation of the batch
+        if from_batch:
+            variance, mean = torch.var_mean(x.detach(), 0, correction=0)
+            statistics = None, None, mean, torch.rsqrt(variance + layer.eps)
+        else:
+            assert layer.running_mean is not None
             assert layer.running_var is not None
-            return v * torch.rsqrt(layer.running_var.to(dtype) + layer.eps)
-        variance, mean = torch.var_mean(x, 0, correction=0)
-        scale = torch.rsqrt(variance + layer.eps)
-        normed = (x - mean) * scale
-        along = (v * normed).mean(-2, keepdim=True)
-        return scale * (v - v.mean(-2, keepdim=True) - normed * along)
+            statistics = layer.running_mean.to(dtype), layer.running_var.to(dtype), None, None
+        wanted = [True, gamma is not None, gamma is not None]
+        pulled = [
+            aten.native_batch_norm_backward(row, x, gamma, *statistics, from_batch, layer.eps, wanted)
+            for row in v
+        ]
+        _, dgamma, dbeta = pulled[-1]
+        held = [] if gamma is None else [LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)]
+        return _stack([dx for dx, _, _ in pulled]), held
 
     return y, pull
 

@@ -9,6 +9,7 @@ stay inside the set, and no kernel needs a second-order version of itself.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -77,11 +78,18 @@ class DifferentiableStages(Stages):
         self.backend = backend
 
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
+        if self._traced:
+            return super().channel_sum(features, weights)
         return ChannelSum.apply(features, weights, self.backend)
 
+    @property
+    def _traced(self) -> bool:
+        """Dynamo loses the second derivative of an autograd Function (zeros, silently; torch 2.15)."""
+        return self.backend == "torch" and torch.compiler.is_compiling()
+
     def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        if weights is None:  # the mean is linear in A alone: torch's own sum has all its derivatives
-            return super().spatial_sum(features, None, scale)
+        if weights is None or self._traced:  # torch's own sum of A has all its derivatives
+            return super().spatial_sum(features, weights, scale)
         return SpatialSum.apply(features, weights, self.backend) * scale
 
     def attention_backward(

@@ -15,7 +15,7 @@ from . import attention as _attention
 from . import checks, gradcam, losses
 from .attention import ChannelMLP, Options
 from .base import GGAMHeadBase
-from .contractions import ChannelSum, SpatialSum, get_stages
+from .contractions import DifferentiableStages, get_stages
 from .fused_loss import FusedLoss
 
 
@@ -54,7 +54,8 @@ def channel_sum(
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("channel_weights", channel_weights, tuple(x.shape[:2]), "(N, C)", x)
     with checks.full_precision(x):
-        return ChannelSum.apply(x, weights, checks.backend(backend, x)).unflatten(1, shape)
+        stages = DifferentiableStages(checks.backend(backend, x))
+        return stages.channel_sum(x, weights).unflatten(1, shape)
 
 
 def spatial_sum(
@@ -68,7 +69,7 @@ def spatial_sum(
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("spatial_weights", spatial_weights, (x.shape[0], *shape), "(N, H, W)", x)
     with checks.full_precision(x):
-        return SpatialSum.apply(x, weights.flatten(1), checks.backend(backend, x))
+        return DifferentiableStages(checks.backend(backend, x)).spatial_sum(x, weights.flatten(1))
 
 
 def _mlp(
@@ -86,7 +87,9 @@ def _mlp(
             f"attention={options.attention!r} needs fc1_weight, fc1_bias, fc2_weight and fc2_bias"
         )
     channels = x.shape[1]
-    hidden = fc1_weight.shape[0] if fc1_weight.dim() else 0
+    hidden = checks.matrix("fc1_weight", fc1_weight, "(C/r, C)").shape[0]
+    if hidden == 0:
+        raise ValueError(f"fc1_weight must have at least one row; got shape {tuple(fc1_weight.shape)}")
     checks.small("fc1_weight", fc1_weight, (hidden, channels), "(C/r, C)")
     checks.small("fc1_bias", fc1_bias, (hidden,), "(C/r,)")
     checks.small("fc2_weight", fc2_weight, (channels, hidden), "(C, C/r)")

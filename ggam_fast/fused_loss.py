@@ -8,10 +8,12 @@ Once the classifier has run, both gradients of the pooled features are known in 
     dz = d CE / d pooled       for dA          (detached, L_GGAM reaches A through S alone)
 
 They go through A together (`attention.pull_back_to_channels`), and what is left of dA are its small factors.
-The loss holds them, so that its backward only writes dA, scaled by what arrives: A is not read again.
+The factors of the parameters' gradients come on the way (a classifier of unknown layers has autograd's).
+The loss holds them all, so that its backward only multiplies them out, scaled by what arrives: A is not read
+again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +27,15 @@ from .attention import (
     attend,
     features_grad,
     like_parameters,
-    mlp_grads,
     pull_back_to_channels,
     pull_back_to_mean,
 )
 from .base import GGAMOutput
 from .checks import compute_dtype, full_precision
-from .classifier import Scores, score_gradient
+from .classifier import LayerGradient, Scores, probabilities, score_gradient
 from .contractions import get_stages
 from .gradcam import mean_gradient
-from .losses import cross_entropy, cross_entropy_grad, kl_guidance, kl_guidance_grad, reduce_batch
+from .losses import cross_entropy, cross_entropy_grad, kl_guidance_with_grad, reduce_batch
 
 
 class FusedLoss(NamedTuple):
@@ -59,36 +60,38 @@ class LossTerms(NamedTuple):
     guidance_reduction: str
 
 
+def _scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
+    """Each tensor times the scalar, in one launch."""
+    found = iter(torch._foreach_mul([x for x in tensors if x is not None], scale))
+    return [None if x is None else next(found) for x in tensors]
+
+
 class HeldGradient(Function):
-    """The loss unchanged; its backward scales the held factors, and writes dA from them."""
+    """CE + guidance_weight * guidance; its backward scales the held factors, and writes dA from them."""
 
     @staticmethod
     def forward(
-        loss: Tensor,
+        entropy: Tensor,
+        guidance: Tensor,
         features: Tensor,
-        fc1_weight: Tensor | None,
-        fc1_bias: Tensor | None,
-        fc2_weight: Tensor | None,
-        fc2_bias: Tensor | None,
         first: Tensor,
         channel: Tensor,
         grad_map: Tensor | None,
         grad_mean: Tensor | None,
         spatial: Tensor,
         peak_index: Tensor,
-        dfc1_weight: Tensor | None,
-        dfc1_bias: Tensor | None,
-        dfc2_weight: Tensor | None,
-        dfc2_bias: Tensor | None,
+        guidance_weight: float,
         options: Options,
         backend: str,
+        products: tuple[bool, ...],
+        *layers: Tensor | None,  # weight, bias, left, right of each `LayerGradient`
     ) -> Tensor:
-        return loss.clone()
+        return torch.add(entropy, guidance, alpha=guidance_weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:16])
-        ctx.options, ctx.backend = Options(*inputs[16]), inputs[17]
+        ctx.save_for_backward(*inputs[2:9], *inputs[13:])
+        ctx.options, ctx.backend, ctx.products = Options(*inputs[10]), *inputs[11:13]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,20 +100,32 @@ class HeldGradient(Function):
                 "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad ask for "
                 "more: use GGAMLoss()(head(features, target), target)"
             )
-        features, *mlp = ctx.saved_tensors[:5]
-        first, channel, grad_map, grad_mean, spatial, peak_index, *parameters = ctx.saved_tensors[5:]
+        features, first, channel, grad_map, grad_mean, spatial, peak_index, *flat = ctx.saved_tensors
+        layers = [
+            LayerGradient(weight, bias, left, right, product)
+            for weight, bias, left, right, product in zip(
+                flat[0::4], flat[1::4], flat[2::4], flat[3::4], ctx.products, strict=True
+            )
+        ]
         # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
         _ = features.stride()
+        da = None
+        grads: list[Tensor | None] = []
         with full_precision(features):
-            da = None
-            if ctx.needs_input_grad[1]:
-                scaled_mean = None if grad_mean is None else grad_mean * grad
-                factors = Factors(first, first * grad, channel * grad, grad_map, scaled_mean, None, None)
+            lefts = [layer.left for layer in layers]
+            rights = [None if layer.product else layer.right for layer in layers]
+            first_grad, channel_grad, mean_grad, *scaled = _scaled(
+                [first, channel, grad_mean, *lefts, *rights], grad
+            )
+            if ctx.needs_input_grad[2]:
+                factors = Factors(first, first_grad, channel_grad, grad_map, mean_grad, None, None)
                 da = features_grad(
                     get_stages(ctx.backend), features, ctx.options, spatial, peak_index, factors
                 )
-            scaled = [None if p is None else p * grad for p in parameters]
-        return grad, da, *like_parameters(scaled, mlp), *[None] * 12
+            for layer, left, right in zip(layers, scaled, scaled[len(layers) :], strict=False):
+                found = [left.t() @ layer.right, left.sum(0)] if right is None else [left, right]
+                grads += [*like_parameters(found, layer[:2]), None, None]
+        return grad, None, da, *[None] * 10, *grads
 
 
 def fused_loss(
@@ -132,29 +147,37 @@ def fused_loss(
     entropy = cross_entropy(logits, target, terms.label_smoothing)
 
     with torch.no_grad():
-        dy = score_gradient(scores.logits, target, terms.cam_class)
-        dce = cross_entropy_grad(logits.detach(), target, terms.label_smoothing)
-        v, dz = scores.pull_back(torch.stack([dy.to(dce.dtype), dce]))
+        logits = logits.detach()
+        q = probabilities(logits, target)
+        dy = q if terms.cam_class == "label" else score_gradient(logits, target, terms.cam_class)
+        dce = cross_entropy_grad(logits, q, terms.label_smoothing, hard=not target.is_floating_point())
+        pulled, layers = scores.pull_back(torch.stack([dy, dce]))
     with torch.no_grad(), full_precision(features):
-        log_s = torch.log_softmax(attended.channel_logits, -1)
-        explained = [v] if terms.cam_at == "features" else []
+        at_features = terms.cam_at == "features"
         *pulled_v, pulled_z = pull_back_to_channels(
-            stages, features.detach(), options, attended, [*explained, dz]
+            stages, features.detach(), options, attended, pulled if at_features else pulled[1:]
         )
-        if pulled_v:
+        if at_features:
             beta = mean_gradient(pull_back_to_mean(mlp, options, attended, pulled_v[0]), positions)
         else:
-            beta = v / positions
-        divergence = (log_s, beta, terms.cam_norm, terms.cam_temperature, terms.divergence)
-        guidance = reduce_batch(kl_guidance(*divergence), terms.guidance_reduction)
-        per_image = 1 if terms.guidance_reduction == "sum" else max(features.shape[0], 1)
-        de = kl_guidance_grad(*divergence) * (terms.guidance_weight / per_image)
-        f = pull_back_to_mean(mlp, options, attended, pulled_z, de)
-        parameters = mlp_grads(mlp, attended, f)
+            beta = pulled[0] / positions
+        log_s, s = torch.log_softmax(attended.channel_logits, -1), pulled_z.channel
+        per_image, de = kl_guidance_with_grad(
+            log_s, s, beta, terms.cam_norm, terms.cam_temperature, terms.divergence
+        )
+        guidance = reduce_batch(per_image, terms.guidance_reduction)
+        images = 1 if terms.guidance_reduction == "sum" else max(features.shape[0], 1)
+        f = pull_back_to_mean(mlp, options, attended, pulled_z, de * (terms.guidance_weight / images))
+        if f.grad_hidden is not None and f.grad_logits is not None:
+            layers = [
+                *layers,
+                LayerGradient(mlp.fc1_weight, mlp.fc1_bias, f.grad_hidden, attended.mean, True),
+                LayerGradient(mlp.fc2_weight, mlp.fc2_bias, f.grad_logits, attended.hidden, True),
+            ]
     # The guidance has no graph here: the classifier's own gradient is that of the cross entropy.
     loss = HeldGradient.apply(
-        entropy + terms.guidance_weight * guidance, features, *mlp,
-        f.first, f.channel, f.grad_map, f.grad_mean, attended.spatial, attended.peak_index,
-        *parameters, tuple(options), backend,
+        entropy, guidance, features, f.first, f.channel, f.grad_map, f.grad_mean, attended.spatial,
+        attended.peak_index, terms.guidance_weight, tuple(options), backend,
+        tuple(layer.product for layer in layers), *(x for layer in layers for x in layer[:4]),
     )  # fmt: skip
-    return FusedLoss(loss, GGAMOutput(scores.logits.detach(), log_s.exp(), attended.spatial, beta, guidance))
+    return FusedLoss(loss, GGAMOutput(scores.logits.detach(), s, attended.spatial, beta, guidance))

@@ -62,7 +62,8 @@ def mean_gradient(f: Factors, positions: int) -> Tensor:
     """mean_l dA (N, C), from the factors of dA."""
     mean = f.first_mean
     if f.grad_map is not None:
-        mean = mean + f.channel * f.grad_map.mean(-1, keepdim=True)
+        mean = torch.addcmul(mean, f.channel, f.grad_map.mean(-1, keepdim=True))
     if f.grad_mean is not None:
+        # Not alpha=: the compiler drops it from a product that it adds (torch 2.11 and 2.14).
         mean = mean + f.grad_mean / positions
     return mean

@@ -1,15 +1,17 @@
 """GGAMHead: the paper's attention and classifier, with Grad-CAM guidance, as one drop-in module."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks
 from .attention import ChannelMLP, Options, ggam_attention
 from .base import GGAMHeadBase, GGAMOutput
 from .classifier import (
     Anchored,
+    LayerGradient,
     Scores,
     closed_form_layers,
+    hooked,
     layers_of,
     run,
     score_gradient,
@@ -86,7 +88,7 @@ class GGAMHead(GGAMHeadBase):
         target = checks.target(target, x.shape[0], self.num_classes)
         logits, pull_back = self._score(attended.pooled, spatial_shape, detach=not second_order)
         checks.scores(logits, x.shape[0], self.num_classes)
-        v = pull_back(score_gradient(logits, target, self.cam_class))
+        v = pull_back(score_gradient(logits, target, self.cam_class).unsqueeze(0))[0][0]
         with checks.full_precision(x):
             beta = grad_cam_weights(
                 x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
@@ -117,11 +119,14 @@ class GGAMHead(GGAMHeadBase):
         terms = LossTerms(weight, smoothing, self.cam_at, self.cam_class, self.cam_norm,
                           self.cam_temperature, self.divergence, self.guidance_reduction)  # fmt: skip
 
+        known = closed_form_layers(self.classifier, self.drop) is not None
+
         def score(pooled: Tensor) -> Scores:
-            if torch.compiler.is_compiling() and closed_form_layers(self.classifier, self.drop) is None:
+            if torch.compiler.is_compiling() and not known:
                 anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
                 pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
-            result = self._score(pooled, spatial_shape, detach=True)
+            with torch.set_grad_enabled(not known):  # the gradients of known layers come in closed form
+                result = self._score(pooled, spatial_shape, detach=True)
             checks.scores(result.logits, x.shape[0], self.num_classes)
             return result
 
@@ -135,6 +140,13 @@ class GGAMHead(GGAMHeadBase):
         options = Options(self.attention, self.spatial_norm, self.pool_type)
         mlp = ChannelMLP(None, None, None, None)
         if options.uses_channel:
+            for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
+                if type(layer).forward is not nn.Linear.forward or hooked(layer):
+                    raise TypeError(
+                        f"{name} must be a plain nn.Linear, as its weight and bias are read and it is not "
+                        f"called: hooks (pruning, spectral_norm) or another forward would not run; "
+                        f"got {type(layer).__name__}{' with hooks' if hooked(layer) else ''}"
+                    )
             mlp = ChannelMLP(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
 
@@ -155,10 +167,22 @@ class GGAMHead(GGAMHeadBase):
         if parameter is not None and not checks.autocasts(x):
             x = x.to(parameter.dtype)
         *body, last = layers_of(self.classifier)
+        if body and not pre_logits and hooked(self.classifier):
+            return self._call_classifier(x, last)
         for layer in body:
             x = layer(x)
         x = self.drop(x)
         return x if pre_logits else last(x)
+
+    def _call_classifier(self, x: Tensor, last: nn.Module) -> Tensor:
+        """An nn.Sequential whose own hooks must run, dropout before its last layer all the same."""
+        if not (self.drop.training and self.drop.p):
+            return self.classifier(x)
+        handle = last.register_forward_pre_hook(lambda _, inputs: self.drop(*inputs))
+        try:
+            return self.classifier(x)
+        finally:
+            handle.remove()
 
     def _score(self, pooled: Tensor, spatial_shape: tuple[int, ...], detach: bool) -> Scores:
         """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
@@ -168,8 +192,9 @@ class GGAMHead(GGAMHeadBase):
         with checks.full_precision(pooled):
             result = scores(layers, pooled.flatten(1), detach)
 
-        def pull_back(seed: Tensor) -> Tensor:
+        def pull_back(seeds: Tensor) -> tuple[Tensor, list[LayerGradient]]:
             with checks.full_precision(pooled):
-                return result.pull_back(seed).view(seed.shape[:-2] + pooled.shape)
+                v, gradients = result.pull_back(seeds)
+                return v.view(seeds.shape[:1] + pooled.shape), gradients
 
         return Scores(result.logits, pull_back)

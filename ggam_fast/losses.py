@@ -23,7 +23,7 @@ def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tens
     beta = cam_weights
     if cam_norm == "standardized":
         beta = _zscore(beta)
-    beta = beta / temperature
+    beta = beta if temperature == 1.0 else beta / temperature
     return torch.log_softmax(beta, -1) if cam_norm == "softmax" else F.logsigmoid(beta)
 
 
@@ -36,9 +36,9 @@ def _zscore(beta: Tensor) -> Tensor:
     centred = beta - beta.mean(-1, keepdim=True)
     largest = centred.detach().abs().amax(-1, keepdim=True)
     flat = largest == 0
-    unit = centred / torch.where(flat, 1.0, largest)
+    unit = centred / largest.masked_fill(flat, 1.0)
     variance = unit.square().mean(-1, keepdim=True)
-    return unit * torch.rsqrt(torch.where(flat, 1.0, variance))
+    return unit * torch.rsqrt(variance.masked_fill(flat, 1.0))
 
 
 def kl_guidance(
@@ -52,19 +52,23 @@ def kl_guidance(
     return 0.5 * ((log_s.exp() - log_q.exp()) * difference).sum(-1)
 
 
-def kl_guidance_grad(
-    log_s: Tensor, cam_weights: Tensor, cam_norm: str, temperature: float, divergence: str
-) -> Tensor:
-    """d L / d e (N, C) of each image, S = softmax(e), for constant beta.
+def kl_guidance_with_grad(
+    log_s: Tensor, s: Tensor, cam_weights: Tensor, cam_norm: str, temperature: float, divergence: str
+) -> tuple[Tensor, Tensor]:
+    """`kl_guidance` (N,), and its d L / d e (N, C) of each image, S = softmax(e), for constant beta.
 
     d L / d log S_c = g_c = 1/2 (S (log S - log b~) + S - b~)   or   S (log S - log b~) + S
     d L / d e = g - S sum_c g_c
     """
     log_q = log_cam_norm(cam_weights, cam_norm, temperature)
-    s = log_s.exp()
-    weighted = s * (log_s - log_q)
-    g = weighted + s if divergence == "forward" else 0.5 * (weighted + s - log_q.exp())
-    return g - s * g.sum(-1, keepdim=True)
+    difference = log_s - log_q
+    if divergence == "forward":
+        weighted = s * difference
+        loss, g = weighted.sum(-1), weighted + s
+    else:
+        gap = s - log_q.exp()
+        loss, g = 0.5 * (gap * difference).sum(-1), 0.5 * torch.addcmul(gap, s, difference)
+    return loss, torch.addcmul(g, s, g.sum(-1, keepdim=True), value=-1)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
@@ -75,15 +79,13 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Ten
     return total / max(logits.shape[0], 1)
 
 
-def cross_entropy_grad(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """d cross_entropy / d logits (N, K): (p sum q - q) / N for p = softmax(logits), q the smoothed target."""
-    if target.is_floating_point():
-        q = target.to(logits.dtype)
-    else:
-        q = torch.zeros_like(logits).scatter(1, target.unsqueeze(1), 1.0)
-    q = q * (1.0 - label_smoothing) + label_smoothing / logits.shape[1]
+def cross_entropy_grad(logits: Tensor, q: Tensor, label_smoothing: float, hard: bool) -> Tensor:
+    """d cross_entropy / d logits (N, K): (p sum q - q) / N for p = softmax(logits) and the target's
+    probabilities q, smoothed; `hard` says that they sum to one."""
+    if label_smoothing:
+        q = q * (1.0 - label_smoothing) + label_smoothing / logits.shape[1]
     p = torch.softmax(logits, -1)
-    return (p * q.sum(-1, keepdim=True) - q) / max(logits.shape[0], 1)
+    return (p - q if hard else p * q.sum(-1, keepdim=True) - q) / max(logits.shape[0], 1)
 
 
 def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float, float]:
@@ -110,8 +112,9 @@ class GGAMLoss(nn.Module):
         label_smoothing: as in `torch.nn.CrossEntropyLoss`, in [0, 1].
 
     Takes the head's `GGAMOutput`, or plain logits (N, K) of a forward without target, for which it is
-    the cross entropy alone; `target` is int64 (N,) or float probabilities (N, K). Returns a scalar,
-    the mean over the batch (0 for an empty one), in float32 for half-precision logits.
+    the cross entropy alone; `target` is int64 (N,) or float probabilities (N, K). Returns a scalar: the
+    cross entropy's mean over the batch (0 for an empty one) and the head's guidance loss, a mean or a sum
+    (`guidance_reduction`), in float32 for half-precision logits.
     """
 
     def __init__(self, guidance_weight: float = 0.1, label_smoothing: float = 0.0) -> None:

@@ -83,7 +83,7 @@ class GGAMHeadReference(GGAMHeadBase):
         else:
             pooled = d.mean(2) if self.pool_type == "avg" else d.max(2).values
         last = self.classifier
-        if isinstance(last, nn.Sequential):
+        if type(last) is nn.Sequential and len(last):
             pooled, last = last[:-1](pooled), last[-1]
         pooled = self.drop(pooled)
         return pooled if pre_logits else last(pooled)
@@ -92,9 +92,9 @@ class GGAMHeadReference(GGAMHeadBase):
         """L_GGAM of log S and beta, both (N, C)."""
         if self.cam_norm == "standardized":
             centred = beta - beta.mean(1, keepdim=True)
-            deviation = centred.square().mean(1, keepdim=True).sqrt()
             flat = (centred == 0).all(1, keepdim=True)
-            beta = centred / torch.where(flat, 1, deviation)
+            variance = centred.square().mean(1, keepdim=True)
+            beta = centred / torch.where(flat, 1, variance).sqrt()
         beta = beta / self.cam_temperature
         log_q = F.log_softmax(beta, 1) if self.cam_norm == "softmax" else F.logsigmoid(beta)
         s, q = log_s.exp(), log_q.exp()

@@ -19,8 +19,8 @@ def spatial_norm(u: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     if norm == "sigmoid":
         return torch.sigmoid(u), total
     empty = (total == 0).unsqueeze(-1)
-    safe = torch.where(empty, 1.0, total.unsqueeze(-1))
-    return torch.where(empty, 1.0 / u.shape[-1], u / safe), total
+    safe = total.unsqueeze(-1).masked_fill(empty, 1.0)
+    return (u / safe).masked_fill(empty, 1.0 / u.shape[-1]), total
 
 
 def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor:
@@ -31,7 +31,7 @@ def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor
     if norm == "softmax":
         return t * centred
     empty = (total == 0).unsqueeze(-1)
-    return torch.where(empty, 0.0, centred / torch.where(empty, 1.0, total.unsqueeze(-1)))
+    return (centred / total.unsqueeze(-1).masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
 
 def channel_mlp(
@@ -47,10 +47,19 @@ def rows_times(rows: Tensor, matrix: Tensor, addend: Tensor | None = None) -> Te
     """addend + rows @ matrix, for (N, R, K) and (N, K, M).
 
     Rows times a matrix, as torch on a CPU is much slower with a matrix times columns; and by baddbmm, as
-    Inductor turns a CPU's bmm of one row into a loop that walks down the columns."""
+    Inductor turns a CPU's bmm of one row into a loop that walks down the columns.  For a GPU Inductor would
+    write A in float32 for a call of baddbmm: there a sum takes the conversion in."""
+    if torch.compiler.is_compiling() and rows.device.type != "cpu":
+        return rows_times_by_sum(rows, matrix, addend)
     if addend is None:
         return torch.baddbmm(rows.new_zeros(()), rows, matrix, beta=0)
     return torch.baddbmm(addend, rows, matrix)
+
+
+def rows_times_by_sum(rows: Tensor, matrix: Tensor, addend: Tensor | None = None) -> Tensor:
+    """The same as a sum over K."""
+    found = (rows.unsqueeze(-1) * matrix.unsqueeze(1)).sum(2)
+    return found if addend is None else addend + found
 
 
 class Stages:
@@ -198,7 +207,7 @@ class Stages:
         else:
             da = torch.addcmul(constant.unsqueeze(c), x, t.unsqueeze(l))
         if du is not None:
-            da.addcmul_(s.unsqueeze(c), du.unsqueeze(l))
+            da = torch.addcmul(da, s.unsqueeze(c), du.unsqueeze(l))
         if channels_last:
             da = da.transpose(1, 2)
         return da.expand(features.shape).to(features.dtype)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ggam_fast import GGAMHead
 from ggam_fast.classifier import closed_form_layers, run, scores, scores_by_autograd
@@ -61,7 +61,7 @@ def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -
         torch.testing.assert_close(a, b)
 
     seed = torch.randn_like(expected)
-    v = found.pull_back(seed)
+    (v,), _ = found.pull_back(seed.unsqueeze(0))
     (gradient,) = torch.autograd.grad(expected, x, seed, create_graph=True)
     assert relative_error(v, gradient) < 1e-12
     if v.requires_grad and name != "chain":
@@ -74,13 +74,36 @@ def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_the_parameters(name: str, training: bool, device: torch.device) -> None:
+    """Of the last of two gradients that go back together."""
+    module = shaken(LAYERS[name]()).to(device).train(training)
+    layers = closed_form_layers(module, nn.Dropout(0.0))
+    assert layers is not None
+    x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
+    found = scores(layers, x, detach=True)
+    seeds = torch.randn(2, *found.logits.shape, dtype=torch.float64, device=device)
+    _, gradients = found.pull_back(seeds)
+    held: dict[Tensor, Tensor] = {}
+    for weight, bias, left, right, product in gradients:
+        both = (left.t() @ right, left.sum(0)) if product else (left, right)
+        held.update((p, g) for p, g in zip((weight, bias), both, strict=True) if p is not None)
+    parameters = list(module.parameters())
+    assert held.keys() == set(parameters)
+    if parameters:
+        expected = torch.autograd.grad(found.logits, parameters, seeds[-1])
+        for p, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(held[p], gradient, rtol=1e-10, atol=1e-12)
+
+
 def test_detached_v_carries_no_graph(device: torch.device) -> None:
     layers = closed_form_layers(shaken(LAYERS["chain"]()).to(device), nn.Dropout(0.0))
     assert layers is not None
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
     result = scores(layers, x, detach=True)
     assert result.logits.requires_grad
-    assert not result.pull_back(torch.randn_like(result.logits)).requires_grad
+    assert not result.pull_back(torch.randn_like(result.logits).unsqueeze(0))[0].requires_grad
 
 
 def test_run_is_scores_without_pullbacks(device: torch.device) -> None:
@@ -112,7 +135,7 @@ def test_any_module_by_autograd(detach: bool, device: torch.device) -> None:
     module.register_forward_hook(lambda *_: calls.append(1))
     result = scores_by_autograd(module, x, detach)
     seed = torch.randn_like(result.logits)
-    v = result.pull_back(seed)
+    (v,), _ = result.pull_back(seed.unsqueeze(0))
     assert len(calls) == 1
     assert v.requires_grad == (not detach)
     assert relative_error(v, torch.autograd.grad(module(x), x, seed)[0]) < 1e-12

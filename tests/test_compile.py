@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ggam_fast import GGAMHead, GGAMLoss, presets
+from ggam_fast import GGAMHead, GGAMLoss, functional, presets
 from tests.parity import relative_error
 
 C, K, N, SIZE = 32, 6, 4, 5
@@ -135,6 +135,31 @@ def test_autocast(where: str, cam_detach: bool, device: torch.device) -> None:
     else:
         assert_same(gradients(under_autocast(compiled(plain))), exact, 2e-2)
     assert_same(gradients(under_autocast(plain)), exact)
+
+
+def test_export_of_a_custom_classifier_with_a_target_is_refused(device: torch.device) -> None:
+    head = GGAMHead(C, K, classifier=nn.Sequential(nn.Linear(C, K), nn.Tanh())).to(device).eval()
+    inputs = torch.rand(N, C, SIZE, SIZE, device=device), torch.randint(K, (N,), device=device)
+    with pytest.raises(Exception, match="export the head without target"):
+        torch.export.export(head, inputs, strict=False)
+
+
+def test_second_derivatives_of_the_contractions(device: torch.device) -> None:
+    """Dynamo gives zeros for those of an autograd Function."""
+    a, w = torch.randn(2, 4, 9, device=device), torch.rand(2, 9, device=device)
+
+    def penalty(x: Tensor) -> Tensor:
+        def score(y: Tensor) -> Tensor:
+            s = functional.spatial_sum(y, w, input_fmt="NLC", backend="torch")
+            return functional.channel_sum(y, s, input_fmt="NLC", backend="torch").pow(3).sum()
+
+        return torch.func.grad(score)(x).square().sum()
+
+    a = a.transpose(1, 2).contiguous()
+    expected = torch.func.grad(penalty)(a)
+    assert expected.norm() > 0
+    found = torch.compile(torch.func.grad(penalty), fullgraph=True, backend="aot_eager")(a)
+    assert relative_error(found, expected) < 1e-5
 
 
 def test_soft_targets_and_inference(device: torch.device) -> None:

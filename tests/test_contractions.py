@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from ggam_fast import functional
+from ggam_fast.stages import rows_times, rows_times_by_sum
 from tests.parity import relative_error
 
 EQUATIONS = {"channel_sum": "nchw,nc->nhw", "spatial_sum": "nchw,nhw->nc"}
@@ -148,3 +149,12 @@ def test_gradients_under_autocast_stay_float32(name: str, device: torch.device) 
             first = torch.autograd.grad(y, (x, weights), create_graph=True)
             results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, weights))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rows_times_in_both_forms(device: torch.device) -> None:
+    """As a product, and as the sum that a GPU's compiler gets."""
+    rows, matrix, addend = (torch.randn(shape).to(device) for shape in ((3, 2, 5), (3, 5, 7), (3, 2, 7)))
+    for extra in (None, addend):
+        expected = torch.matmul(rows.double(), matrix.double()) + (0 if extra is None else extra.double())
+        for form in (rows_times, rows_times_by_sum):
+            torch.testing.assert_close(form(rows, matrix, extra).double(), expected, rtol=1e-5, atol=1e-5)

@@ -60,6 +60,8 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"in_features": 16.0}, TypeError, r"in_features must be an int; got 16.0"),
     ({"num_classes": -1}, ValueError, r"num_classes must be at least 0; got -1"),
     ({"num_classes": True}, TypeError, r"num_classes must be an int; got True"),
+    ({"cam_detach": "no"}, TypeError, r"cam_detach must be True or False; got 'no'"),
+    ({"act_layer": None}, TypeError, r"act_layer must make a layer when called; got None"),
 ]
 
 
@@ -209,6 +211,16 @@ WEIGHTS = {
     "fc2_bias": torch.rand(C),
 }
 FUNCTIONAL: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: functional.ggam_attention(GOOD, **{**WEIGHTS, "fc1_weight": [1.0]}),
+        TypeError,
+        r"fc1_weight must be a floating-point tensor \(C/r, C\); got list",
+    ),
+    (
+        lambda: functional.ggam_attention(GOOD, **{**WEIGHTS, "fc1_weight": torch.rand(0, C)}),
+        ValueError,
+        r"fc1_weight must have at least one row; got shape \(0, 16\)",
+    ),
     (
         lambda: functional.channel_sum(GOOD, S[:1]),
         ValueError,

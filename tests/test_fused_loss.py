@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
 from ggam_fast.functional import fused_ggam_loss
@@ -119,6 +121,44 @@ def test_nothing_of_the_features_size_is_saved_but_the_features(device: torch.de
         fused_ggam_loss(head, x, target)
     large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
     assert large == {x.data_ptr()}
+
+
+VIEWS = ("view", "t", "transpose", "expand", "unsqueeze", "squeeze", "select", "slice", "detach", "unbind",
+         "_unsafe_view")  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """How many operations reach the device, views apart."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="")
+def test_a_step_has_fewer_operations_than_the_references(device: torch.device) -> None:
+    """Where the map is small, what a step costs is how many operations it takes."""
+    head, reference = parity.pair(device=device, dtype=torch.float32)
+    head.backend = "triton"
+    x, target = parity.features(device, torch.float32).requires_grad_(), parity.hard_target(device)
+    with Operations() as ours:
+        fused_ggam_loss(head, x, target).loss.backward()
+    with Operations() as theirs:
+        GGAMLoss()(reference(x, target), target).backward()
+    assert ours.count < 0.8 * theirs.count, (ours.count, theirs.count)
+
+
+def test_under_activation_checkpointing(device: torch.device) -> None:
+    """Non-reentrant checkpointing lets what is saved be unpacked once."""
+    head, _ = parity.pair(device=device)
+    x, target = parity.features(device).requires_grad_(), parity.hard_target(device)
+    before = state(head)
+    (expected,) = torch.autograd.grad(fused_ggam_loss(head, x, target).loss, x)
+    head.load_state_dict(before)
+    loss = checkpoint(lambda x: fused_ggam_loss(head, x, target).loss, x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
 
 
 def test_without_gradients_and_for_an_empty_batch(device: torch.device) -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ggam_fast.head
@@ -486,6 +488,48 @@ def test_hooks_on_the_classifier_run(device: torch.device) -> None:
         assert_parity(out, expected, 1e-10)
         out.logits.sum().backward()
         assert seen, name
+
+
+def test_a_hook_on_the_classifier_leaves_dropout_where_it_was(device: torch.device) -> None:
+    head = GGAMHead(C, K, hidden_size=10, drop_rate=0.5, device=device, dtype=torch.float64)
+    x, seen = features(device), []  # type: ignore[var-annotated]
+
+    def results() -> list[Tensor]:
+        found = []
+        for pre_logits in (True, False):
+            torch.manual_seed(0)
+            found.append(head(x, pre_logits=pre_logits))
+        return found
+
+    expected = results()
+    head.classifier.register_forward_hook(lambda *_: seen.append(1))
+    assert_close(results(), expected)
+    assert seen == [1]
+    assert not any(layer._forward_pre_hooks for layer in head.classifier.modules())
+
+
+def test_a_channel_mlp_that_would_have_to_be_called_is_refused(device: torch.device) -> None:
+    """Its weights are read: what hooks or another forward do would be lost, silently."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    pruned, replaced = (GGAMHead(C, K, rd_channels=4, device=device) for _ in range(2))
+    prune.random_unstructured(pruned.fc1, "weight", 0.5)
+    replaced.fc2 = Doubled(4, C, device=device)
+    x = features(device, torch.float32)
+    with pytest.raises(TypeError, match=r"fc1 must be a plain nn.Linear.*got Linear with hooks"):
+        pruned(x)
+    with pytest.raises(TypeError, match=r"fc2 must be a plain nn.Linear.*got Doubled"):
+        replaced(x)
+
+
+def test_a_classifier_set_by_hand_can_be_reset(device: torch.device) -> None:
+    head = GGAMHead(C, K, hidden_size=10, device=device)
+    head.classifier = nn.Linear(C, K, device=device)
+    head.reset(K + 1)
+    assert head(features(device, torch.float32)).shape[1] == K + 1
 
 
 def test_frozen_features_train_the_parameters(device: torch.device) -> None:

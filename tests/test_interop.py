@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ggam_fast import GGAMHead, GGAMLoss
 from ggam_fast.classifier import closed_form_layers
+from ggam_fast.functional import ggam_attention
 from tests.parity import C, K, N, assert_parity, combine, features, gradients, hard_target, pair
 
 
@@ -69,6 +70,31 @@ def test_copies(how: str, device: torch.device, tmp_path: Path) -> None:
     with torch.no_grad():
         twin.fc1.weight.zero_()
     assert head.fc1.weight.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("pool_type", ["avg", "max"])
+def test_gradients_of_single_images_by_vmap(pool_type: str, device: torch.device) -> None:
+    head = GGAMHead(C, K, pool_type=pool_type, hidden_size=0, device=device, dtype=torch.float64)
+    x, target = features(device), hard_target(device)
+
+    def loss(image: Tensor, label: Tensor) -> Tensor:
+        image, label = image.unsqueeze(0), label.unsqueeze(0)
+        return GGAMLoss()(head(image, label), label)
+
+    found = torch.func.vmap(torch.func.grad(loss))(x, target)
+    expected = torch.stack([torch.func.grad(loss)(*pair) for pair in zip(x, target, strict=True)])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("pool_type", ["avg", "max", "flatten", ""])
+def test_vectorised_jacobian(pool_type: str, device: torch.device) -> None:
+    x = features(device)[:1, :3, :2]
+
+    def attention(z: Tensor) -> Tensor:
+        return ggam_attention(z, attention="spatial", pool_type=pool_type).spatial_attention
+
+    found, expected = (torch.autograd.functional.jacobian(attention, x, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(found, expected)
 
 
 def test_sync_batch_norm_goes_through_autograd(device: torch.device) -> None:

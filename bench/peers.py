@@ -5,7 +5,7 @@
     compiled_max_autotune     mode "max-autotune-no-cudagraphs"
     compiled_reduce_overhead  mode "reduce-overhead": CUDA graphs, which copy A into a buffer of theirs first;
                               replays without that copy are the "graph" timings of the two above
-    compiled_closed_form      this library's closed form in plain torch (backend="torch") under torch.compile
+    compiled_closed_form      `fused` with the stages in plain torch (backend="torch") under torch.compile
     fused                     this library: `fused_ggam_loss` for the step, the head for the rest
     fused_modular             the head, then `GGAMLoss`
     fused_compiled            `fused` inside torch.compile(fullgraph=True)
@@ -151,7 +151,7 @@ def guided_loss(head: GGAMHead, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _loss(provider: str, head: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    if provider in ("fused", "fused_compiled"):
+    if provider in ("fused", "fused_compiled", "compiled_closed_form"):
         return lambda x, y: guided_loss(head, x, y)
     criterion = GGAMLoss(GUIDANCE_WEIGHT)
     return lambda x, y: criterion(head(x, y), y)

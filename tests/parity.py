@@ -56,11 +56,12 @@ def pair(
         kind(*(args or (C, K)), **options, **({"classifier": build()} if build else {}))
         for kind in (GGAMHead, GGAMHeadReference)
     ]
-    head, reference = (h.to(device, dtype) for h in heads)
+    head, reference = (h.to(dtype) for h in heads)
     with torch.no_grad():
         for p in head.parameters():
             p.add_(torch.randn_like(p) * 0.3)
     reference.load_state_dict(head.state_dict())
+    head, reference = head.to(device), reference.to(device)
     head.backend = backend
     return head, reference  # type: ignore[return-value]
 
@@ -70,7 +71,8 @@ def features(
 ) -> Tensor:
     """(N, C, H, W) features as a ReLU would leave them, in one of the memory layouts."""
     shape = {"sliced": (n, C, H + 1, W), "transposed": (n, C, W, H)}.get(layout, (n, C, H, W))
-    x = torch.randn(shape, device=device, dtype=dtype).relu_().mul_(2)
+    # Drawn on the CPU, for the same numbers on every device.
+    x = torch.randn(shape, dtype=torch.float64).to(device, dtype).relu_().mul_(2)
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
@@ -86,11 +88,11 @@ def as_format(x: Tensor, input_fmt: str) -> Tensor:
 
 
 def soft_target(device: torch.device, n: int = N, k: int = K) -> Tensor:
-    return torch.rand(n, k, device=device, dtype=torch.float64).softmax(1)
+    return torch.rand(n, k, dtype=torch.float64).softmax(1).to(device)
 
 
 def hard_target(device: torch.device, n: int = N, k: int = K) -> Tensor:
-    return torch.randint(k, (n,), device=device)
+    return torch.randint(k, (n,)).to(device)
 
 
 def combine(out: GGAMOutput | Tensor, seed: int = 0) -> Tensor:

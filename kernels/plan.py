@@ -53,8 +53,11 @@ LARGEST_GROUP = 16
 """Images of a group at most: a task of the channel MLP goes through them one after another."""
 
 TILE_ELEMENTS = 4096
-"""Of a fused kernel's tile of A: 32 float32 accumulators for each of 128 threads.  Half of it where two are
-kept: of a pair of gradients; of a maximum and its place."""
+"""Of a fused kernel's tile of A at most: 32 float32 accumulators for each of 128 threads.  Half of it where two
+are kept: of a pair of gradients; of a maximum and its place."""
+
+TILE_BYTES = 8192
+"""Of a fused kernel's tile of A at most: four 16-byte loads for each of 128 threads."""
 
 TASK_BYTES = 65536
 """A task's tiles of A, with their padding: 50 KB of a 14 x 14 map.  One phase of 32 images of 2,048 channels
@@ -75,7 +78,7 @@ LINE_BYTES = 128
 
 LONG_BLOCK = 512
 """Positions of a tile of a map that has more than MAP_BLOCK: their weights are copied beside it.  With 256,
-513 x 1025 in float32 spills."""
+513 x 1025 in float32 spills (Triton 3.6)."""
 
 OCCUPANCY = ((9, (3, 168)), (None, (2, 255)))
 """(largest major compute capability, (programs of 128 threads on each multiprocessor, the registers that this
@@ -153,7 +156,7 @@ def schedule(
     image_bytes = channels * positions * itemsize
     if image_bytes > GROUP_BYTES:
         return None
-    elements = TILE_ELEMENTS // accumulators
+    elements = min(TILE_ELEMENTS // accumulators, TILE_BYTES // itemsize)
     if layout == POSITIONS_FIRST:
         block_l = max(_power_of_2(positions), 16) if positions <= MAP_BLOCK else LONG_BLOCK
         block_c = elements // block_l

@@ -95,7 +95,10 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
     assert group * channels * positions * itemsize <= plan.GROUP_BYTES
     assert (group == plan.LARGEST_GROUP) or (group + 1) * channels * positions * itemsize > plan.GROUP_BYTES
     assert task_c % tile.block_c == 0
-    assert tile.block_c * tile.block_l * accumulators == plan.TILE_ELEMENTS
+    elements = tile.block_c * tile.block_l
+    assert elements * accumulators == plan.TILE_ELEMENTS or elements * itemsize == plan.TILE_BYTES
+    assert elements * accumulators <= plan.TILE_ELEMENTS
+    assert elements * itemsize <= plan.TILE_BYTES
     assert (stages - 1) * tile.block_c * tile.block_l * itemsize == plan.COPY_BYTES
     if layout == plan.POSITIONS_FIRST:
         assert tile.block_l in (16, plan.LONG_BLOCK) or tile.block_l // 2 < positions <= tile.block_l

@@ -32,8 +32,8 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# (C, L, channels-last): ResNet-50 at 448 and VGG-16 in both layouts, EfficientNet, ViT-L tokens, maps of 16x16
-# and of 56x56
+# (C, L, channels-last): ResNet-50 at 448 and VGG-16 in both layouts, EfficientNet, ViT-L tokens, maps of
+# 16x16 and of 56x56
 SHAPES = [
     (2048, 196, False),
     (2048, 196, True),

@@ -53,8 +53,8 @@ LARGEST_GROUP = 16
 """Images of a group at most: a task of the channel MLP goes through them one after another."""
 
 TILE_ELEMENTS = 4096
-"""Of a fused kernel's tile of A at most: 32 float32 accumulators for each of 128 threads.  Half of it where two
-are kept: of a pair of gradients; of a maximum and its place."""
+"""Of a fused kernel's tile of A at most: 32 float32 accumulators for each of 128 threads.  Half of it where
+two are kept: of a pair of gradients; of a maximum and its place."""
 
 TILE_BYTES = 8192
 """Of a fused kernel's tile of A at most: four 16-byte loads for each of 128 threads."""

@@ -12,7 +12,7 @@
 #
 # Rows and logs are in DIR as soon as they are written.  DIR holds at most 8 files and 16 MB. A copy without its
 # history takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/: "-k max_autotune", say, for
-# what the budget left out.
+# what the budget left out; such rows are added to those in DIR.
 set -u
 usage="usage: bench/gpu.sh DIR [parity] [bench] [counters] [sanitizer] [first_call]"
 out=${1:?$usage}
@@ -35,13 +35,15 @@ step() {
     local section=$1 limit=$2 name=$3 began=$SECONDS status=0
     shift 3
     printf '\n== %s\n' "$name" | tee -a "$out/$section.log"
+    local before
+    before=$(wc -l <"$out/$section.log")
     timeout -k 10 "$limit" "$@" >>"$out/$section.log" 2>&1 || status=$?
+    tail -n "+$((before + 1))" "$out/$section.log" | tail -n 40
     tail -c 1500000 "$out/$section.log" >"$scratch/log" && cp "$scratch/log" "$out/$section.log"
-    tail -n 40 "$scratch/log"
     local word=ok
     case $status in
         0) ;;
-        3) word=MISSING ;; # a tool or a device that is not here
+        3) [[ "$*" == *pytest* ]] && word="FAILED (3)" || word=MISSING ;; # a tool or a device is not here
         124 | 137) word="OUT OF TIME" ;;
         *) word="FAILED ($status)" ;;
     esac
@@ -55,16 +57,17 @@ parity() {
     local tests=("$python" -m pytest -q -p no:cacheprovider)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
     step parity 160 kernels "${tests[@]}" tests/test_ops.py tests/kernels
-    step parity 150 head "${tests[@]}" tests/test_head.py tests/test_contractions.py tests/test_fused_loss.py
+    step parity 150 head "${tests[@]}" tests/test_{head,contractions,fused_loss,classifier,interop}.py
     step parity 90 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
     step parity 30 "the measuring itself" "${tests[@]}" tests/bench/test_parity_gate.py tests/bench/test_tools.py
     step parity 120 compile "${tests[@]}" tests/test_compile.py
 }
 
 bench() {
-    rm -f "$out"/*-torch*.csv
-    # shellcheck disable=SC2086  # several words
-    step bench 560 suite "$python" -m pytest -q -p no:cacheprovider bench/ --results "$out" ${BENCH_ARGS:-}
+    local extra
+    eval "extra=(${BENCH_ARGS:-})"
+    [ -n "${BENCH_ARGS:-}" ] || rm -f "$out"/*-torch*.csv
+    step bench 560 suite "$python" -m pytest -q -p no:cacheprovider bench/ --results "$out" "${extra[@]}"
 }
 
 counters() {

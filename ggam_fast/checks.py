@@ -190,17 +190,16 @@ def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or value.is_meta:
         return value
     in_range = (value.clamp(0, num_classes - 1) == value).all()
-    if value.device.type == "cpu" or os.environ.get("GGAM_FAST_CHECKS") == "1":
-        try:
-            out_of_range = not in_range
-        except RuntimeError:  # under vmap or a tracer there is no value to look at
-            return value
-        if out_of_range:
-            raise ValueError(
-                f"target must be in [0, {num_classes}); got {int(value.min())} to {int(value.max())}"
-            )
-    elif value.device.type == "cuda":
-        torch._assert_async(in_range, f"target must be in [0, {num_classes})")
+    at_once = value.device.type == "cpu" or os.environ.get("GGAM_FAST_CHECKS") == "1"
+    expected = f"target must be in [0, {num_classes})"
+    try:
+        if value.device.type == "cuda" and not at_once:
+            torch._assert_async(in_range, expected)
+        refused = at_once and not in_range
+    except RuntimeError:  # under vmap and in a tracer there is no value to look at
+        return value
+    if refused:
+        raise ValueError(f"{expected}; got {int(value.min())} to {int(value.max())}")
     return value
 
 

@@ -32,7 +32,8 @@ class LayerGradient(NamedTuple):
 
 
 Pullback = Callable[[Tensor], tuple[Tensor, list[LayerGradient]]]
-"""From R gradients of the output (R, ...) to those of the input, and for the last of them the parameters'."""
+"""From R gradients of the output (R, ...) to those of the input; with gradients disabled also to the
+parameters', for the last of them."""
 
 
 class Scores(NamedTuple):
@@ -56,8 +57,9 @@ def score_gradient(logits: Tensor, target: Tensor, cam_class: str) -> Tensor:
 
 def layers_of(classifier: nn.Module) -> list[nn.Module]:
     """The layers of a plain nn.Sequential, else the classifier as one layer."""
-    plain = type(classifier) is nn.Sequential and len(classifier) > 0
-    return list(classifier.children()) if plain else [classifier]
+    if type(classifier) is nn.Sequential and len(classifier) > 0:
+        return list(classifier)  # with all occurrences of a layer
+    return [classifier]
 
 
 def closed_form_layers(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | None:
@@ -211,7 +213,12 @@ def _relu(layer: nn.ReLU, x: Tensor) -> tuple[Tensor, Pullback]:
 
 
 def _elu(layer: nn.ELU, x: Tensor) -> tuple[Tensor, Pullback]:
-    return F.elu(x, layer.alpha), lambda v: (aten.elu_backward(v, layer.alpha, 1, 1, False, x), [])
+    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+        if torch.is_grad_enabled():  # as for batch norm
+            return v * (layer.alpha * x.clamp(max=0).exp()).masked_fill(x > 0, 1.0), []
+        return aten.elu_backward(v, layer.alpha, 1, 1, False, x), []
+
+    return F.elu(x, layer.alpha), pull
 
 
 def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -224,31 +231,36 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
 
         def pull_nothing(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
             held = LayerGradient(layer.weight, layer.bias, (v[-1] * x).sum(0), v[-1].sum(0), False)
-            return v * scale, [] if gamma is None else [held]
+            return v * scale, [held]
 
         return x * scale + (0.0 if beta is None else beta), pull_nothing
     from_batch = layer.training or layer.running_mean is None
     y = _normalise(layer, x, gamma, beta, from_batch)
 
     def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
-        statistics: tuple[
-            Tensor | None, ...
-        ]  # running mean and variance, mean and 1 / deviation of the batch
         if from_batch:
-            variance, mean = torch.var_mean(x.detach(), 0, correction=0)
-            statistics = None, None, mean, torch.rsqrt(variance + layer.eps)
+            variance, mean = torch.var_mean(x, 0, correction=0)
         else:
             assert layer.running_mean is not None
             assert layer.running_var is not None
-            statistics = layer.running_mean.to(dtype), layer.running_var.to(dtype), None, None
-        wanted = [True, gamma is not None, gamma is not None]
+            mean, variance = layer.running_mean.to(dtype), layer.running_var.to(dtype)
+        scale = torch.rsqrt(variance + layer.eps)
+        if torch.is_grad_enabled():  # torch's own has no third derivative
+            v = v if gamma is None else v * gamma
+            if not from_batch:
+                return v * scale, []
+            normed = (x - mean) * scale
+            along = (v * normed).mean(-2, keepdim=True)
+            return scale * (v - v.mean(-2, keepdim=True) - normed * along), []
         pulled = [
-            aten.native_batch_norm_backward(row, x, gamma, *statistics, from_batch, layer.eps, wanted)
+            aten.native_batch_norm_backward(
+                row, x, gamma, mean, variance, mean, scale, from_batch, layer.eps, [True] * 3
+            )
             for row in v
         ]
         _, dgamma, dbeta = pulled[-1]
-        held = [] if gamma is None else [LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)]
-        return _stack([dx for dx, _, _ in pulled]), held
+        held = LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)
+        return _stack([dx for dx, _, _ in pulled]), [held]
 
     return y, pull
 

@@ -26,7 +26,6 @@ from .attention import (
     Options,
     attend,
     features_grad,
-    like_parameters,
     pull_back_to_channels,
     pull_back_to_mean,
 )
@@ -62,7 +61,11 @@ class LossTerms(NamedTuple):
 
 def _scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
     """Each tensor times the scalar, in one launch."""
-    found = iter(torch._foreach_mul([x for x in tensors if x is not None], scale))
+    given = [x for x in tensors if x is not None]
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(scale):
+        found = iter([x * scale for x in given])  # vmap has no rule for a list
+    else:
+        found = iter(torch._foreach_mul(given, scale) if given else ())
     return [None if x is None else next(found) for x in tensors]
 
 
@@ -90,8 +93,10 @@ class HeldGradient(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[2:9], *inputs[13:])
+        flat = inputs[13:]
+        ctx.save_for_backward(*inputs[2:9], *flat[2::4], *flat[3::4])
         ctx.options, ctx.backend, ctx.products = Options(*inputs[10]), *inputs[11:13]
+        ctx.types = [None if p is None else p.dtype for p in (*flat[0::4], *flat[1::4])]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,31 +105,29 @@ class HeldGradient(Function):
                 "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad ask for "
                 "more: use GGAMLoss()(head(features, target), target)"
             )
-        features, first, channel, grad_map, grad_mean, spatial, peak_index, *flat = ctx.saved_tensors
-        layers = [
-            LayerGradient(weight, bias, left, right, product)
-            for weight, bias, left, right, product in zip(
-                flat[0::4], flat[1::4], flat[2::4], flat[3::4], ctx.products, strict=True
-            )
-        ]
+        features, first, channel, grad_map, grad_mean, spatial, peak_index, *rows = ctx.saved_tensors
+        count = len(ctx.products)
+        lefts, rights = rows[:count], rows[count:]
         # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
         _ = features.stride()
         da = None
-        grads: list[Tensor | None] = []
         with full_precision(features):
-            lefts = [layer.left for layer in layers]
-            rights = [None if layer.product else layer.right for layer in layers]
-            first_grad, channel_grad, mean_grad, *scaled = _scaled(
-                [first, channel, grad_mean, *lefts, *rights], grad
-            )
             if ctx.needs_input_grad[2]:
-                factors = Factors(first, first_grad, channel_grad, grad_map, mean_grad, None, None)
+                x, du, mean = _scaled([first, grad_map, grad_mean], grad)
+                factors = Factors(first, x, channel, du, mean, None, None)
                 da = features_grad(
                     get_stages(ctx.backend), features, ctx.options, spatial, peak_index, factors
                 )
-            for layer, left, right in zip(layers, scaled, scaled[len(layers) :], strict=False):
-                found = [left.t() @ layer.right, left.sum(0)] if right is None else [left, right]
-                grads += [*like_parameters(found, layer[:2]), None, None]
+                del x, du, mean, factors  # before there are the parameters' gradients
+            scaled = _scaled([*lefts, *(r for r, p in zip(rights, ctx.products, strict=True) if not p)], grad)
+            biases = iter(scaled[count:])
+            grads: list[Tensor | None] = []
+            for i, product in enumerate(ctx.products):
+                left, scaled[i] = scaled[i], None
+                both = (left.t() @ rights[i], left.sum(0)) if product else (left, next(biases))
+                for gradient, dtype in zip(both, (ctx.types[i], ctx.types[count + i]), strict=True):
+                    grads.append(None if dtype is None else gradient.to(dtype))
+                grads += [None, None]
         return grad, None, da, *[None] * 10, *grads
 
 
@@ -174,10 +177,11 @@ def fused_loss(
                 LayerGradient(mlp.fc1_weight, mlp.fc1_bias, f.grad_hidden, attended.mean, True),
                 LayerGradient(mlp.fc2_weight, mlp.fc2_bias, f.grad_logits, attended.hidden, True),
             ]
-    # The guidance has no graph here: the classifier's own gradient is that of the cross entropy.
+    # The guidance has no graph here: the classifier's own gradient is that of the cross entropy.  `first` is
+    # copied, as it would keep v's in memory, beside which it lies.
     loss = HeldGradient.apply(
-        entropy, guidance, features, f.first, f.channel, f.grad_map, f.grad_mean, attended.spatial,
+        entropy, guidance, features, f.first.clone(), f.channel, f.grad_map, f.grad_mean, attended.spatial,
         attended.peak_index, terms.guidance_weight, tuple(options), backend,
         tuple(layer.product for layer in layers), *(x for layer in layers for x in layer[:4]),
     )  # fmt: skip
-    return FusedLoss(loss, GGAMOutput(scores.logits.detach(), s, attended.spatial, beta, guidance))
+    return FusedLoss(loss, GGAMOutput(scores.logits.detach(), log_s.exp(), attended.spatial, beta, guidance))

@@ -1,5 +1,7 @@
 """GGAMHead: the paper's attention and classifier, with Grad-CAM guidance, as one drop-in module."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -141,11 +143,13 @@ class GGAMHead(GGAMHeadBase):
         mlp = ChannelMLP(None, None, None, None)
         if options.uses_channel:
             for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
-                if type(layer).forward is not nn.Linear.forward or hooked(layer):
+                own_forward = type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__
+                by_hook = bool(layer._forward_pre_hooks) and "weight" not in layer._parameters
+                if own_forward or by_hook:
                     raise TypeError(
                         f"{name} must be a plain nn.Linear, as its weight and bias are read and it is not "
-                        f"called: hooks (pruning, spectral_norm) or another forward would not run; "
-                        f"got {type(layer).__name__}{' with hooks' if hooked(layer) else ''}"
+                        f"called; got {type(layer).__name__} with "
+                        f"{'a weight that a hook computes (pruning)' if by_hook else 'a forward of its own'}"
                     )
             mlp = ChannelMLP(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
@@ -168,21 +172,15 @@ class GGAMHead(GGAMHeadBase):
             x = x.to(parameter.dtype)
         *body, last = layers_of(self.classifier)
         if body and not pre_logits and hooked(self.classifier):
-            return self._call_classifier(x, last)
+            classifier = self.classifier
+            if self.drop.training and self.drop.p:
+                classifier = copy.copy(classifier)  # the same hooks, around one layer more
+                classifier._modules = {str(i): m for i, m in enumerate((*body, self.drop, last))}
+            return classifier(x)
         for layer in body:
             x = layer(x)
         x = self.drop(x)
         return x if pre_logits else last(x)
-
-    def _call_classifier(self, x: Tensor, last: nn.Module) -> Tensor:
-        """An nn.Sequential whose own hooks must run, dropout before its last layer all the same."""
-        if not (self.drop.training and self.drop.p):
-            return self.classifier(x)
-        handle = last.register_forward_pre_hook(lambda _, inputs: self.drop(*inputs))
-        try:
-            return self.classifier(x)
-        finally:
-            handle.remove()
 
     def _score(self, pooled: Tensor, spatial_shape: tuple[int, ...], detach: bool) -> Scores:
         """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""

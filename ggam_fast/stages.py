@@ -206,6 +206,7 @@ class Stages:
             da = constant.unsqueeze(c) + x
         else:
             da = torch.addcmul(constant.unsqueeze(c), x, t.unsqueeze(l))
+            del x  # so that no third map is held
         if du is not None:
             da = torch.addcmul(da, s.unsqueeze(c), du.unsqueeze(l))
         if channels_last:

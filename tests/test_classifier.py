@@ -12,6 +12,17 @@ from ggam_fast.classifier import closed_form_layers, run, scores, scores_by_auto
 from tests.parity import C, K, N, features, hard_target, relative_error
 
 WIDTH = 7
+
+
+def without_weight(layer: nn.BatchNorm1d) -> nn.BatchNorm1d:
+    layer.weight = None  # type: ignore[assignment]
+    return layer
+
+
+def with_one_activation(act: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 5), act, nn.Linear(5, 4), act, nn.Linear(4, 3))
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(WIDTH, 3),
     "linear_without_bias": lambda: nn.Linear(WIDTH, 3, bias=False),
@@ -19,12 +30,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "batch_norm_plain": lambda: nn.BatchNorm1d(WIDTH, affine=False),
     "batch_norm_untracked": lambda: nn.BatchNorm1d(WIDTH, track_running_stats=False),
     "batch_norm_cumulative": lambda: nn.BatchNorm1d(WIDTH, momentum=None),
+    "batch_norm_bias_alone": lambda: without_weight(nn.BatchNorm1d(WIDTH)),
     "elu": lambda: nn.ELU(alpha=0.7),
     "elu_in_place": lambda: nn.ELU(inplace=True),
     "relu": nn.ReLU,
     "relu_in_place": lambda: nn.ReLU(inplace=True),
     "dropout": lambda: nn.Dropout(0.4),
     "identity": nn.Identity,
+    "repeated": lambda: with_one_activation(nn.ReLU()),
     "chain": lambda: nn.Sequential(
         nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 5), nn.ReLU(), nn.Dropout(0.3), nn.BatchNorm1d(5), nn.ELU(),
         nn.Linear(5, 3),
@@ -64,7 +77,7 @@ def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -
     (v,), _ = found.pull_back(seed.unsqueeze(0))
     (gradient,) = torch.autograd.grad(expected, x, seed, create_graph=True)
     assert relative_error(v, gradient) < 1e-12
-    if v.requires_grad and name != "chain":
+    if v.requires_grad and name not in ("chain", "repeated"):
         parameters = [x, *ours.parameters()], [x, *theirs.parameters()]
         again = [
             torch.autograd.grad(g.sin().sum(), inputs, allow_unused=True, materialize_grads=True)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from bench import timing
 from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
 from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.reference import GGAMHeadReference
+from ggam_fast.stages import Stages
 from tests import parity
 
 OPTIONS = {
@@ -148,6 +150,31 @@ def test_a_step_has_fewer_operations_than_the_references(device: torch.device) -
     with Operations() as theirs:
         GGAMLoss()(reference(x, target), target).backward()
     assert ours.count < 0.8 * theirs.count, (ours.count, theirs.count)
+
+
+def test_a_step_holds_less_than_a_tenth_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond A, dA, the parameters and their gradients; without what torch operations make of A's size where
+    kernels make nothing."""
+    small = {
+        "channel_sum": lambda self, a, w: w.new_zeros(a.shape[0], a.shape[2]),
+        "spatial_sum": lambda self, a, w=None, scale=1.0: torch.rand(a.shape[:2]),
+        "attention_backward": lambda self, a, v, *_: (v.new_zeros(*v.shape[:2], a.shape[2]), v + 0),
+        "features_grad": lambda self, a, *_: torch.empty_like(a),
+    }
+    for name, stage in small.items():
+        monkeypatch.setattr(Stages, name, stage)
+    head = GGAMHead(2048, 200)
+    x = torch.randn(32, 2048, 14, 14, dtype=torch.bfloat16).requires_grad_()
+    target = torch.randint(200, (32,))
+
+    def step() -> None:
+        fused_ggam_loss(head, x, target).loss.backward()
+
+    step()
+    gradients = sum(t.grad.nbytes for t in (x, *head.parameters()) if t.grad is not None)
+    x.grad = None
+    head.zero_grad()
+    assert timing.peak_bytes(lambda _: step()) - gradients < 0.1 * x.nbytes
 
 
 def test_under_activation_checkpointing(device: torch.device) -> None:

@@ -72,9 +72,11 @@ def test_copies(how: str, device: torch.device, tmp_path: Path) -> None:
     assert head.fc1.weight.count_nonzero() > 0
 
 
+@pytest.mark.parametrize("hidden_size", [0, 8])
 @pytest.mark.parametrize("pool_type", ["avg", "max"])
-def test_gradients_of_single_images_by_vmap(pool_type: str, device: torch.device) -> None:
-    head = GGAMHead(C, K, pool_type=pool_type, hidden_size=0, device=device, dtype=torch.float64)
+def test_gradients_of_single_images_by_vmap(pool_type: str, hidden_size: int, device: torch.device) -> None:
+    head = GGAMHead(C, K, pool_type=pool_type, hidden_size=hidden_size, device=device, dtype=torch.float64)
+    head.eval()
     x, target = features(device), hard_target(device)
 
     def loss(image: Tensor, label: Tensor) -> Tensor:

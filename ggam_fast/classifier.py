@@ -252,15 +252,18 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
             normed = (x - mean) * scale
             along = (v * normed).mean(-2, keepdim=True)
             return scale * (v - v.mean(-2, keepdim=True) - normed * along), []
+        affine = gamma is not None or beta is not None
+        # Without a weight CUDA gives no bias gradient either.
+        weight = torch.ones_like(mean) if affine and gamma is None else gamma
         pulled = [
             aten.native_batch_norm_backward(
-                row, x, gamma, mean, variance, mean, scale, from_batch, layer.eps, [True] * 3
+                row, x, weight, mean, variance, mean, scale, from_batch, layer.eps, [True, affine, affine]
             )
             for row in v
         ]
         _, dgamma, dbeta = pulled[-1]
         held = LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)
-        return _stack([dx for dx, _, _ in pulled]), [held]
+        return _stack([dx for dx, _, _ in pulled]), [held] if affine else []
 
     return y, pull
 

@@ -77,7 +77,7 @@ def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -
     (v,), _ = found.pull_back(seed.unsqueeze(0))
     (gradient,) = torch.autograd.grad(expected, x, seed, create_graph=True)
     assert relative_error(v, gradient) < 1e-12
-    if v.requires_grad and name not in ("chain", "repeated"):
+    if v.requires_grad and name != "chain":
         parameters = [x, *ours.parameters()], [x, *theirs.parameters()]
         again = [
             torch.autograd.grad(g.sin().sum(), inputs, allow_unused=True, materialize_grads=True)
@@ -89,15 +89,18 @@ def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_of_the_parameters(name: str, training: bool, device: torch.device) -> None:
-    """Of the last of two gradients that go back together."""
+def test_two_gradients_at_once(name: str, training: bool, device: torch.device) -> None:
+    """By torch's own backward operations: two v, and the parameters' gradients for the last of them."""
     module = shaken(LAYERS[name]()).to(device).train(training)
     layers = closed_form_layers(module, nn.Dropout(0.0))
     assert layers is not None
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
     found = scores(layers, x, detach=True)
     seeds = torch.randn(2, *found.logits.shape, dtype=torch.float64, device=device)
-    _, gradients = found.pull_back(seeds)
+    v, gradients = found.pull_back(seeds)
+    for one, seed in zip(v, seeds, strict=True):
+        (expected_v,) = torch.autograd.grad(found.logits, x, seed, retain_graph=True)
+        assert relative_error(one, expected_v) < 1e-12
     held: dict[Tensor, Tensor] = {}
     for weight, bias, left, right, product in gradients:
         both = (left.t() @ right, left.sum(0)) if product else (left, right)
@@ -108,6 +111,18 @@ def test_gradients_of_the_parameters(name: str, training: bool, device: torch.de
         expected = torch.autograd.grad(found.logits, parameters, seeds[-1])
         for p, gradient in zip(parameters, expected, strict=True):
             torch.testing.assert_close(held[p], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "elu"])
+def test_second_derivatives_of_v(name: str, device: torch.device) -> None:
+    """The third of the scores, which torch's own backward of batch norm does not have."""
+    layer = shaken(LAYERS[name]()).to(device)
+    x, seed = (torch.randn(3, WIDTH, dtype=torch.float64, device=device) for _ in range(2))
+
+    def v(z: Tensor) -> Tensor:
+        return scores([layer], z, detach=False).pull_back(seed.unsqueeze(0))[0]
+
+    assert torch.autograd.gradgradcheck(v, x.requires_grad_())
 
 
 def test_detached_v_carries_no_graph(device: torch.device) -> None:

@@ -177,6 +177,16 @@ def test_a_step_holds_less_than_a_tenth_of_the_features(monkeypatch: pytest.Monk
     assert timing.peak_bytes(lambda _: step()) - gradients < 0.1 * x.nbytes
 
 
+def test_batched_gradients(device: torch.device) -> None:
+    head, _ = parity.pair(device=device)
+    x, target = parity.features(device).requires_grad_(), parity.hard_target(device)
+    loss = fused_ggam_loss(head, x, target).loss
+    scales = torch.tensor([1.0, 3.0], dtype=loss.dtype, device=device)
+    (found,) = torch.autograd.grad(loss, x, scales, is_grads_batched=True, retain_graph=True)
+    (expected,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(found, torch.stack([expected, 3 * expected]))
+
+
 def test_under_activation_checkpointing(device: torch.device) -> None:
     """Non-reentrant checkpointing lets what is saved be unpacked once."""
     head, _ = parity.pair(device=device)

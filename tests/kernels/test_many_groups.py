@@ -1,7 +1,7 @@
 """Fused kernels over many groups of images: what a program reads, another may have stored a moment before.
 
-On a GPU all programs run at once, again and again; under the interpreter one after another (in every order in
-`test_interleaving`), where this shows that the cases are sound.
+On a GPU all programs run at once, again and again; under the interpreter one after another (in random orders
+in `test_interleaving`), where this shows that the cases are sound.
 """
 
 from typing import Any

@@ -13,6 +13,8 @@
 # Rows and logs are in DIR as soon as they are written.  DIR holds at most 8 files and 16 MB. A copy without its
 # history takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/: "-k max_autotune", say, for
 # what the budget left out; such rows are added to those in DIR.
+# With PyTorch's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 the small float32 products of two-byte cases may be TF32, for
+# all providers (parity refuses the float32 cases): rows for another DIR.
 set -u
 usage="usage: bench/gpu.sh DIR [parity] [bench] [counters] [sanitizer] [first_call]"
 out=${1:?$usage}

@@ -364,7 +364,8 @@ def _launch_forward(
                 batch, group, features.stride(0), out.stride(0), J=hidden_size,
                 OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
                 NORM=norm, POOL=pool, HAS_MLP=mlp is not None, FC1_C=tasks.fc1_c, FC1_J=tasks.fc1_j,
-                FC2_C=tasks.fc2_c, **_persistent(features, schedule, roomy),
+                FC2_C=tasks.fc2_c, **plan.forward_lags(mlp is not None),
+                **_persistent(features, schedule, roomy),
             )  # fmt: skip
     return out, index, attention, total, mean, hidden
 
@@ -496,7 +497,8 @@ def _attention_backward(
                 features, weights.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
                 total.contiguous(), partials, du, ds, counters, batch,
                 min(schedule.group, batch), features.stride(0), R=rows, NORM=norm,
-                HAS_EXTRA=extra is not None, **_persistent(features, schedule, False),
+                HAS_EXTRA=extra is not None, LAG=plan.REREAD_LAG,
+                **_persistent(features, schedule, False),
             )  # fmt: skip
     return du, ds
 

@@ -74,12 +74,12 @@ def attention_backward_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_MAP: tl.constexpr,
     STAGES: tl.constexpr,
+    LAG: tl.constexpr,
 ):
     """This program draws tasks until none is left; a task is TASK_C channels of one image."""
     parts: tl.constexpr = (C + TASK_C - 1) // TASK_C
     maps = group_size * parts  # a round's phases: map | sums
     groups = (batch + group_size - 1) // group_size
-    LAG: tl.constexpr = 2
 
     ticket = draw(counters_ptr)
     while condition(ticket < (groups + LAG) * 2 * maps, disable_licm=True):

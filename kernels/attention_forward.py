@@ -107,6 +107,7 @@ def attention_forward_kernel(
     OUT_STRIDE_C: tl.constexpr, OUT_STRIDE_L: tl.constexpr,
     NORM: tl.constexpr, POOL: tl.constexpr,
     HAS_MLP: tl.constexpr, FC1_C: tl.constexpr, FC1_J: tl.constexpr, FC2_C: tl.constexpr,
+    FC1_LAG: tl.constexpr, FC2_LAG: tl.constexpr, MAP_LAG: tl.constexpr, POOL_LAG: tl.constexpr,
     TASK_C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_MAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -115,14 +116,16 @@ def attention_forward_kernel(
     HIDDEN_PARTS: tl.constexpr = (C + FC1_C - 1) // FC1_C
     FC1: tl.constexpr = HAS_MLP * HIDDEN_PARTS * ((J + FC1_J - 1) // FC1_J)
     FC2: tl.constexpr = HAS_MLP * ((C + FC2_C - 1) // FC2_C)
-    # A round's phases, FC1 | mean | FC2 | map | pool: where they begin, and how many rounds after the group's
-    # first read of A they come.
+    # A round's phases, FC1 | mean | FC2 | map | pool: where they begin.  What a phase waits for is in an
+    # earlier round, or earlier in its own.
+    tl.static_assert(FC1_LAG >= HAS_MLP, "FC1 waits for the mean")
+    tl.static_assert(FC2_LAG >= FC1_LAG, "FC2 waits for FC1")
+    tl.static_assert(MAP_LAG >= FC2_LAG, "the map waits for FC2")
+    tl.static_assert(POOL_LAG >= MAP_LAG, "the pool waits for the map")
     fc2_at = FC1 + HAS_MLP * group_size * parts
     maps_at = fc2_at + FC2
     pool_at = maps_at + group_size * parts
     round_size = pool_at + group_size * parts
-    MAP_LAG: tl.constexpr = 2 * HAS_MLP
-    POOL_LAG: tl.constexpr = 2 + HAS_MLP
     groups = (batch + group_size - 1) // group_size
 
     ticket = draw(counters_ptr)
@@ -136,8 +139,10 @@ def attention_forward_kernel(
         elif task >= maps_at:
             group -= MAP_LAG
             index = task - maps_at
-        elif (task < FC1) | (task >= fc2_at):
-            group -= 1
+        elif task >= fc2_at:
+            group -= FC2_LAG
+        elif task < FC1:
+            group -= FC1_LAG
         n = (group * group_size + index // parts).to(tl.int64)
         part = index % parts
         image_ptr = features_ptr + n * stride_n

@@ -38,10 +38,18 @@ CHANNELS_PER_PARTIAL = 256
 A multiple of every block_c: no block straddles two parts."""
 
 
+FORWARD_LAGS = (1, 1, 2, 3)
+"""Rounds (`kernels/schedule.py`) after the mean of a group that its FC1, FC2, map and pool come.  With more,
+less is waited for, and more of A is read before a group is read again."""
+
+REREAD_LAG = 2
+"""The same where only two phases read A: the sums after the map in the backward, the pool after the map where
+s is given."""
+
 GROUP_BYTES = 4 << 20
-"""A fused kernel takes as many images as a group as fit this many bytes of A.  From one read of an image to
-the next, the forward reads seven groups at most, 28 MiB: about half of an H100's 50 MiB of L2 cache, the
-other half of which may hold copies."""
+"""A fused kernel takes as many images as a group as fit this many bytes of A.  From the first read of an
+image to the last, the forward reads seven groups at most (one and twice the lag), 28 MiB: about half of an
+H100's 50 MiB of L2 cache, the other half of which may hold copies."""
 
 MLP_TILE = 4096
 """Weights of a task of the channel MLP, which stay in registers: 32 for each of 128 threads."""
@@ -177,6 +185,12 @@ def schedule(
 def occupancy(capability: int, roomy: bool) -> tuple[int, int]:
     """(programs on each multiprocessor, registers a thread) of a persistent kernel."""
     return ROOMY if roomy else _row(OCCUPANCY, capability)
+
+
+def forward_lags(has_mlp: bool) -> dict[str, int]:
+    """The forward's constants of that name."""
+    lags = FORWARD_LAGS if has_mlp else (0, 0, 0, REREAD_LAG)
+    return dict(zip(("FC1_LAG", "FC2_LAG", "MAP_LAG", "POOL_LAG"), lags, strict=True))
 
 
 def mlp_tasks(channels: int, hidden: int) -> MlpTasks:

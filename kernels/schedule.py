@@ -5,10 +5,10 @@ draws tickets from one integer; a ticket names its task by arithmetic alone:
 
     round = ticket // tasks_per_round      phase p of group (round - LAG_p), in the order of the phases
 
-so that phase p+1 of a group comes after tasks of other groups: what it waits for has been going on for a
-while, and the part of A that it reads again is still in the L2 cache.  Tickets are drawn in order, so the
-oldest unfinished task never waits for one that no running program has drawn: no deadlock, however few
-programs run, one after another in the interpreter included.
+(`plan.FORWARD_LAGS`, `plan.REREAD_LAG`) so that phase p+1 of a group comes after tasks of other groups: what
+it waits for has been going on for a while, and the part of A that it reads again is still in the L2 cache.
+Tickets are drawn in order, so the oldest unfinished task never waits for one that no running program has
+drawn: no deadlock, however few programs run, one after another in the interpreter included.
 
 Within a task, tiles of A come through shared memory by asynchronous copies, several under way at once
 (`plan.COPY_BYTES`): that is what `num_stages` on its loops asks the compiler for.

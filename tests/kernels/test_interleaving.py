@@ -34,12 +34,18 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_: True)
 
 
+LAGS = (((1, 1, 2, 3), 2), ((1, 1, 1, 1), 0), ((1, 2, 3, 4), 1), ((2, 2, 4, 4), 3))
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", list(CALLS))
 def test_waits_for_what_it_reads(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a = features(5, "nchw" if seed % 2 else "channels_last")
     set_group(1 + seed % 3, monkeypatch)
     expected = CALLS[name](a)
+    forward_lags, reread_lag = LAGS[seed]
+    monkeypatch.setattr(ops.plan, "FORWARD_LAGS", forward_lags)
+    monkeypatch.setattr(ops.plan, "REREAD_LAG", reread_lag)
     monkeypatch.setattr(ops, "_programs", lambda *_: 2 + seed)
     with interleaved(seed) as launches:
         found = CALLS[name](a)

@@ -9,7 +9,9 @@ PASSES = ("fwd", "fwd_beta", "beta", "step")
 LAYOUTS = ("nchw", "channels_last", "nlc")
 
 COMPILED_REFERENCE = ("compiled", "compiled_max_autotune", "compiled_reduce_overhead")
-COMPILED = (*COMPILED_REFERENCE, "compiled_closed_form", "fused_compiled")
+COMPILED_PEERS = (*COMPILED_REFERENCE, "compiled_closed_form")
+FUSED_COMPILED = ("fused_compiled", "fused_reduce_overhead")
+COMPILED = (*COMPILED_PEERS, *FUSED_COMPILED)
 CAM_LIBRARIES = ("grad_cam", "captum", "torchcam")
 PROVIDERS = ("memcpy", "eager", "fused", "fused_modular", *COMPILED, *CAM_LIBRARIES)
 
@@ -98,7 +100,8 @@ def gpu_default() -> Iterator[Run]:
     bf16, fp32 = torch.bfloat16, torch.float32
     resnet = {n: Case(n, 2048, 14, 14) for n in (1, *BATCHES)}
     plain = ("memcpy", "eager", "fused", "fused_modular")
-    both, closed = ("compiled", "fused_compiled"), ("compiled_closed_form", "compiled_reduce_overhead")
+    both = ("compiled", "fused_compiled")
+    graphs = ("compiled_reduce_overhead", "fused_reduce_overhead")
     rest = [case for case in gpu_cases(dtypes=(bf16,)) if case not in resnet.values()]
     at_128 = [case for case in rest if case.n == 128]
     elsewhere = [resnet[128]._replace(layout="channels_last"), Case(128, 512, 28, 28),
@@ -109,7 +112,8 @@ def gpu_default() -> Iterator[Run]:
     ]
     wanted += [(resnet[32], "beta", ("eager", "fused", *CAM_LIBRARIES)), (resnet[256], "step", plain)]
     wanted += [(case, "step", plain) for case in at_128]
-    wanted += [(resnet[n], "step", closed) for n in (128, 32)] + [(case, "step", both) for case in elsewhere]
+    wanted += [(resnet[n], "step", ("compiled_closed_form", *graphs)) for n in (128, 32)]
+    wanted += [(case, "step", both) for case in elsewhere]
     wanted += [(case, "step", plain) for case in (*rest, *fp32_cases)]
     wanted += [
         (case, run, ("eager", "fused")) for case in (resnet[128], *at_128) for run in ("fwd", "fwd_beta")
@@ -117,7 +121,7 @@ def gpu_default() -> Iterator[Run]:
     wanted += [(case, "fwd", ("eager", "fused")) for case in gpu_cases((1,), (bf16,))]
     wanted += [(case, "step", both) for case in (resnet[256], fp32_cases[0], *at_128)]
     wanted += [(resnet[128], run, both) for run in ("fwd", "fwd_beta")]
-    wanted += [(resnet[1], "fwd", (*both, "compiled_reduce_overhead")), (resnet[32], "beta", ("compiled",))]
+    wanted += [(resnet[1], "fwd", (*both, *graphs)), (resnet[32], "beta", ("compiled",))]
     wanted += [(case, "step", ("compiled_closed_form",)) for case in at_128]
     wanted += [(resnet[n], "step", ("compiled_max_autotune",)) for n in (128, 32)]
     for case, run, names in wanted:

@@ -60,7 +60,7 @@ parity() {
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
     step parity 160 kernels "${tests[@]}" tests/test_ops.py tests/kernels
     step parity 150 head "${tests[@]}" tests/test_{head,contractions,fused_loss,classifier,interop}.py
-    step parity 90 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
+    step parity 120 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
     step parity 30 "the measuring itself" "${tests[@]}" tests/bench/test_parity_gate.py tests/bench/test_tools.py
     step parity 120 compile "${tests[@]}" tests/test_compile.py
 }

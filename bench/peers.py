@@ -9,6 +9,7 @@
     fused                     this library: `fused_ggam_loss` for the step, the head for the rest
     fused_modular             the head, then `GGAMLoss`
     fused_compiled            `fused` inside torch.compile(fullgraph=True)
+    fused_reduce_overhead     the same in mode "reduce-overhead", A's copy included
     grad_cam, captum, torchcam   beta alone, see `cam_libraries`
     memcpy                    a copy of A
 
@@ -28,7 +29,7 @@ from ggam_fast.base import GGAMHeadBase
 from ggam_fast.reference import GGAMHeadReference
 
 from . import cam_libraries
-from .cases import CAM_LIBRARIES, Case
+from .cases import CAM_LIBRARIES, FUSED_COMPILED, Case
 
 NUM_CLASSES = 200
 GUIDANCE_WEIGHT = 0.1
@@ -38,6 +39,7 @@ MODES = {
     "compiled_reduce_overhead": "reduce-overhead",
     "compiled_closed_form": "default",
     "fused_compiled": "default",
+    "fused_reduce_overhead": "reduce-overhead",
 }
 Results = dict[str, Tensor]
 
@@ -132,7 +134,7 @@ def build(provider: str, run: str, case: Case, state: dict[str, Tensor], device:
     else:
         name = {"fwd": "logits", "beta": "cam_weights"}.get(run, "out")
         peer = Peer(_compiled(provider, _forward(run, head)), name)
-    if provider == "compiled_reduce_overhead":
+    if MODES.get(provider) == "reduce-overhead":
         peer.replays, peer.capturable = True, False
     return peer
 
@@ -151,7 +153,7 @@ def guided_loss(head: GGAMHead, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _loss(provider: str, head: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    if provider in ("fused", "fused_compiled", "compiled_closed_form"):
+    if provider in ("fused", *FUSED_COMPILED, "compiled_closed_form"):
         return lambda x, y: guided_loss(head, x, y)
     criterion = GGAMLoss(GUIDANCE_WEIGHT)
     return lambda x, y: criterion(head(x, y), y)

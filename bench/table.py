@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import rows
-from .cases import CAM_LIBRARIES, COMPILED_REFERENCE
+from .cases import CAM_LIBRARIES, COMPILED_REFERENCE, FUSED_COMPILED
 
 KEY = ("op", "provider", "pass", "N", "C", "H", "W", "dtype", "layout", "timing")
+FUSED = ("fused", *FUSED_COMPILED)
 PEERS = {  # column: providers, the fastest of which is shown
     "eager": ("eager",),
     "compiled": COMPILED_REFERENCE,
@@ -56,6 +57,11 @@ class Results:
         """The fastest of the providers."""
         found = [(float(row["p50"]), p, row) for p in providers if (row := self.row(p, run, case, timing))]
         return Time(*min(found, key=lambda t: t[0])) if found else None
+
+    def ours(self, run: str, case: "Sized", compiled: bool) -> "Time | None":
+        """What a peer is compared with: this library as it is, or compiled, if it was timed so."""
+        found = self.time(FUSED_COMPILED, run, case, self.timing) if compiled else None
+        return found or self.time(("fused",), run, case, self.timing)
 
     def floor(self, run: str, case: "Sized") -> float | None:
         """Microseconds, as the rows have it."""
@@ -117,11 +123,13 @@ def _tables(results: Results) -> Iterable[str]:
     if results.on_gpu:
         yield _step_table(results)
         yield (
-            "Microseconds, medians with A coming from memory; *graph* is a replay of a CUDA graph,\n"
-            "without launch gaps. Floor: 3 bytes(A) over the copy bandwidth of the same run.\n"
-            "*compiled* is the fastest mode of `torch.compile` measured for that case. Memory: the\n"
-            "step's peak beyond A, parameters and the gradients of both, in bytes(A). Steps not timed\n"
-            "against `torch.compile` stand in the file."
+            "Microseconds, medians with A coming from memory; *graph* is a replay of a CUDA graph\n"
+            "(of the compiled step where that is faster), without launch gaps. Floor: 3 bytes(A) over\n"
+            "the copy bandwidth of the same run. *compiled* is the fastest mode of `torch.compile` that\n"
+            "was measured for that case, of this library too; in brackets how many times faster this\n"
+            "library is: compiled than what is compiled, where it was timed so. Memory: the step's peak\n"
+            "beyond A, parameters and the gradients of both, in bytes(A). Steps not timed against\n"
+            "`torch.compile` stand in the file."
         )
     else:
         yield _cpu_table(results)
@@ -155,13 +163,20 @@ def _over(peer: Time | None, ours: Time | None) -> str:
 
 
 def _step_table(results: Results) -> str:
-    header = ("guided step", "N", "floor", "fused, graph", "fused", *PEERS, "memory")
+    header = ("guided step", "N", "floor", "fused, graph", "fused", "fused, compiled", *PEERS, "memory")
     lines = []
     for case in results.compared():
         floor = results.floor("step", case)
-        graph = results.time(("fused",), "step", case, "graph")
-        ours = results.time(("fused",), "step", case, results.timing)
-        peers = [_over(results.time(names, "step", case, results.timing), ours) for names in PEERS.values()]
+        graph = results.time(FUSED, "step", case, "graph")
+        ours = results.ours("step", case, compiled=False)
+        compiled = results.time(FUSED_COMPILED, "step", case, results.timing)
+        peers = [
+            _over(
+                results.time(names, "step", case, results.timing),
+                results.ours("step", case, names != ("eager",)),
+            )
+            for names in PEERS.values()
+        ]
         lines.append(
             (
                 case.map,
@@ -170,7 +185,8 @@ def _step_table(results: Results) -> str:
                 f"{graph.microseconds:.0f} ({graph.microseconds / floor:.2f} x floor)"
                 if graph and floor
                 else "-",
-                f"{ours.microseconds:.0f}" if ours else "-",
+                _over(ours, None),
+                _over(compiled, None),
                 *peers,
                 "-" if ours is None or (m := memory_beyond(ours.row, case)) is None else f"{m:.2f}",
             )

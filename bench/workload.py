@@ -43,8 +43,9 @@ class Workload:
         """A provider with this workload's parameters."""
         return peers.build(provider, run, self.case, self.state, self.device)
 
-    def results(self, peer: Peer) -> Results:
-        return _detached(peer.results(self.inputs(peer)[0], self.target))
+    def results(self, peer: Peer, i: int = 0) -> Results:
+        """What the provider makes of the i-th buffer."""
+        return _detached(peer.results(self.inputs(peer)[i], self.target))
 
     def expected(self, run: str) -> tuple[Results, Results]:
         """The results of the reference in float64, and in the case's own type."""

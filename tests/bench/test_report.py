@@ -18,6 +18,7 @@ TIMES = {
     "compiled": 300.0,
     "compiled_max_autotune": 250.0,
     "fused_compiled": 110.0,
+    "fused_reduce_overhead": 80.0,
 }
 
 
@@ -56,7 +57,7 @@ def test_gpu_table(tmp_path: Path) -> None:
     text = table.markdown([result_file(tmp_path, GPU, ("hot", "cold", "graph", "host"))])
     assert "Test GPU, 1980 MHz, driver 580.1, CUDA 13.0, torch 2.11.0, triton 3.6.0, commit abc:" in text
     assert (
-        "| 2048 x 14 x 14 | 32 | 50 | 70 (1.40 x floor) | 100 | 900 (9.0 x) | 250 (2.5 x) | - | 0.05 |"
+        "| 2048 x 14 x 14 | 32 | 50 | 56 (1.12 x floor) | 100 | 80 | 900 (9.0 x) | 250 (3.1 x) | - | 0.05 |"
         in text
     )
     assert "| resnet50 | fused | 451 | 900 | 0.50 |" in text
@@ -109,11 +110,14 @@ def test_a_readme_without_the_place_is_refused(text: str) -> None:
 def test_bars(tmp_path: Path) -> None:
     lines = list(bars.judged(table.Results(result_file(tmp_path, GPU, ("hot", "cold", "graph")))))
     assert (
-        "MISSED guided step over floor, N >= 128, cold: 2.00 (at most 1.5) at 2048 x 14 x 14, N = 128"
-        in lines
+        "MISSED guided step over floor, N >= 128, cold: 1.60 (at most 1.5) at 2048 x 14 x 14, N = 128, "
+        "fused_reduce_overhead" in lines
     )
-    assert any(x.startswith("met    guided step over floor, N >= 128, graph: 1.40") for x in lines)
+    assert any(x.startswith("met    guided step over floor, N >= 128, graph: 1.12") for x in lines)
     assert any(x.startswith("met    guided step against the best torch.compile, hot: 2.50") for x in lines)
+    assert any(
+        x.startswith("met    compiled guided step against the best torch.compile, hot: 3.12") for x in lines
+    )
     assert any(x.startswith("met    whole step over the plain head's: 1.01") for x in lines)
     cpu = list(bars.judged(table.Results(result_file(tmp_path, CPU, ("hot",)))))
     assert any(x.startswith("met    step, eager against the eager reference: 9.00") for x in cpu)

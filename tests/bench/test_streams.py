@@ -78,3 +78,15 @@ def test_graph_replays(case: Case, device: torch.device) -> None:
         eager = torch.empty_like(features).copy_(inputs).requires_grad_()
         expected = work.build("fused", "step").results(eager, work.target)["features"]
         assert torch.equal(replayed, expected)
+
+
+def test_compiled_into_graphs(device: torch.device) -> None:
+    """torch.compile's mode "reduce-overhead" replays what it recorded, on inputs that change."""
+    work = Workload(CASES[0], device)
+    work.leaves = [x.detach().requires_grad_() for x in (work.features[0], flipped(work.features[0]))]
+    compiled = work.build("fused_compiled", "step")
+    expected = [work.results(compiled, i) for i in range(2)]
+    peer = work.build("fused_reduce_overhead", "step")
+    for i in (0, 1, 0, 1, 0):
+        for name, found in work.results(peer, i).items():
+            assert torch.equal(found, expected[i][name]), name

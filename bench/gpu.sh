@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU is needed for; no failure stops the rest, and a summary is printed last.
 #
-#   bench/gpu.sh DIR                       all sections, at most 43 minutes
+#   bench/gpu.sh DIR                       all sections, at most 44 minutes
 #   bench/gpu.sh DIR parity                these alone, each below ten minutes
 #
 #   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 from .cases import CAM_LIBRARIES, COMPILED_PEERS, FUSED_COMPILED
-from .table import FUSED, Results, memory_beyond
+from .table import Results, memory_beyond
+
+OURS = ((("fused",), "guided step"), (FUSED_COMPILED, "compiled guided step"))
 
 
 def judged(results: Results) -> Iterator[str]:
@@ -34,21 +36,22 @@ def _ratios(
 
 
 def _gpu(results: Results) -> Iterator[str]:
+    cases = [case for case in results.cases("step") if case.dtype == "bfloat16"]
     for timing in ("cold", "graph"):
-        floors, memory = [], []
-        for case in results.cases("step"):
-            best, row = results.time(FUSED, "step", case, timing), results.row("fused", "step", case, timing)
-            if best and case.dtype == "bfloat16" and int(case.N) >= 128:
-                floors.append((float(best.row["x_floor"]), f"{case.map}, N = {case.N}, {best.provider}"))
-            share = memory_beyond(row, case) if row else None
-            if share is not None and case.dtype == "bfloat16" and int(case.H) * int(case.W) == 196:
-                memory.append((share, f"{case.map}, N = {case.N}"))
-        yield from _line(f"guided step over floor, N >= 128, {timing}", floors, 1.5, True)
-        if timing == "cold":
-            yield from _line("peak beyond A, parameters and gradients, in bytes(A)", memory, 0.1, True)
+        for providers, name in OURS:
+            times = [(c, results.time(providers, "step", c, timing)) for c in cases if int(c.N) >= 128]
+            floors = [(float(t.row["x_floor"]), f"{c.map}, N = {c.N}") for c, t in times if t]
+            yield from _line(f"{name} over floor, N >= 128, {timing}", floors, 1.5, True)
+    memory = []
+    for case in cases:
+        row = results.row("fused", "step", case, "cold")
+        share = memory_beyond(row, case) if row else None
+        if share is not None and int(case.H) * int(case.W) == 196:
+            memory.append((share, f"{case.map}, N = {case.N}"))
+    yield from _line("peak beyond A, parameters and gradients, in bytes(A)", memory, 0.1, True)
     for timing in ("hot", "cold", "graph"):
-        for ours, name in ((("fused",), "guided step"), (FUSED_COMPILED, "compiled guided step")):
-            step = _ratios(results, "step", ours, COMPILED_PEERS, timing)
+        for providers, name in OURS:
+            step = _ratios(results, "step", providers, COMPILED_PEERS, timing)
             yield from _line(f"{name} against the best torch.compile, {timing}", step, 2.0, False)
         step = _ratios(results, "step", ("fused",), ("eager",), timing)
         yield from _line(f"guided step against the eager reference, {timing}", step, 8.0, False)

@@ -112,16 +112,18 @@ def gpu_default() -> Iterator[Run]:
     ]
     wanted += [(resnet[32], "beta", ("eager", "fused", *CAM_LIBRARIES)), (resnet[256], "step", plain)]
     wanted += [(case, "step", plain) for case in at_128]
-    wanted += [(resnet[n], "step", ("compiled_closed_form", *graphs)) for n in (128, 32)]
+    wanted += [(resnet[32], "step", (*graphs, "compiled_closed_form"))]
+    wanted += [(resnet[128], "step", ("compiled_closed_form",))]
     wanted += [(case, "step", both) for case in elsewhere]
     wanted += [(case, "step", plain) for case in (*rest, *fp32_cases)]
+    wanted += [(resnet[128], "step", graphs)]
     wanted += [
         (case, run, ("eager", "fused")) for case in (resnet[128], *at_128) for run in ("fwd", "fwd_beta")
     ]
     wanted += [(case, "fwd", ("eager", "fused")) for case in gpu_cases((1,), (bf16,))]
     wanted += [(case, "step", both) for case in (resnet[256], fp32_cases[0], *at_128)]
     wanted += [(resnet[128], run, both) for run in ("fwd", "fwd_beta")]
-    wanted += [(resnet[1], "fwd", (*both, *graphs)), (resnet[32], "beta", ("compiled",))]
+    wanted += [(resnet[1], "fwd", (*both, *graphs)), (resnet[32], "beta", both)]
     wanted += [(case, "step", ("compiled_closed_form",)) for case in at_128]
     wanted += [(resnet[n], "step", ("compiled_max_autotune",)) for n in (128, 32)]
     for case, run, names in wanted:

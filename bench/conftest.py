@@ -38,10 +38,14 @@ def _within_budget(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _compilable_reference() -> Iterator[None]:
-    """Makes Grad-CAM by autograd compile; off elsewhere."""
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+def _as_the_rows_say() -> Iterator[None]:
+    """Grad-CAM by autograd compiles, CUDA graphs are never left out in silence, float32 is float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    graphs = torch._inductor.config.patch({"triton.cudagraph_or_error": True})
+    with torch._dynamo.config.patch(trace_autograd_ops=True), graphs:
         yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")

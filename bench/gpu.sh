@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU is needed for; no failure stops the rest, and a summary is printed last.
 #
-#   bench/gpu.sh DIR                       all sections, at most 44 minutes
+#   bench/gpu.sh DIR                       all sections, at most 43 minutes
 #   bench/gpu.sh DIR parity                these alone, each below ten minutes
 #
 #   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log
@@ -13,8 +13,6 @@
 # Rows and logs are in DIR as soon as they are written.  DIR holds at most 8 files and 16 MB. A copy without its
 # history takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/: "-k max_autotune", say, for
 # what the budget left out; such rows are added to those in DIR.
-# With PyTorch's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 the small float32 products of two-byte cases may be TF32, for
-# all providers (parity refuses the float32 cases): rows for another DIR.
 set -u
 usage="usage: bench/gpu.sh DIR [parity] [bench] [counters] [sanitizer] [first_call]"
 out=${1:?$usage}
@@ -59,8 +57,8 @@ parity() {
     local tests=("$python" -m pytest -q -p no:cacheprovider)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
     step parity 160 kernels "${tests[@]}" tests/test_ops.py tests/kernels
-    step parity 150 head "${tests[@]}" tests/test_{head,contractions,fused_loss,classifier,interop}.py
-    step parity 120 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
+    step parity 130 head "${tests[@]}" tests/test_{head,contractions,fused_loss,classifier,interop}.py
+    step parity 100 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
     step parity 30 "the measuring itself" "${tests[@]}" tests/bench/test_parity_gate.py tests/bench/test_tools.py
     step parity 120 compile "${tests[@]}" tests/test_compile.py
 }

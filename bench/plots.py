@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
-from .cases import COMPILED, COMPILED_PEERS
+from .cases import COMPILED
 from .table import Results, Sized
 
 LABELS = {
@@ -126,7 +126,7 @@ def _speedup(results: Results) -> Any:
     for name, case in _groups(results):
         values = {}
         for provider in STEP:
-            ours = results.ours("step", case, provider in COMPILED_PEERS)
+            ours = results.ours("step", case, provider)
             row = results.row(provider, "step", case, results.timing)
             if ours and row and not provider.startswith("fused"):
                 values[provider] = float(row["p50"]) / ours.microseconds

@@ -1,14 +1,14 @@
-"""Result files as Markdown: one table of steps, one of Grad-CAM weights, one of whole training steps."""
+"""Result files as Markdown: tables of steps and forwards, of Grad-CAM weights, of whole training steps."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import rows
-from .cases import CAM_LIBRARIES, COMPILED_REFERENCE, FUSED_COMPILED
+from .cases import CAM_LIBRARIES, COMPILED, COMPILED_REFERENCE, FUSED_COMPILED
 
 KEY = ("op", "provider", "pass", "N", "C", "H", "W", "dtype", "layout", "timing")
-FUSED = ("fused", *FUSED_COMPILED)
+NAMES = {"step": "guided step", "fwd_beta": "forward and beta", "fwd": "forward"}
 PEERS = {  # column: providers, the fastest of which is shown
     "eager": ("eager",),
     "compiled": COMPILED_REFERENCE,
@@ -45,10 +45,10 @@ class Results:
         maps = list(dict.fromkeys(case._replace(N="") for case in found))
         return sorted(dict.fromkeys(found), key=lambda c: (maps.index(c._replace(N="")), int(c.N)))
 
-    def compared(self) -> list["Sized"]:
-        """The steps that were timed against torch.compile too; all of them if none was."""
-        cases = self.cases("step")
-        return [c for c in cases if self.time(COMPILED_REFERENCE, "step", c, self.timing)] or cases
+    def compared(self, run: str = "step") -> list["Sized"]:
+        """The cases that were timed against torch.compile too; all of them if none was."""
+        cases = self.cases(run)
+        return [c for c in cases if self.time(COMPILED_REFERENCE, run, c, self.timing)] or cases
 
     def row(self, provider: str, run: str, case: "Sized", timing: str, op: str = "ggam") -> Any:
         return self.rows.get((op, provider, run, *case, timing))
@@ -58,10 +58,10 @@ class Results:
         found = [(float(row["p50"]), p, row) for p in providers if (row := self.row(p, run, case, timing))]
         return Time(*min(found, key=lambda t: t[0])) if found else None
 
-    def ours(self, run: str, case: "Sized", compiled: bool) -> "Time | None":
-        """What a peer is compared with: this library as it is, or compiled, if it was timed so."""
-        found = self.time(FUSED_COMPILED, run, case, self.timing) if compiled else None
-        return found or self.time(("fused",), run, case, self.timing)
+    def ours(self, run: str, case: "Sized", peer: str) -> "Time | None":
+        """What a peer is compared with: this library, compiled if the peer is."""
+        providers = FUSED_COMPILED if peer in COMPILED else ("fused",)
+        return self.time(providers, run, case, self.timing)
 
     def floor(self, run: str, case: "Sized") -> float | None:
         """Microseconds, as the rows have it."""
@@ -121,15 +121,14 @@ def _heading(results: Results) -> str:
 
 def _tables(results: Results) -> Iterable[str]:
     if results.on_gpu:
-        yield _step_table(results)
+        yield _gpu_table(results)
         yield (
-            "Microseconds, medians with A coming from memory; *graph* is a replay of a CUDA graph\n"
-            "(of the compiled step where that is faster), without launch gaps. Floor: 3 bytes(A) over\n"
-            "the copy bandwidth of the same run. *compiled* is the fastest mode of `torch.compile` that\n"
-            "was measured for that case, of this library too; in brackets how many times faster this\n"
-            "library is: compiled than what is compiled, where it was timed so. Memory: the step's peak\n"
-            "beyond A, parameters and the gradients of both, in bytes(A). Steps not timed against\n"
-            "`torch.compile` stand in the file."
+            "Microseconds, medians with A coming from memory; *graph* is a replay of a CUDA graph,\n"
+            "without launch gaps. Floor: 3 bytes(A), of a forward 1 and with beta 2, over the copy\n"
+            "bandwidth of the same run. *compiled* is the fastest mode of `torch.compile` measured for\n"
+            "that case, of this library too. In brackets how many times faster this library is, compiled\n"
+            "than what is compiled. Memory: the peak of *fused* beyond A, parameters and the gradients of\n"
+            "both, in bytes(A). What was not timed against `torch.compile` stands in the file."
         )
     else:
         yield _cpu_table(results)
@@ -156,41 +155,30 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _over(peer: Time | None, ours: Time | None) -> str:
+def _over(peer: Time | None, ours: Time | None = None) -> str:
     if peer is None:
         return "-"
     return f"{peer.microseconds:.0f}" + (f" ({peer.microseconds / ours.microseconds:.1f} x)" if ours else "")
 
 
-def _step_table(results: Results) -> str:
-    header = ("guided step", "N", "floor", "fused, graph", "fused", "fused, compiled", *PEERS, "memory")
+def _gpu_table(results: Results) -> str:
+    ours = ("fused, graph", "fused", "fused compiled, graph", "fused compiled")
+    header = ("", "features", "N", "floor", *ours, *PEERS, "memory")
     lines = []
-    for case in results.compared():
-        floor = results.floor("step", case)
-        graph = results.time(FUSED, "step", case, "graph")
-        ours = results.ours("step", case, compiled=False)
-        compiled = results.time(FUSED_COMPILED, "step", case, results.timing)
-        peers = [
-            _over(
-                results.time(names, "step", case, results.timing),
-                results.ours("step", case, names != ("eager",)),
-            )
-            for names in PEERS.values()
-        ]
-        lines.append(
-            (
-                case.map,
-                case.N,
-                f"{floor:.0f}" if floor else "-",
-                f"{graph.microseconds:.0f} ({graph.microseconds / floor:.2f} x floor)"
-                if graph and floor
-                else "-",
-                _over(ours, None),
-                _over(compiled, None),
-                *peers,
-                "-" if ours is None or (m := memory_beyond(ours.row, case)) is None else f"{m:.2f}",
-            )
-        )
+    for run in ("step", "fwd_beta", "fwd"):
+        for case in results.compared(run):
+            floor, line = results.floor(run, case), [NAMES[run], case.map, case.N]
+            line.append(f"{floor:.0f}" if floor else "-")
+            for providers in (("fused",), FUSED_COMPILED):
+                graph = results.time(providers, run, case, "graph")
+                share = f" ({graph.microseconds / floor:.2f} x floor)" if graph and floor else ""
+                line += [_over(graph) + share, _over(results.time(providers, run, case, results.timing))]
+            for names in PEERS.values():
+                peer = results.time(names, run, case, results.timing)
+                line.append(_over(peer, results.ours(run, case, names[0])))
+            row = results.row("fused", run, case, results.timing)
+            memory = memory_beyond(row, case) if row else None
+            lines.append((*line, "-" if memory is None else f"{memory:.2f}"))
     return _table(header, lines)
 
 
@@ -208,19 +196,13 @@ def _cpu_table(results: Results) -> str:
         ratio = f" ({peer.microseconds / ours.microseconds:.1f} x)" if ours else ""
         return f"{peer.microseconds / 1000:.1f}{ratio}"
 
-    names = {
-        "fwd": "forward",
-        "fwd_beta": "forward and beta",
-        "beta": "beta alone",
-        "step": "guided step",
-    }
     lines = []
     for run in ("step", "fwd_beta", "fwd"):
         for case in results.cases(run):
             eager, ours, compiled, both = (
                 results.time((p,), run, case, "hot") for p in ("eager", "fused", "compiled", "fused_compiled")
             )
-            lines.append((names[run], case.map, case.N, milliseconds(ours), milliseconds(eager, ours),
+            lines.append((NAMES[run], case.map, case.N, milliseconds(ours), milliseconds(eager, ours),
                           milliseconds(both), milliseconds(compiled, both)))  # fmt: skip
     header = ("", "features", "N", "fused", "eager reference", "fused, compiled", "compiled reference")
     return _table(header, lines)
@@ -230,12 +212,15 @@ def _beta_table(results: Results) -> str | None:
     cases = results.cases("beta")
     if not cases:
         return None
-    names = ("fused", "eager", "compiled", *CAM_LIBRARIES)
+    found = {row["provider"] for row in results.rows.values() if row["pass"] == "beta"}
+    names = [n for n in ("fused", "eager", *COMPILED, *CAM_LIBRARIES) if n in found]
     lines = []
     for case in cases:
-        ours = results.time(("fused",), "beta", case, results.timing)
-        times = [results.time((n,), "beta", case, results.timing) for n in names]
-        lines.append((f"{case.map}, N = {case.N}", *(_over(t, None if t == ours else ours) for t in times)))
+        line = [f"{case.map}, N = {case.N}"]
+        for name in names:
+            ours = None if name.startswith("fused") else results.ours("beta", case, name)
+            line.append(_over(results.time((name,), "beta", case, results.timing), ours))
+        lines.append(line)
     return _table(("beta alone, microseconds", *(n.replace("_", "-") for n in names)), lines)
 
 

@@ -77,6 +77,7 @@ def attention_backward_kernel(
     LAG: tl.constexpr,
 ):
     """This program draws tasks until none is left; a task is TASK_C channels of one image."""
+    tl.static_assert(LAG >= 0, "the sums wait for the map")
     parts: tl.constexpr = (C + TASK_C - 1) // TASK_C
     maps = group_size * parts  # a round's phases: map | sums
     groups = (batch + group_size - 1) // group_size

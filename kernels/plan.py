@@ -39,8 +39,9 @@ A multiple of every block_c: no block straddles two parts."""
 
 
 FORWARD_LAGS = (1, 1, 2, 3)
-"""Rounds (`kernels/schedule.py`) after the mean of a group that its FC1, FC2, map and pool come.  With more,
-less is waited for, and more of A is read before a group is read again."""
+"""Rounds (`kernels/schedule.py`) after the mean of a group that its FC1, FC2, map and pool come: at least 1,
+none less than the one before it.  With more, less is waited for, and more of A is read before a group is read
+again."""
 
 REREAD_LAG = 2
 """The same where only two phases read A: the sums after the map in the backward, the pool after the map where

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ggam_fast import checks
+from tests.kernels.interleave import interleaved
 from tests.kernels.trace import Trace, counts, elements, needs_interpreter, traced
 
 pytestmark = needs_interpreter
@@ -27,6 +28,10 @@ def features(n: int, layout: str) -> Tensor:
 def forward(a: Tensor, pool_type: str = "avg") -> tuple[Tensor, ...]:
     weights = [torch.full(shape, 0.1) for shape in ((J, C), (J,), (C, J), (C,))]
     return S.attention_forward(a, *weights, "softmax", pool_type)
+
+
+def attended(a: Tensor) -> tuple[Tensor, ...]:
+    return S.attended(a, torch.ones(a.shape[:2]), "softmax", "avg")
 
 
 def backward(a: Tensor, rows: int = 2) -> tuple[Tensor, ...]:
@@ -60,21 +65,23 @@ def test_any_number_of_programs_and_any_group_give_the_same_bits(
         assert torch.equal(found, wanted)
 
 
-LAGS_THAT_WOULD_HANG = {
-    (0, 1, 2, 3): "FC1 waits for the mean",
-    (2, 1, 2, 3): "FC2 waits for FC1",
-    (1, 3, 2, 3): "the map waits for FC2",
-    (1, 1, 4, 3): "the pool waits for the map",
-}
-
-
-@pytest.mark.parametrize("lags", list(LAGS_THAT_WOULD_HANG))
+@pytest.mark.parametrize(
+    ("call", "name", "lags", "why"),
+    [
+        (forward, "FORWARD_LAGS", (0, 1, 2, 3), "FC1 waits for the mean"),
+        (forward, "FORWARD_LAGS", (2, 1, 2, 3), "FC2 waits for FC1"),
+        (forward, "FORWARD_LAGS", (1, 3, 2, 3), "the map waits for FC2"),
+        (forward, "FORWARD_LAGS", (1, 1, 4, 3), "the pool waits for the map"),
+        (attended, "REREAD_LAG", -1, "the pool waits for the map"),
+        (backward, "REREAD_LAG", -1, "the sums wait for the map"),
+    ],
+)
 def test_no_phase_comes_before_what_it_waits_for(
-    lags: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    call: Callable[[Tensor], object], name: str, lags: object, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops.plan, "FORWARD_LAGS", lags)
-    with pytest.raises(Exception, match=LAGS_THAT_WOULD_HANG[lags]):
-        forward(features(2, "nchw"))
+    monkeypatch.setattr(ops.plan, name, lags)
+    with interleaved(0), pytest.raises(Exception, match=why):  # which ends where the programs all wait
+        call(features(2, "nchw"))
 
 
 def test_pass_by_pass_on_amd_and_where_tickets_would_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +97,7 @@ def test_pass_by_pass_on_amd_and_where_tickets_would_overflow(monkeypatch: pytes
 READS = {
     "forward": (forward, 3),
     "forward dense": (lambda a: forward(a, ""), 3),
-    "attended": (lambda a: S.attended(a, torch.ones(a.shape[:2]), "softmax", "avg"), 2),
+    "attended": (attended, 2),
     "backward": (lambda a: backward(a, 1), 2),
     "backward of a pair": (backward, 2),
 }
@@ -130,11 +137,10 @@ def test_a_group_is_read_again_before_many_others(
     call: Callable[[Tensor], tuple[Tensor, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `plan.GROUP_BYTES` counts on: from one read of an image to the next, no more than so many groups
-    are read, its own included; pass after pass over the batch would read all 16 images."""
+    are read, its own included; pass after pass over the batch would read all of it."""
     set_group(2, monkeypatch)
     groups = 1 + 2 * (ops.plan.FORWARD_LAGS[-1] if call is forward else ops.plan.REREAD_LAG)
-    assert groups < 8
-    a = features(16, "nchw")
+    a = features(2 * groups + 2, "nchw")
     with traced() as trace:
         call(a)
     assert reuse_distances(trace, a).max() < groups * 2

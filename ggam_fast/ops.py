@@ -290,7 +290,7 @@ def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[T
     return means, dots, partials
 
 
-def _schedule(features: Tensor, accumulators: int = 1) -> plan.Schedule | None:
+def _schedule(features: Tensor, resources: plan.Resources, accumulators: int = 1) -> plan.Schedule | None:
     """How a fused kernel goes through these features; None: pass by pass."""
     batch, channels, positions = features.shape
     # AMD's barrier does not wait for the stores of the other waves, which `schedule.finish` counts on.
@@ -299,7 +299,8 @@ def _schedule(features: Tensor, accumulators: int = 1) -> plan.Schedule | None:
     # Tickets are int32; 32 channels have 135 at most (where C = 32, J = 512, one image a group).
     if batch * plan.blocks(channels, plan.TASK_CHANNELS[0]) > 2**23:
         return None
-    return plan.schedule(channels, positions, features.element_size(), _layout(features), accumulators)
+    itemsize, layout = features.element_size(), _layout(features)
+    return plan.schedule(channels, positions, itemsize, layout, resources, accumulators)
 
 
 @lru_cache
@@ -311,20 +312,25 @@ def _multiprocessors(device: torch.device) -> tuple[int, int]:
     return found.multi_processor_count, found.major
 
 
-def _programs(device: torch.device, roomy: bool) -> int:
+def _programs(device: torch.device, resources: plan.Resources) -> int:
     """How many programs of a persistent kernel run at a time; any number gives the same bits."""
     count, capability = _multiprocessors(device)
-    return count * plan.occupancy(capability, roomy)[0]
+    return count * plan.occupancy(capability, resources)[0]
 
 
-def _persistent(features: Tensor, schedule: plan.Schedule, roomy: bool) -> dict[str, int]:
+def _persistent(features: Tensor, schedule: plan.Schedule, resources: plan.Resources) -> dict[str, int]:
     return {
         **_geometry(features, schedule.tile),
         "TASK_C": schedule.task_c,
         "BLOCK_MAP": schedule.block_map,
         "STAGES": schedule.stages,
-        "maxnreg": plan.occupancy(_multiprocessors(features.device)[1], roomy)[1],
+        "maxnreg": plan.occupancy(_multiprocessors(features.device)[1], resources)[1],
     }
+
+
+def _forward_resources(features: Tensor, pool: int) -> plan.Resources:
+    positions, itemsize = features.shape[2], features.element_size()
+    return plan.forward_resources(pool == _POOL["avg"], positions, itemsize, _layout(features))
 
 
 def _launch_forward(
@@ -355,17 +361,17 @@ def _launch_forward(
         hidden_parts = torch.empty((batch, fc1, hidden_size), dtype=torch.float32, device=device)
         statistics = torch.empty((batch, fc2, 2), dtype=torch.float32, device=device)
     counters = torch.zeros(1 + 3 * groups + batch, dtype=torch.int32, device=device)
-    dense, roomy = pool == _POOL["flatten"], pool != _POOL["avg"]
+    dense, resources = pool == _POOL["flatten"], _forward_resources(features, pool)
     if batch:
         with torch.cuda.device_of(features):
-            attention_forward.attention_forward_kernel[(_programs(device, roomy),)](
+            attention_forward.attention_forward_kernel[(_programs(device, resources),)](
                 features, *(mlp or (partials,) * 4), channel, mean, hidden, hidden_parts, statistics,
                 partials, attention, total, out, index, counters,
                 batch, group, features.stride(0), out.stride(0), J=hidden_size,
                 OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
                 NORM=norm, POOL=pool, HAS_MLP=mlp is not None, FC1_C=tasks.fc1_c, FC1_J=tasks.fc1_j,
                 FC2_C=tasks.fc2_c, **plan.forward_lags(mlp is not None),
-                **_persistent(features, schedule, roomy),
+                **_persistent(features, schedule, resources),
             )  # fmt: skip
     return out, index, attention, total, mean, hidden
 
@@ -395,7 +401,7 @@ def _attended_fake(
 def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
     """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
     features, s = _native(features), s.contiguous()
-    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
+    schedule = _schedule(features, _forward_resources(features, pool), 2 if pool == _POOL["max"] else 1)
     if schedule is not None:
         return _launch_forward(features, None, s, norm, pool, for_flatten, schedule)[:4]
     t, total = _spatial_attention(features, s, norm)
@@ -444,7 +450,7 @@ def _attention_forward(
     """The whole forward: (out, index, T, total, e, mean, hidden)"""
     features = _native(features)
     batch, channels, positions = features.shape
-    schedule = _schedule(features, 2 if pool == _POOL["max"] else 1)
+    schedule = _schedule(features, _forward_resources(features, pool), 2 if pool == _POOL["max"] else 1)
     mlp = tuple(p.contiguous() for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
     if schedule is not None and plan.mlp_inside(
         channels, mlp[0].shape[0], mlp[0].element_size(), positions, features.element_size(), schedule.group
@@ -478,7 +484,8 @@ def _attention_backward(
     features = _native(features)
     batch, channels, positions = features.shape
     rows = weights.shape[1]
-    schedule = _schedule(features, accumulators=rows)
+    resources = plan.backward_resources(positions, features.element_size(), _layout(features))
+    schedule = _schedule(features, resources, rows)
     if schedule is None:
         extras = [None] * rows if extra is None else extra.unbind(1)
         maps = [
@@ -493,12 +500,12 @@ def _attention_backward(
     counters = torch.zeros(1 + batch, dtype=torch.int32, device=device)
     if batch:
         with torch.cuda.device_of(features):
-            attention_backward.attention_backward_kernel[(_programs(device, False),)](
+            attention_backward.attention_backward_kernel[(_programs(device, resources),)](
                 features, weights.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
                 total.contiguous(), partials, du, ds, counters, batch,
                 min(schedule.group, batch), features.stride(0), R=rows, NORM=norm,
                 HAS_EXTRA=extra is not None, LAG=plan.REREAD_LAG,
-                **_persistent(features, schedule, False),
+                **_persistent(features, schedule, resources),
             )  # fmt: skip
     return du, ds
 

@@ -43,7 +43,7 @@ FORWARD_LAGS = (1, 1, 2, 3)
 none less than the one before it.  With more, less is waited for, and more of A is read before a group is read
 again."""
 
-REREAD_LAG = 2
+REREAD_LAG = 3
 """The same where only two phases read A: the sums after the map in the backward, the pool after the map where
 s is given."""
 
@@ -61,22 +61,9 @@ LARGEST_HIDDEN = 512
 LARGEST_GROUP = 16
 """Images of a group at most: a task of the channel MLP goes through them one after another."""
 
-TILE_ELEMENTS = 4096
-"""Of a fused kernel's tile of A at most: 32 float32 accumulators for each of 128 threads.  Half of it where
-two are kept: of a pair of gradients; of a maximum and its place."""
-
-TILE_BYTES = 8192
-"""Of a fused kernel's tile of A at most: four 16-byte loads for each of 128 threads."""
-
 TASK_BYTES = 65536
 """A task's tiles of A, with their padding: 50 KB of a 14 x 14 map.  One phase of 32 images of 2,048 channels
-still has more tasks than programs run at a time on an H100 (512 and 396)."""
-
-COPY_BYTES = 32768
-"""Tiles on their way to shared memory at a time: with three programs 96 KB a multiprocessor.  Its share of an
-H100's 3.35 TB/s, 25 bytes/ns, asks for 18 KB if memory takes 700 ns (assumed, not measured); more, because a
-program also draws, waits, adds up and counts.  Two-byte values in rows of odd length are not copied so: no
-copy is that narrow."""
+has about as many tasks as programs of the forward run at a time on an H100 (512 and 528)."""
 
 TASK_CHANNELS = (32, 128)
 """Channels of a task at least, as each task stores one partial sum, in float32, for every position; and at
@@ -89,19 +76,40 @@ LONG_BLOCK = 512
 """Positions of a tile of a map that has more than MAP_BLOCK: their weights are copied beside it.  With 256,
 513 x 1025 in float32 spills (Triton 3.6)."""
 
-OCCUPANCY = ((9, (3, 168)), (None, (2, 255)))
-"""(largest major compute capability, (programs of 128 threads on each multiprocessor, the registers that this
-leaves a thread)).  The latter is said to the compiler, which may take more if left alone, or spill to make
-room for more programs than there are.  With fewer it spills in some shapes: at 128 on sm_90 (1280 x 7 x 7),
-at 168 on sm_100 (2048 x 14 x 14, channels-last, two gradients).  `tests/test_codegen.py` checks small shapes
-for spills, `python -m bench.codegen` prints them at real ones.  Should fewer programs fit, the others start
-when the first have ended, find no ticket and end."""
-
-ROOMY = (2, 255)
-"""The same for maximum and dense pooling, which spill at 168 in some shapes (maximum, 512 x 56 x 56)."""
-
 MAP_BLOCK = 1024
 """Positions that a fused kernel normalises at a time."""
+
+
+class Resources(NamedTuple):
+    """What a program of a persistent kernel has.
+
+    Too many registers for `programs` of them on a multiprocessor, and some start when others have ended, find
+    no ticket and end; too few, and the compiler spills: `tests/test_codegen.py` checks small shapes,
+    `python -m bench.codegen` prints real ones."""
+
+    warps: int
+    tile_elements: int  # of a tile of A at most, over the accumulators kept for each
+    tile_bytes: int  # at most
+    copy_bytes: int  # tiles on their way to shared memory at a time
+    occupancy: tuple  # (largest major compute capability, (programs a multiprocessor, registers a thread))
+
+
+FORWARD = Resources(4, 4096, 8192, 16384, ((9, (4, 128)), (None, (2, 255))))
+ROOMY = Resources(4, 4096, 8192, 32768, ((None, (2, 255)),))
+"""The forward with maximum and dense pooling, and of rows that cannot be copied ahead, which spill with fewer
+registers in some shapes (maximum, 512 x 56 x 56; 2048 x 7 x 7)."""
+BACKWARD = Resources(1, 2048, 4096, 8192, ((None, (8, 255)),))
+"""One warp, whose sums over positions need no other.  On an H100, 2048 x 14 x 14, bfloat16, two gradients,
+N = 128 and 32: 97 and 36 us, with twelve programs of 168 registers 103 and 42; with two warps 119 and 43, with
+four 129 and 41."""
+BACKWARD_WIDE = Resources(4, 4096, 8192, 16384, ((9, (3, 168)), (None, (2, 255))))
+"""For more positions than SMALL_MAP, where one warp is slower (512 x 28 x 28, N = 128: 107 us, with four 96)
+or spills, and for rows that cannot be copied ahead."""
+SMALL_MAP = 256
+
+MLP_INSIDE = False
+"""Whether the fused forward computes the channel MLP itself, where `mlp_inside` allows it.  On an H100,
+2048 x 14 x 14, bfloat16, N = 128 and 32: 237 and 79 us with it, 165 and 75 as two matrix products before."""
 
 
 class Schedule(NamedTuple):
@@ -158,14 +166,14 @@ def norm_block(positions: int) -> tuple[int, int]:
 
 
 def schedule(
-    channels: int, positions: int, itemsize: int, layout: str, accumulators: int = 1
+    channels: int, positions: int, itemsize: int, layout: str, resources: Resources, accumulators: int = 1
 ) -> Schedule | None:
     """The fused kernels' schedule, or None where pass by pass is better: an image as large as a group would
     have left the cache when it is read again.  Depends on one image alone, as its result does."""
     image_bytes = channels * positions * itemsize
     if image_bytes > GROUP_BYTES:
         return None
-    elements = min(TILE_ELEMENTS // accumulators, TILE_BYTES // itemsize)
+    elements = min(resources.tile_elements // accumulators, resources.tile_bytes // itemsize)
     if layout == POSITIONS_FIRST:
         block_l = max(_power_of_2(positions), 16) if positions <= MAP_BLOCK else LONG_BLOCK
         block_c = elements // block_l
@@ -177,15 +185,31 @@ def schedule(
     return Schedule(
         group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
         task_c=task_c,
-        tile=Tile(block_c, block_l, 4),
-        stages=1 + COPY_BYTES // (elements * itemsize),
+        tile=Tile(block_c, block_l, resources.warps),
+        stages=1 + resources.copy_bytes // (elements * itemsize),
         block_map=min(_power_of_2(positions), MAP_BLOCK),
     )
 
 
-def occupancy(capability: int, roomy: bool) -> tuple[int, int]:
+def _copied_ahead(positions: int, itemsize: int, layout: str) -> bool:
+    """Whether rows can go to shared memory by asynchronous copies, which move four bytes at least."""
+    return layout == CHANNELS_FIRST or positions * itemsize % 4 == 0
+
+
+def forward_resources(average: bool, positions: int, itemsize: int, layout: str) -> Resources:
+    """Of the fused forward, by its pooling and map."""
+    return FORWARD if average and _copied_ahead(positions, itemsize, layout) else ROOMY
+
+
+def backward_resources(positions: int, itemsize: int, layout: str) -> Resources:
+    """Of the fused backward, by its map."""
+    small = positions <= SMALL_MAP and _copied_ahead(positions, itemsize, layout)
+    return BACKWARD if small else BACKWARD_WIDE
+
+
+def occupancy(capability: int, resources: Resources) -> tuple[int, int]:
     """(programs on each multiprocessor, registers a thread) of a persistent kernel."""
-    return ROOMY if roomy else _row(OCCUPANCY, capability)
+    return _row(resources.occupancy, capability)
 
 
 def forward_lags(has_mlp: bool) -> dict[str, int]:
@@ -205,6 +229,6 @@ def mlp_inside(
 ) -> bool:
     """Whether the fused forward computes the channel MLP itself.  Its weights are read once a group, from the
     cache; where that is more than the group's own share of A, one matrix product for the batch is better."""
-    if hidden > LARGEST_HIDDEN:
+    if not MLP_INSIDE or hidden > LARGEST_HIDDEN:
         return False
     return 2 * channels * hidden * weight_itemsize <= group * channels * positions * itemsize

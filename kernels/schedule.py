@@ -11,7 +11,7 @@ Tickets are drawn in order, so the oldest unfinished task never waits for one th
 drawn: no deadlock, however few programs run, one after another in the interpreter included.
 
 Within a task, tiles of A come through shared memory by asynchronous copies, several under way at once
-(`plan.COPY_BYTES`): that is what `num_stages` on its loops asks the compiler for.
+(`plan.Resources`): that is what `num_stages` on its loops asks the compiler for.
 
 `finish` makes a task's stores visible before it counts the task; `wait` sees them after it saw the count: its
 acquire empties the L1 cache.  What others stored is loaded with ".cg", past that cache, except by copies too

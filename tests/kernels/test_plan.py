@@ -68,6 +68,7 @@ def test_blocks(size: int, block: int, expected: int) -> None:
     assert plan.blocks(size, block) == expected
 
 
+RESOURCES = (plan.FORWARD, plan.ROOMY, plan.BACKWARD, plan.BACKWARD_WIDE)
 MAPS = [
     (2048, 196),
     (512, 784),
@@ -84,11 +85,17 @@ MAPS = [
 @pytest.mark.parametrize("layout", [plan.POSITIONS_FIRST, plan.CHANNELS_FIRST])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("accumulators", [1, 2])
+@pytest.mark.parametrize("resources", RESOURCES)
 @pytest.mark.parametrize(("channels", "positions"), MAPS)
 def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
-    channels: int, positions: int, accumulators: int, itemsize: int, layout: str
+    channels: int,
+    positions: int,
+    accumulators: int,
+    itemsize: int,
+    layout: str,
+    resources: plan.Resources,
 ) -> None:
-    found = plan.schedule(channels, positions, itemsize, layout, accumulators)
+    found = plan.schedule(channels, positions, itemsize, layout, resources, accumulators)
     assert found is not None
     group, task_c, tile, stages, block_map = found
     assert 1 <= group <= plan.LARGEST_GROUP
@@ -96,10 +103,12 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
     assert (group == plan.LARGEST_GROUP) or (group + 1) * channels * positions * itemsize > plan.GROUP_BYTES
     assert task_c % tile.block_c == 0
     elements = tile.block_c * tile.block_l
-    assert elements * accumulators == plan.TILE_ELEMENTS or elements * itemsize == plan.TILE_BYTES
-    assert elements * accumulators <= plan.TILE_ELEMENTS
-    assert elements * itemsize <= plan.TILE_BYTES
-    assert (stages - 1) * tile.block_c * tile.block_l * itemsize == plan.COPY_BYTES
+    most, most_bytes = resources.tile_elements, resources.tile_bytes
+    assert elements * accumulators == most or elements * itemsize == most_bytes
+    assert elements * accumulators <= most
+    assert elements * itemsize <= most_bytes
+    assert (stages - 1) * tile.block_c * tile.block_l * itemsize == resources.copy_bytes
+    assert tile.num_warps == resources.warps
     if layout == plan.POSITIONS_FIRST:
         assert tile.block_l in (16, plan.LONG_BLOCK) or tile.block_l // 2 < positions <= tile.block_l
         assert (tile.block_l < positions) == (positions > plan.MAP_BLOCK)
@@ -110,13 +119,29 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
     assert block_map == plan.MAP_BLOCK or positions <= block_map < 2 * positions
 
 
+def test_resources_by_pooling_and_map() -> None:
+    nchw, channels_last = plan.POSITIONS_FIRST, plan.CHANNELS_FIRST
+    assert plan.forward_resources(True, 196, 2, nchw) is plan.FORWARD
+    assert plan.forward_resources(True, 49, 4, nchw) is plan.FORWARD
+    assert plan.forward_resources(True, 49, 2, channels_last) is plan.FORWARD
+    assert plan.forward_resources(True, 49, 2, nchw) is plan.ROOMY
+    assert plan.forward_resources(False, 196, 2, nchw) is plan.ROOMY
+    assert plan.backward_resources(256, 2, nchw) is plan.BACKWARD
+    assert plan.backward_resources(257, 4, nchw) is plan.BACKWARD_WIDE
+    assert plan.backward_resources(49, 2, nchw) is plan.BACKWARD_WIDE
+
+
 def test_an_image_larger_than_a_group_goes_pass_by_pass() -> None:
     limit = plan.GROUP_BYTES // (2 * 1024)
-    assert plan.schedule(1024, limit, 2, plan.POSITIONS_FIRST) is not None
-    assert plan.schedule(1024, limit + 1, 2, plan.POSITIONS_FIRST) is None
+    assert plan.schedule(1024, limit, 2, plan.POSITIONS_FIRST, plan.FORWARD) is not None
+    assert plan.schedule(1024, limit + 1, 2, plan.POSITIONS_FIRST, plan.FORWARD) is None
 
 
-def test_the_mlp_is_inside_where_its_weights_are_small_against_a_group() -> None:
+def test_the_mlp_is_inside_where_its_weights_are_small_against_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not plan.mlp_inside(2048, 128, 4, 196, 2, 5)
+    monkeypatch.setattr(plan, "MLP_INSIDE", True)
     assert plan.mlp_inside(2048, 128, 4, 196, 2, 5)  # 2.1 MB of weights, 4.0 MB of A
     assert not plan.mlp_inside(2048, 2048, 4, 196, 2, 5)  # 33.6 MB of weights
     assert plan.mlp_inside(1024, 512, 4, 4096, 2, 1)
@@ -124,9 +149,9 @@ def test_the_mlp_is_inside_where_its_weights_are_small_against_a_group() -> None
 
 
 def test_registers_of_the_programs_that_share_a_multiprocessor() -> None:
-    for capability, roomy in itertools.product((8, 9, 10, 12), (False, True)):
-        programs, registers = plan.occupancy(capability, roomy)
-        assert programs * 128 * -(-registers // 8) * 8 <= 65536
+    for capability, resources in itertools.product((8, 9, 10, 12), RESOURCES):
+        programs, registers = plan.occupancy(capability, resources)
+        assert programs * 32 * resources.warps * -(-registers // 8) * 8 <= 65536
 
 
 @pytest.mark.parametrize("hidden", [1, 9, 32, 80, 128, 129, 512])

@@ -86,8 +86,8 @@ def test_no_phase_comes_before_what_it_waits_for(
 
 def test_pass_by_pass_on_amd_and_where_tickets_would_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     a = torch.empty(1, C, L)
-    assert ops._schedule(a) is not None
-    assert ops._schedule(a.expand(2**27, C, L)) is None
+    assert ops._schedule(a, ops.plan.FORWARD) is not None
+    assert ops._schedule(a.expand(2**27, C, L), ops.plan.FORWARD) is None
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with traced() as trace:
         forward(a)

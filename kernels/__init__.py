@@ -3,14 +3,14 @@
 Symbols, per image: A the feature map, C channels by L = H*W positions; s channel weights (C);
 t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in bytes.
 
-One launch for a whole direction; a read in brackets finds A in the L2 cache:
+One launch for several passes; a read in brackets is meant to find A in the L2 cache (`bench/results/h100.md`):
 
 | file                  | equation                                              | reads      | writes |
 |-----------------------|-------------------------------------------------------|------------|--------|
-| attention_forward     | A -> g, e, T and A pooled under T, or D               | |A| (2|A|) | small  |
+| attention_forward     | A, s -> T and A pooled under T, or D                  | |A| (|A|)  | small  |
 | attention_backward    | dT = v A, dU = norm'(dT), ds = A dU; for v and dz     | |A| (|A|)  | small  |
 | features_grad         | dA = x t + s dU + k, an outer-product sum             | 0 (|G|)    | |A|    |
-| channel_mlp           | e = FC2(relu(FC1(g))), inside attention_forward       | small      | small  |
+| channel_mlp           | e = FC2(relu(FC1(g))), inside it by `plan.MLP_INSIDE` | |A| more   | small  |
 | schedule              | tickets, and counters that say what is finished       |            |        |
 | plan                  | tiles, groups, and when to go pass by pass            |            |        |
 

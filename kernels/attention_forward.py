@@ -5,8 +5,8 @@
     map        U = sum_c softmax(e)_c A_c;  T = norm(U)        A from the L2 cache
     pool       1/L sum_l T A | maximum of T A | D = T A        A from the L2 cache
 
-Reads A three times (twice without the MLP), of which only the first needs memory where the groups in
-flight fit the L2 cache (`plan.GROUP_BYTES`).  Writes small tensors, and D in the dense case.
+Reads A three times (twice without the MLP, `plan.MLP_INSIDE`), of which only the first needs memory where the
+groups in flight fit the L2 cache (`plan.GROUP_BYTES`).  Writes small tensors, and D in the dense case.
 """
 
 import triton

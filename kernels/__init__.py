@@ -3,7 +3,7 @@
 Symbols, per image: A the feature map, C channels by L = H*W positions; s channel weights (C);
 t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in bytes.
 
-One launch for several passes; a read in brackets is meant to find A in the L2 cache (`bench/results/h100.md`):
+One launch for several passes; a read in brackets is meant to find A in L2 (see `bench/results/h100.md`):
 
 | file                  | equation                                              | reads      | writes |
 |-----------------------|-------------------------------------------------------|------------|--------|

@@ -286,7 +286,8 @@ def test_small_gradients_pass_a_classifier_in_float16(device: torch.device) -> N
         composed = GGAMLoss(0.0)(head(x, target), target)
     expected = torch.autograd.grad(composed * 65536.0, x)[0] / 65536.0
     assert 0 < expected.abs().max() < 1e-8
-    assert parity.relative_error(torch.autograd.grad(fused, x)[0], expected) < 2e-2  # both in float16
+    most = 1e-2 if device.type == "cpu" else 2e-2  # both are float16's: 1.1e-2 on an H100
+    assert parity.relative_error(torch.autograd.grad(fused, x)[0], expected) < most
 
 
 def test_a_large_scale_on_float16_parameters(device: torch.device) -> None:

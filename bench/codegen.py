@@ -63,7 +63,7 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        flags = ("HAS_MLP", "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA")
+        flags = ("R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA")
         return " ".join(f"{f}={self.keywords[f]:d}" for f in flags if f in self.keywords)
 
 
@@ -122,13 +122,10 @@ def _run_all(channels: int, positions: int, channels_last: bool, dtype: torch.dt
     for norm in ("softmax", "sum", "sigmoid"):
         stages.spatial_attention(a, s, norm)
         stages.spatial_attention_grad(a, s, t, t, total, norm)
-    weights = [torch.empty(x) for x in ((channels // 16, channels), (channels // 16,))]
-    weights += [torch.empty(x) for x in ((channels, channels // 16), (channels,))]
     for pool_type in ("avg", "max", ""):
-        stages.attention_forward(a, *weights, "softmax", pool_type)
         stages.attended(a, s, "softmax", pool_type)
     for norm in ("sum", "sigmoid"):
-        stages.attention_forward(a, *weights, norm, "avg")
+        stages.attended(a, s, norm, "avg")
     pair = torch.empty(batch, 2, channels)
     stages.attention_backward(a, pair, None, t, total, "softmax")
     for norm in ("softmax", "sum", "sigmoid"):

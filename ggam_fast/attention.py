@@ -92,35 +92,30 @@ def attend(stages: Stages, features: Tensor, mlp: ChannelMLP, options: Options) 
     def empty() -> Tensor:  # autograd wants every output to be a tensor of its own
         return features.new_empty(0, dtype=dtype)
 
-    if options.attention == "channel_spatial" and stages.whole_forward:
-        out, index, t, total, logits, mean, hidden = stages.attention_forward(
-            features, *mlp, options.spatial_norm, options.pool_type
-        )
-        pooled, peak = (out * t.gather(1, index), out) if options.pool_type == "max" else (out, empty())
-        return Attended(pooled, logits, t, mean, hidden, total, peak, index)
-
-    mean, hidden, total, peak = (empty() for _ in range(4))
-    logits = features.new_zeros((batch, channels), dtype=dtype)
     if options.uses_channel:
         mean = stages.spatial_sum(features, None, 1.0 / positions)
         hidden, logits = channel_mlp(mean, *(p for p in mlp if p is not None))
+    else:
+        mean, hidden = empty(), empty()
+        logits = features.new_zeros((batch, channels), dtype=dtype)
     s = torch.softmax(logits, -1)
 
     if options.uses_spatial:
         out, index, t, total = stages.attended(features, s, options.spatial_norm, options.pool_type)
         weights: Tensor | None = t
     else:
-        t, weights = features.new_ones((batch, positions), dtype=dtype), None
+        t, weights, total = features.new_ones((batch, positions), dtype=dtype), None, empty()
         if options.uses_channel and options.pool_type == "avg":
             out, index = mean, features.new_empty(0, dtype=torch.int64)
         else:
             scale = s if options.uses_channel else torch.ones_like(s)
             out, index = stages.pool(features, None, scale, options.pool_type)
 
-    pooled = out
     if options.pool_type == "max":
         peak = out
         pooled = peak.clone() if weights is None else peak * weights.gather(1, index)
+    else:
+        pooled, peak = out, empty()
     if options.attention == "channel" and not options.dense:  # D = S * A: the scale comes after the pooling
         pooled = s * pooled
     return Attended(pooled, logits, t, mean, hidden, total, peak, index)

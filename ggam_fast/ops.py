@@ -296,7 +296,7 @@ def _schedule(features: Tensor, resources: plan.Resources, accumulators: int = 1
     # AMD's barrier does not wait for the stores of the other waves, which `schedule.finish` counts on.
     if torch.version.hip is not None or features.device.type not in ("cuda", "cpu"):
         return None
-    # Tickets are int32; 32 channels have 135 at most (where C = 32, J = 512, one image a group).
+    # Tickets are int32; a task has ten at most, as two phases go through the batch and the groups of the lag.
     if batch * plan.blocks(channels, plan.TASK_CHANNELS[0]) > 2**23:
         return None
     itemsize, layout = features.element_size(), _layout(features)
@@ -333,49 +333,6 @@ def _forward_resources(features: Tensor, pool: int) -> plan.Resources:
     return plan.forward_resources(pool == _POOL["avg"], positions, itemsize, _layout(features))
 
 
-def _launch_forward(
-    features: Tensor,
-    mlp: tuple[Tensor, ...] | None,
-    channel: Tensor,
-    norm: int,
-    pool: int,
-    for_flatten: bool,
-    schedule: plan.Schedule,
-) -> tuple[Tensor, ...]:
-    """(out, index, T, total, mean, hidden); `channel` is s, or with the MLP where e is stored."""
-    batch, channels, positions = features.shape
-    parts = plan.blocks(channels, schedule.task_c)
-    group = min(schedule.group, batch)
-    groups = plan.blocks(batch, max(group, 1))
-    device = features.device
-    out, index = _pooled(features, pool, for_flatten)
-    attention, total = _spatial_attention_fake(features, channel, norm)
-    partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=device)
-    hidden_size = 1 if mlp is None else mlp[0].shape[0]
-    tasks = plan.mlp_tasks(channels, hidden_size)
-    mean = hidden = hidden_parts = statistics = partials  # not touched without the MLP
-    if mlp is not None:
-        mean, hidden = _small(batch, channels, features), _small(batch, hidden_size, features)
-        fc1 = plan.blocks(channels, tasks.fc1_c)
-        fc2 = plan.blocks(channels, tasks.fc2_c)
-        hidden_parts = torch.empty((batch, fc1, hidden_size), dtype=torch.float32, device=device)
-        statistics = torch.empty((batch, fc2, 2), dtype=torch.float32, device=device)
-    counters = torch.zeros(1 + 3 * groups + batch, dtype=torch.int32, device=device)
-    dense, resources = pool == _POOL["flatten"], _forward_resources(features, pool)
-    if batch:
-        with torch.cuda.device_of(features):
-            attention_forward.attention_forward_kernel[(_programs(device, resources),)](
-                features, *(mlp or (partials,) * 4), channel, mean, hidden, hidden_parts, statistics,
-                partials, attention, total, out, index, counters,
-                batch, group, features.stride(0), out.stride(0), J=hidden_size,
-                OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
-                NORM=norm, POOL=pool, HAS_MLP=mlp is not None, FC1_C=tasks.fc1_c, FC1_J=tasks.fc1_j,
-                FC2_C=tasks.fc2_c, **plan.forward_lags(mlp is not None),
-                **_persistent(features, schedule, resources),
-            )  # fmt: skip
-    return out, index, attention, total, mean, hidden
-
-
 def _pooled(features: Tensor, pool: int, for_flatten: bool) -> tuple[Tensor, Tensor]:
     """Room for (out, index): the pooled features, A at the maxima and where, or D."""
     batch, channels, _ = features.shape
@@ -401,66 +358,32 @@ def _attended_fake(
 def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
     """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
     features, s = _native(features), s.contiguous()
-    schedule = _schedule(features, _forward_resources(features, pool), 2 if pool == _POOL["max"] else 1)
-    if schedule is not None:
-        return _launch_forward(features, None, s, norm, pool, for_flatten, schedule)[:4]
-    t, total = _spatial_attention(features, s, norm)
-    index = torch.empty(0, dtype=torch.int64, device=features.device)
-    if pool == _POOL["avg"]:
-        out = _spatial_sum(features, t, 1.0 / features.shape[2])
-    elif pool == _POOL["max"]:
-        out, index = _max_pool(features, t)
-    else:
-        out = _hadamard(features, t, s, for_flatten)
-    return out, index, t, total
-
-
-def _attention_forward_fake(
-    features: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    norm: int,
-    pool: int,
-    for_flatten: bool,
-) -> tuple[Tensor, ...]:
-    batch, channels, _ = features.shape
-    logits, mean = _small(batch, channels, features), _small(batch, channels, features)
-    hidden = _small(batch, fc1_weight.shape[0], features)
-    return *_attended_fake(features, logits, norm, pool, for_flatten), logits, mean, hidden
-
-
-@_register(
-    "attention_forward(Tensor features, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
-    "Tensor fc2_bias, int norm, int pool, bool for_flatten)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _attention_forward_fake,
-)
-def _attention_forward(
-    features: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    norm: int,
-    pool: int,
-    for_flatten: bool,
-) -> tuple[Tensor, ...]:
-    """The whole forward: (out, index, T, total, e, mean, hidden)"""
-    features = _native(features)
+    resources = _forward_resources(features, pool)
+    schedule = _schedule(features, resources, 2 if pool == _POOL["max"] else 1)
+    if schedule is None:
+        t, total = _spatial_attention(features, s, norm)
+        index = torch.empty(0, dtype=torch.int64, device=features.device)
+        if pool == _POOL["avg"]:
+            out = _spatial_sum(features, t, 1.0 / features.shape[2])
+        elif pool == _POOL["max"]:
+            out, index = _max_pool(features, t)
+        else:
+            out = _hadamard(features, t, s, for_flatten)
+        return out, index, t, total
     batch, channels, positions = features.shape
-    schedule = _schedule(features, _forward_resources(features, pool), 2 if pool == _POOL["max"] else 1)
-    mlp = tuple(p.contiguous() for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
-    if schedule is not None and plan.mlp_inside(
-        channels, mlp[0].shape[0], mlp[0].element_size(), positions, features.element_size(), schedule.group
-    ):
-        logits = _small(batch, channels, features)
-        *attended, mean, hidden = _launch_forward(features, mlp, logits, norm, pool, for_flatten, schedule)
-        return *attended, logits, mean, hidden
-    mean = _spatial_sum(features, None, 1.0 / positions)
-    hidden, logits = stages.channel_mlp(mean, *mlp)
-    return *_attended(features, logits.softmax(-1), norm, pool, for_flatten), logits, mean, hidden
+    out, index, t, total = _attended_fake(features, s, norm, pool, for_flatten)
+    parts, device, dense = plan.blocks(channels, schedule.task_c), features.device, pool == _POOL["flatten"]
+    partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=device)
+    counters = torch.zeros(1 + batch, dtype=torch.int32, device=device)
+    if batch:
+        with torch.cuda.device_of(features):
+            attention_forward.attention_forward_kernel[(_programs(device, resources),)](
+                features, s, partials, t, total, out, index, counters, batch, min(schedule.group, batch),
+                features.stride(0), out.stride(0),
+                OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
+                NORM=norm, POOL=pool, LAG=plan.REREAD_LAG, **_persistent(features, schedule, resources),
+            )  # fmt: skip
+    return out, index, t, total
 
 
 def _attention_backward_fake(
@@ -568,28 +491,11 @@ def _features_grad(
 class TritonStages(stages.Stages):
     """The stages as kernels.  Small results are float32; none of them is differentiable by itself."""
 
-    whole_forward = True
-
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
         return _channel_sum(features, weights.float())
 
     def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
         return _spatial_sum(features, None if weights is None else weights.float(), scale)
-
-    def attention_forward(
-        self,
-        features: Tensor,
-        fc1_weight: Tensor | None,
-        fc1_bias: Tensor | None,
-        fc2_weight: Tensor | None,
-        fc2_bias: Tensor | None,
-        norm: str,
-        pool_type: str,
-    ) -> tuple[Tensor, ...]:
-        return _attention_forward(
-            features, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-            _NORM[norm], _POOL[pool_type], pool_type == "flatten",
-        )  # fmt: skip
 
     def attended(self, features: Tensor, s: Tensor, norm: str, pool_type: str) -> tuple[Tensor, ...]:
         return _attended(features, s, _NORM[norm], _POOL[pool_type], pool_type == "flatten")

@@ -65,22 +65,6 @@ def rows_times_by_sum(rows: Tensor, matrix: Tensor, addend: Tensor | None = None
 class Stages:
     """The stages in torch operations; `A` is (N, C, L), `s` and `v` are (N, C), `t` is (N, L)."""
 
-    whole_forward = False
-    """Whether `attention_forward` does all of `attention.attend` for channel and spatial attention."""
-
-    def attention_forward(
-        self,
-        features: Tensor,
-        fc1_weight: Tensor | None,
-        fc1_bias: Tensor | None,
-        fc2_weight: Tensor | None,
-        fc2_bias: Tensor | None,
-        norm: str,
-        pool_type: str,
-    ) -> tuple[Tensor, ...]:
-        """(pooled, argmax, T, sum(U), e, g, hidden) in as few launches as the backend can"""
-        raise NotImplementedError
-
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
         """out[n, l] = sum_c weights[n, c] A[n, c, l]"""
         return rows_times(weights.unsqueeze(1), features.to(compute_dtype(features))).squeeze(1)

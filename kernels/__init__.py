@@ -10,7 +10,6 @@ One launch for several passes; a read in brackets is meant to find A in L2 (see 
 | attention_forward     | A, s -> T and A pooled under T, or D                  | |A| (|A|)  | small  |
 | attention_backward    | dT = v A, dU = norm'(dT), ds = A dU; for v and dz     | |A| (|A|)  | small  |
 | features_grad         | dA = x t + s dU + k, an outer-product sum             | 0 (|G|)    | |A|    |
-| channel_mlp           | e = FC2(relu(FC1(g))), inside it by `plan.MLP_INSIDE` | |A| more   | small  |
 | schedule              | tickets, and counters that say what is finished       |            |        |
 | plan                  | tiles, groups, and when to go pass by pass            |            |        |
 

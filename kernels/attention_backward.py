@@ -35,9 +35,8 @@ def _map_task(
     partial_ptr = partials_ptr + part * L
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         store_channel_sums(
-            image_ptr, weights_ptr, 0.0, 1.0, partial_ptr, partial_ptr + parts * L, part * TASK_C,
-            start + tl.arange(0, BLOCK_L), C, L, STRIDE_C, STRIDE_L, R, False, TASK_C, BLOCK_C, BLOCK_L,
-            STAGES,
+            image_ptr, weights_ptr, partial_ptr, partial_ptr + parts * L, part * TASK_C,
+            start + tl.arange(0, BLOCK_L), C, L, STRIDE_C, STRIDE_L, R, TASK_C, BLOCK_C, BLOCK_L, STAGES,
         )  # fmt: skip
     if finish_and_count(done_ptr) == parts - 1:
         for r in range(R):

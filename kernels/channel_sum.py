@@ -13,9 +13,7 @@ from .offsets import image_offsets
 @triton.jit
 def store_channel_sums(
     image_ptr,
-    weights_ptr,  # (R, C) float32 of this image: s, or with EXPONENTIAL logits
-    peak,
-    scale,  # s = scale * exp(logits - peak); only with EXPONENTIAL
+    weights_ptr,  # (R, C) float32 of this image
     partial_ptr,  # (L,) float32: this part
     partial_1_ptr,  # for the second row of weights
     first,  # channel
@@ -25,7 +23,6 @@ def store_channel_sums(
     STRIDE_C: tl.constexpr,
     STRIDE_L: tl.constexpr,
     R: tl.constexpr,
-    EXPONENTIAL: tl.constexpr,
     PARTIAL_C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -39,15 +36,10 @@ def store_channel_sums(
         offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(
-            weights_ptr + c, mask=c < C, other=-float("inf") if EXPONENTIAL else 0.0, cache_modifier=".cg"
-        )
-        if EXPONENTIAL:
-            s = tl.exp(s - peak)
-        acc += a * s[:, None]
+        acc += a * tl.load(weights_ptr + c, mask=c < C, other=0.0)[:, None]
         if R > 1:
             acc_1 += a * tl.load(weights_ptr + C + c, mask=c < C, other=0.0)[:, None]
-    tl.store(partial_ptr + l, tl.sum(acc, axis=0) * scale, mask=l < L)
+    tl.store(partial_ptr + l, tl.sum(acc, axis=0), mask=l < L)
     if R > 1:
         tl.store(partial_1_ptr + l, tl.sum(acc_1, axis=0), mask=l < L)
 
@@ -74,6 +66,6 @@ def channel_sum_kernel(
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     partial_ptr = partials_ptr + (n * parts + part) * L
     store_channel_sums(
-        features_ptr + n * stride_n, weights_ptr + n * C, 0.0, 1.0, partial_ptr, partial_ptr,
-        part * PARTIAL_C, l, C, L, STRIDE_C, STRIDE_L, 1, False, PARTIAL_C, BLOCK_C, BLOCK_L, 1,
+        features_ptr + n * stride_n, weights_ptr + n * C, partial_ptr, partial_ptr,
+        part * PARTIAL_C, l, C, L, STRIDE_C, STRIDE_L, 1, PARTIAL_C, BLOCK_C, BLOCK_L, 1,
     )  # fmt: skip

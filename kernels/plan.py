@@ -38,28 +38,15 @@ CHANNELS_PER_PARTIAL = 256
 A multiple of every block_c: no block straddles two parts."""
 
 
-FORWARD_LAGS = (1, 1, 2, 3)
-"""Rounds (`kernels/schedule.py`) after the mean of a group that its FC1, FC2, map and pool come: at least 1,
-none less than the one before it.  With more, less is waited for, and more of A is read before a group is read
-again."""
-
 REREAD_LAG = 3
-"""The same where only two phases read A: the sums after the map in the backward, the pool after the map where
-s is given."""
+"""Rounds (`kernels/schedule.py`) after the map of a group that its second read comes, the pool in the forward
+and the sums in the backward.  With more, less is waited for, and more of A is read before a group is read
+again."""
 
 GROUP_BYTES = 4 << 20
 """A fused kernel takes as many images as a group as fit this many bytes of A.  From the first read of an
-image to the last, the forward reads seven groups at most (one and twice the lag), 28 MiB: about half of an
-H100's 50 MiB of L2 cache, the other half of which may hold copies."""
-
-MLP_TILE = 4096
-"""Weights of a task of the channel MLP, which stay in registers: 32 for each of 128 threads."""
-
-LARGEST_HIDDEN = 512
-"""Hidden units at most: of FC2, a task takes whole rows of weights."""
-
-LARGEST_GROUP = 16
-"""Images of a group at most: a task of the channel MLP goes through them one after another."""
+image to the second, seven groups are read at most (one and twice the lag), 28 MiB: about half of an H100's
+50 MiB of L2 cache, the other half of which may hold copies."""
 
 TASK_BYTES = 65536
 """A task's tiles of A, with their padding: 50 KB of a 14 x 14 map.  One phase of 32 images of 2,048 channels
@@ -107,10 +94,6 @@ BACKWARD_WIDE = Resources(4, 4096, 8192, 16384, ((9, (3, 168)), (None, (2, 255))
 or spills, and for rows that cannot be copied ahead."""
 SMALL_MAP = 256
 
-MLP_INSIDE = False
-"""Whether the fused forward computes the channel MLP itself, where `mlp_inside` allows it.  On an H100,
-2048 x 14 x 14, bfloat16, N = 128 and 32: 237 and 79 us with it, 165 and 75 as two matrix products before."""
-
 
 class Schedule(NamedTuple):
     """How a fused kernel cuts up its passes over A."""
@@ -120,14 +103,6 @@ class Schedule(NamedTuple):
     tile: Tile
     stages: int  # tiles under way, and the one that is added up
     block_map: int
-
-
-class MlpTasks(NamedTuple):
-    """How the fused forward cuts up the channel MLP."""
-
-    fc1_c: int  # channels of one part of FC1's sum
-    fc1_j: int  # hidden units of a task of FC1
-    fc2_c: int  # channels of a task of FC2, and of one block of the softmax's statistics
 
 
 def _row(table: tuple, size: int):
@@ -183,7 +158,7 @@ def schedule(
         task_c = block_c = max(min(_power_of_2(channels), LINE_BYTES // itemsize), 16)
         block_l = elements // block_c
     return Schedule(
-        group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
+        group=GROUP_BYTES // image_bytes,
         task_c=task_c,
         tile=Tile(block_c, block_l, resources.warps),
         stages=1 + resources.copy_bytes // (elements * itemsize),
@@ -210,25 +185,3 @@ def backward_resources(positions: int, itemsize: int, layout: str) -> Resources:
 def occupancy(capability: int, resources: Resources) -> tuple[int, int]:
     """(programs on each multiprocessor, registers a thread) of a persistent kernel."""
     return _row(resources.occupancy, capability)
-
-
-def forward_lags(has_mlp: bool) -> dict[str, int]:
-    """The forward's constants of that name."""
-    lags = FORWARD_LAGS if has_mlp else (0, 0, 0, REREAD_LAG)
-    return dict(zip(("FC1_LAG", "FC2_LAG", "MAP_LAG", "POOL_LAG"), lags, strict=True))
-
-
-def mlp_tasks(channels: int, hidden: int) -> MlpTasks:
-    """At most a quarter of (many) channels for FC1, whole rows for FC2; at most MLP_TILE weights a task."""
-    fc1_c = min(max(_power_of_2(channels // 4 + 1) // 2, 16), MLP_TILE // 8)
-    return MlpTasks(fc1_c, 8, min(MLP_TILE // _power_of_2(hidden), 32))
-
-
-def mlp_inside(
-    channels: int, hidden: int, weight_itemsize: int, positions: int, itemsize: int, group: int
-) -> bool:
-    """Whether the fused forward computes the channel MLP itself.  Its weights are read once a group, from the
-    cache; where that is more than the group's own share of A, one matrix product for the batch is better."""
-    if not MLP_INSIDE or hidden > LARGEST_HIDDEN:
-        return False
-    return 2 * channels * hidden * weight_itemsize <= group * channels * positions * itemsize

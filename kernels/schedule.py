@@ -3,10 +3,10 @@
 A fused kernel's work is cut into phases (of one group of images) and tasks (of one phase).  Every program
 draws tickets from one integer; a ticket names its task by arithmetic alone:
 
-    round = ticket // tasks_per_round      phase p of group (round - LAG_p), in the order of the phases
+    round = ticket // tasks_per_round      phase 0 of group round, then phase 1 of group (round - LAG)
 
-(`plan.FORWARD_LAGS`, `plan.REREAD_LAG`) so that phase p+1 of a group comes after tasks of other groups: what
-it waits for has been going on for a while, and the part of A that it reads again is still in the L2 cache.
+(`plan.REREAD_LAG`) so that phase 1 of a group comes after tasks of other groups: what it waits for has been
+going on for a while, and the part of A that it reads again may still be in the L2 cache.
 Tickets are drawn in order, so the oldest unfinished task never waits for one that no running program has
 drawn: no deadlock, however few programs run, one after another in the interpreter included.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ggam_fast import stages
+from ggam_fast.attention import ChannelMLP, Options, attend
 
 ops = pytest.importorskip("ggam_fast.ops")
 S = ops.TRITON
@@ -246,16 +247,12 @@ def test_an_image_is_alone(layout: str, device: torch.device) -> None:
 
 
 def set_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How the fused operators do it: in one launch, with the MLP in front of it, or pass by pass."""
+    """How the fused operators do it."""
     if path == "passes":
         monkeypatch.setattr(ops.plan, "schedule", lambda *_, **__: None)
-    elif path == "mlp outside":
-        monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_, **__: False)
-    else:
-        monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_, **__: True)
 
 
-PATHS = ("one launch", "mlp outside", "passes")
+PATHS = ("one launch", "passes")
 NORMS = ("softmax", "sum", "sigmoid")
 
 
@@ -274,11 +271,12 @@ def test_the_whole_forward(
 ) -> None:
     turn = zlib.crc32(request.node.nodeid.encode())  # spreads paths and norms over the cases
     norm = NORMS[turn % 3]
-    set_path(PATHS[0 if max(c, l) > 1023 else turn // 3 % 3], monkeypatch)
+    set_path(PATHS[0 if max(c, l) > 1023 else turn // 3 % 2], monkeypatch)
     a = make(n, c, l, device, dtype, layout).abs()
     j = 1 + turn % 40
     w1, b1, w2, b2 = (torch.randn(x, device=device) for x in ((j, c), (j,), (c, j), (c,)))
-    pooled, index, t, total, logits, mean, hidden = S.attention_forward(a, w1, b1, w2, b2, norm, pool_type)
+    mlp, options = ChannelMLP(w1, b1, w2, b2), Options("channel_spatial", norm, pool_type)
+    pooled, logits, t, mean, hidden, total, peak, index = attend(S, a, mlp, options)
 
     exact = a.double()
     g = exact.mean(2)
@@ -292,30 +290,11 @@ def test_the_whole_forward(
     if pool_type == "avg":
         check(pooled, d.mean(2), 1e-5)
     elif pool_type == "max":
-        check(pooled * t.gather(1, index), d.amax(2), 1e-5)
-        assert torch.equal(pooled, a.float().gather(2, index.unsqueeze(2)).squeeze(2))
+        check(pooled, d.amax(2), 1e-5)
+        assert torch.equal(peak, a.float().gather(2, index.unsqueeze(2)).squeeze(2))
     else:
         check(pooled, d, 1e-5 if pool_type == "flatten" or dtype == torch.float32 else 2**-8)
         assert pooled.dtype == (torch.float32 if pool_type == "flatten" else dtype)
-
-    again = S.attended(a, logits.softmax(1), norm, pool_type)
-    check(again[2], expected, 1e-5)
-    check(again[0], pooled.double(), 1e-5 if pool_type != "" else 2**-8)
-
-
-@pytest.mark.parametrize(("channels", "masked"), [(70, slice(0, 32)), (70, slice(5, 64)), (20, slice(0, 20))])
-def test_channels_masked_by_an_infinite_bias(
-    channels: int, masked: slice, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole blocks of the softmax's statistics are -inf; all channels are NaN, as torch has it."""
-    set_path("one launch", monkeypatch)
-    a = make(2, channels, 9, device, torch.float32, "nchw").abs()
-    weights = [torch.randn(x, device=device) for x in ((3, channels), (3,), (channels, 3), (channels,))]
-    weights[3][masked] = -float("inf")
-    _, _, t, _, logits, _, _ = S.attention_forward(a, *weights, "softmax", "avg")
-    u = torch.einsum("ncl,nc->nl", a, logits.softmax(1))
-    assert u.isnan().all() == (masked.stop - masked.start == channels)
-    torch.testing.assert_close(t, u.softmax(1), equal_nan=True)
 
 
 @FUSED
@@ -333,7 +312,7 @@ def test_the_backward_of_one_and_of_two_gradients(
 ) -> None:
     turn = zlib.crc32(request.node.nodeid.encode())
     norm = NORMS[turn % 3]
-    set_path(PATHS[0 if max(c, l) > 1023 else turn // 3 % 2 * 2], monkeypatch)
+    set_path(PATHS[0 if max(c, l) > 1023 else turn // 3 % 2], monkeypatch)
     a = make(n, c, l, device, dtype, layout).abs()
     v, extra = torch.randn(n, rows, c, device=device), torch.randn(n, rows, l, device=device)
     u = torch.einsum("ncl,nc->nl", a.double(), weights(n, c, device).double().abs() / 16).requires_grad_()
@@ -361,7 +340,6 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
     g = make(2, 12, 10, device, torch.float32, "nchw")
     s, t, index = weights(2, 12, device), weights(2, 10, device), torch.randint(10, (2, 12), device=device)
     total, partials = torch.rand(2, device=device) + 1, torch.randn(2, 3, 10, device=device)
-    mlp = [torch.randn(x, device=device) for x in ((3, 12), (3,), (12, 3), (12,))]
     calls: dict[str, list[tuple[Any, ...]]] = {
         "spatial_sum": [(a, t, 0.5), (a, None, 0.5)],
         "channel_sum": [(a, s)],
@@ -373,7 +351,6 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         "hadamard": [(a, t, s, False), (a, None, s, True)],
         "grad_cam_means": [(a, g, t), (a, g, None)],
         "attended": [(a, s, 0, 0, False), (a, s, 1, 1, False), (a, s, 0, 2, True)],
-        "attention_forward": [(a, *mlp, 0, 0, False), (a, *mlp, 2, 1, False), (a, *mlp, 0, 2, False)],
         "attention_backward": [(a, torch.stack([s, s], 1), None, t, total, 0),
                                (a, s.unsqueeze(1), t.unsqueeze(1), t, total, 1)],
         "features_grad": [(a, 0, s, index, t, t, s, s), (a, 1, s, index, None, None, s, s),

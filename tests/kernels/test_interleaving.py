@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.interleave import interleaved
-from tests.kernels.test_schedule import C, S, backward, features, forward, ops, set_group
+from tests.kernels.test_schedule import backward, features, forward, ops, set_group
 from tests.kernels.trace import needs_interpreter
 
 pytestmark = needs_interpreter
@@ -15,7 +15,7 @@ pytestmark = needs_interpreter
 CALLS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "forward": forward,
     "forward, maximum": lambda a: forward(a, "max"),
-    "attended, dense": lambda a: S.attended(a, torch.ones(a.shape[0], C), "sum", ""),
+    "forward, dense": lambda a: forward(a, "", "sum"),
     "backward": lambda a: backward(a, 1),
     "backward of a pair": backward,
 }
@@ -31,10 +31,9 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(ops.torch, "empty", poisoned)
-    monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_: True)
 
 
-LAGS = (((1, 1, 2, 3), 2), ((1, 1, 1, 1), 0), ((1, 2, 3, 4), 1), ((2, 2, 4, 4), 3))
+LAGS = (2, 0, 1, 3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -43,9 +42,7 @@ def test_waits_for_what_it_reads(name: str, seed: int, monkeypatch: pytest.Monke
     a = features(5, "nchw" if seed % 2 else "channels_last")
     set_group(1 + seed % 3, monkeypatch)
     expected = CALLS[name](a)
-    forward_lags, reread_lag = LAGS[seed]
-    monkeypatch.setattr(ops.plan, "FORWARD_LAGS", forward_lags)
-    monkeypatch.setattr(ops.plan, "REREAD_LAG", reread_lag)
+    monkeypatch.setattr(ops.plan, "REREAD_LAG", LAGS[seed])
     monkeypatch.setattr(ops, "_programs", lambda *_: 2 + seed)
     with interleaved(seed) as launches:
         found = CALLS[name](a)

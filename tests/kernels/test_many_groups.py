@@ -18,7 +18,7 @@ if not checks.TRITON_AVAILABLE:
 from ggam_fast import ops
 
 ON_GPU = torch.cuda.is_available()
-N, C, L, J = (64, 520, 49, 24) if ON_GPU else (3, 40, 9, 5)
+N, C, L = (64, 520, 49) if ON_GPU else (3, 40, 9)
 REPEATS, IMAGES = (20, (1, 3)) if ON_GPU else (1, (1,))
 NORMS = ("softmax", "sum", "sigmoid")
 
@@ -41,18 +41,13 @@ def assert_same_bits(call: Any, images: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("images", IMAGES)
-@pytest.mark.parametrize("mlp_inside", [True, False])
 @pytest.mark.parametrize("pool_type", ["avg", "max", "flatten", ""])
 @pytest.mark.parametrize("norm", NORMS)
 def test_forward(
-    norm: str, pool_type: str, mlp_inside: bool, images: int, features: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_: mlp_inside)
-    mlp = [(0.1 * torch.randn(shape)).to(features.device) for shape in ((J, C), (J,), (C, J), (C,))]
-    assert_same_bits(
-        lambda: ops.TRITON.attention_forward(features, *mlp, norm, pool_type), images, monkeypatch
-    )
+    norm: str, pool_type: str, images: int, features: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = torch.randn(N, C).softmax(-1).to(features.device)
+    assert_same_bits(lambda: ops.TRITON.attended(features, s, norm, pool_type), images, monkeypatch)
 
 
 @pytest.mark.parametrize("images", IMAGES)

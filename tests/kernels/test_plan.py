@@ -98,9 +98,8 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
     found = plan.schedule(channels, positions, itemsize, layout, resources, accumulators)
     assert found is not None
     group, task_c, tile, stages, block_map = found
-    assert 1 <= group <= plan.LARGEST_GROUP
-    assert group * channels * positions * itemsize <= plan.GROUP_BYTES
-    assert (group == plan.LARGEST_GROUP) or (group + 1) * channels * positions * itemsize > plan.GROUP_BYTES
+    image_bytes = channels * positions * itemsize
+    assert group * image_bytes <= plan.GROUP_BYTES < (group + 1) * image_bytes
     assert task_c % tile.block_c == 0
     elements = tile.block_c * tile.block_l
     most, most_bytes = resources.tile_elements, resources.tile_bytes
@@ -137,28 +136,7 @@ def test_an_image_larger_than_a_group_goes_pass_by_pass() -> None:
     assert plan.schedule(1024, limit + 1, 2, plan.POSITIONS_FIRST, plan.FORWARD) is None
 
 
-def test_the_mlp_is_inside_where_its_weights_are_small_against_a_group(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert not plan.mlp_inside(2048, 128, 4, 196, 2, 5)
-    monkeypatch.setattr(plan, "MLP_INSIDE", True)
-    assert plan.mlp_inside(2048, 128, 4, 196, 2, 5)  # 2.1 MB of weights, 4.0 MB of A
-    assert not plan.mlp_inside(2048, 2048, 4, 196, 2, 5)  # 33.6 MB of weights
-    assert plan.mlp_inside(1024, 512, 4, 4096, 2, 1)
-    assert not plan.mlp_inside(1024, 513, 4, 4096, 2, 1)  # few weights, but too long a row
-
-
 def test_registers_of_the_programs_that_share_a_multiprocessor() -> None:
     for capability, resources in itertools.product((8, 9, 10, 12), RESOURCES):
         programs, registers = plan.occupancy(capability, resources)
         assert programs * 32 * resources.warps * -(-registers // 8) * 8 <= 65536
-
-
-@pytest.mark.parametrize("hidden", [1, 9, 32, 80, 128, 129, 512])
-@pytest.mark.parametrize("channels", SIZES)
-def test_tasks_of_the_mlp_fit_their_registers(channels: int, hidden: int) -> None:
-    fc1_c, fc1_j, fc2_c = plan.mlp_tasks(channels, hidden)
-    assert fc1_c & (fc1_c - 1) == fc2_c & (fc2_c - 1) == 0
-    assert fc1_c * fc1_j <= plan.MLP_TILE
-    assert fc2_c * hidden <= plan.MLP_TILE
-    assert fc1_c == 16 or fc1_c <= channels / 4

@@ -17,13 +17,6 @@ S = ops.TRITON
 N, C, L = 3, 300, 49
 
 
-def mlp(like: Tensor) -> list[Tensor]:
-    """fc1's and fc2's parameters, the same ones at every call."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((18, C), (18,), (C, 18), (C,))
-    return [torch.randn(shape, generator=generator).to(like.device) for shape in shapes]
-
-
 class Inputs:
     """All that the operators take, for the given rows of one batch."""
 
@@ -48,9 +41,8 @@ OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "hadamard": lambda x: S.hadamard(x.a, x.t, x.s, False),
     "hadamard by channel": lambda x: S.hadamard(x.a, None, x.s, True),
     "grad_cam_means": lambda x: S.grad_cam_means(x.a, x.g, x.t),
-    "attention_forward": lambda x: S.attention_forward(x.a, *mlp(x.a), "softmax", "avg"),
-    "attention_forward max": lambda x: S.attention_forward(x.a, *mlp(x.a), "sigmoid", "max"),
     "attended": lambda x: S.attended(x.a, x.s, "softmax", "avg"),
+    "attended max": lambda x: S.attended(x.a, x.s, "sigmoid", "max"),
     "attention_backward": lambda x: S.attention_backward(
         x.a, torch.stack([x.v, x.s], 1), None, x.t, x.total, "softmax"
     ),
@@ -66,9 +58,7 @@ def outputs(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("name", list(OPERATORS))
-def test_bits(name: str, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Outside the kernel the channel MLP is cuBLAS's on a GPU, whose order of sums depends on the batch.
-    monkeypatch.setattr(ops.plan, "MLP_INSIDE", True)
+def test_bits(name: str, layout: str, device: torch.device) -> None:
     a = torch.randn(N, C, L, device=device).bfloat16()
     if layout == "channels_last":
         a = a.transpose(1, 2).contiguous().transpose(1, 2)

@@ -17,7 +17,7 @@ if checks.TRITON_AVAILABLE:
 
     S = ops.TRITON
 
-C, L, J = 150, 49, 9
+C, L = 150, 49
 
 
 def features(n: int, layout: str) -> Tensor:
@@ -25,13 +25,8 @@ def features(n: int, layout: str) -> Tensor:
     return a.transpose(1, 2).contiguous().transpose(1, 2) if layout == "channels_last" else a
 
 
-def forward(a: Tensor, pool_type: str = "avg") -> tuple[Tensor, ...]:
-    weights = [torch.full(shape, 0.1) for shape in ((J, C), (J,), (C, J), (C,))]
-    return S.attention_forward(a, *weights, "softmax", pool_type)
-
-
-def attended(a: Tensor) -> tuple[Tensor, ...]:
-    return S.attended(a, torch.ones(a.shape[:2]), "softmax", "avg")
+def forward(a: Tensor, pool_type: str = "avg", norm: str = "softmax") -> tuple[Tensor, ...]:
+    return S.attended(a, torch.full(a.shape[:2], 1 / C), norm, pool_type)
 
 
 def backward(a: Tensor, rows: int = 2) -> tuple[Tensor, ...]:
@@ -39,11 +34,6 @@ def backward(a: Tensor, rows: int = 2) -> tuple[Tensor, ...]:
     return S.attention_backward(
         a, torch.ones(n, rows, C), None, torch.full((n, L), 1 / L), torch.ones(n), "softmax"
     )
-
-
-@pytest.fixture(autouse=True)
-def _mlp_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.plan, "mlp_inside", lambda *_: True)
 
 
 def set_group(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,20 +56,12 @@ def test_any_number_of_programs_and_any_group_give_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("call", "name", "lags", "why"),
-    [
-        (forward, "FORWARD_LAGS", (0, 1, 2, 3), "FC1 waits for the mean"),
-        (forward, "FORWARD_LAGS", (2, 1, 2, 3), "FC2 waits for FC1"),
-        (forward, "FORWARD_LAGS", (1, 3, 2, 3), "the map waits for FC2"),
-        (forward, "FORWARD_LAGS", (1, 1, 4, 3), "the pool waits for the map"),
-        (attended, "REREAD_LAG", -1, "the pool waits for the map"),
-        (backward, "REREAD_LAG", -1, "the sums wait for the map"),
-    ],
+    ("call", "why"), [(forward, "the pool waits for the map"), (backward, "the sums wait for the map")]
 )
 def test_no_phase_comes_before_what_it_waits_for(
-    call: Callable[[Tensor], object], name: str, lags: object, why: str, monkeypatch: pytest.MonkeyPatch
+    call: Callable[[Tensor], object], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops.plan, name, lags)
+    monkeypatch.setattr(ops.plan, "REREAD_LAG", -1)
     with interleaved(0), pytest.raises(Exception, match=why):  # which ends where the programs all wait
         call(features(2, "nchw"))
 
@@ -94,24 +76,22 @@ def test_pass_by_pass_on_amd_and_where_tickets_would_overflow(monkeypatch: pytes
     assert trace.launches > 1
 
 
-READS = {
-    "forward": (forward, 3),
-    "forward dense": (lambda a: forward(a, ""), 3),
-    "attended": (attended, 2),
-    "backward": (lambda a: backward(a, 1), 2),
-    "backward of a pair": (backward, 2),
+CALLS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "forward": forward,
+    "forward dense": lambda a: forward(a, ""),
+    "backward": lambda a: backward(a, 1),
+    "backward of a pair": backward,
 }
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("name", list(READS))
-def test_reads_every_element_of_the_features_as_often_as_its_docstring_says(name: str, layout: str) -> None:
-    call, reads = READS[name]
+@pytest.mark.parametrize("name", list(CALLS))
+def test_reads_every_element_of_the_features_twice_as_its_docstring_says(name: str, layout: str) -> None:
     a = features(3, layout)
     with traced() as trace:
-        call(a)
+        CALLS[name](a)
     assert trace.launches == 1
-    assert (counts(trace.loads, a) == reads).all()
+    assert (counts(trace.loads, a) == 2).all()
     for buffer in trace.buffers:
         if buffer.numel() == a.numel():
             assert (counts(trace.stores, buffer) == 1).all()
@@ -139,7 +119,7 @@ def test_a_group_is_read_again_before_many_others(
     """What `plan.GROUP_BYTES` counts on: from one read of an image to the next, no more than so many groups
     are read, its own included; pass after pass over the batch would read all of it."""
     set_group(2, monkeypatch)
-    groups = 1 + 2 * (ops.plan.FORWARD_LAGS[-1] if call is forward else ops.plan.REREAD_LAG)
+    groups = 1 + 2 * ops.plan.REREAD_LAG
     a = features(2 * groups + 2, "nchw")
     with traced() as trace:
         call(a)

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ggam_fast import ops
+from ggam_fast.stages import CamTerms
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,11 +47,15 @@ SHAPES = [
 ]
 DTYPES = (torch.bfloat16, torch.float32)
 _MODULES = (
-    ops.attention_backward, ops.attention_forward, ops.channel_sum, ops.features_grad,
-    ops.grad_cam_means, ops.hadamard, ops.max_pool, ops.position_scatter, ops.spatial_norm, ops.spatial_sum,
+    ops.attention_backward, ops.attention_forward, ops.channel_sum, ops.features_grad, ops.grad_cam_means,
+    ops.guidance, ops.hadamard, ops.max_pool, ops.position_scatter, ops.spatial_norm, ops.spatial_sum,
 )  # fmt: skip
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+_FLAGS = (
+    "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA", "HAS_SCALE", "CAM_NORM",
+    "SYMMETRIC",
+)  # fmt: skip
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -63,8 +68,7 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        flags = ("R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA")
-        return " ".join(f"{f}={self.keywords[f]:d}" for f in flags if f in self.keywords)
+        return " ".join(f"{f}={self.keywords[f]:d}" for f in _FLAGS if f in self.keywords)
 
 
 class Code(NamedTuple):
@@ -133,7 +137,11 @@ def _run_all(channels: int, positions: int, channels_last: bool, dtype: torch.dt
     stages.position_scatter(s, index, positions)
     for pool_type, first in (("avg", s), ("max", s), ("", a)):
         stages.features_grad(a, pool_type, first, index, t, t, s, s)
-        stages.features_grad(a, pool_type, first, index, None, None, s, s)
+        stages.features_grad(a, pool_type, first, index, None, None, s, None)
+    stages.features_grad(a, "avg", s, index, t, t, s, s, total[0])
+    for cam_norm in ("sigmoid", "softmax", "standardized"):
+        for divergence in ("symmetric", "forward"):
+            stages.guidance(s, CamTerms(s, t, t, s), s, positions, cam_norm, 1.0, divergence, 1.0)
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:

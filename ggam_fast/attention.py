@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from .checks import compute_dtype, full_precision
 from .contractions import DifferentiableStages, get_stages
-from .stages import Stages, channel_mlp
+from .stages import CamTerms, Stages, channel_mlp, softmax_grad
 
 aten = torch.ops.aten
 
@@ -70,12 +70,13 @@ class Attended(NamedTuple):
     total: Tensor  # (N,): sum(U)
     peak: Tensor  # (N, C): A at the argmax
     peak_index: Tensor  # (N, C): the argmax
+    channel: Tensor | None = None  # (N, C): S, where it is at hand
 
 
 class Factors(NamedTuple):
     """The small factors of dA, and what the MLP's own gradients need."""
 
-    first_mean: Tensor  # (N, C): mean_l of dA's first term
+    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first mean_l T
     first: Tensor  # (N, C): x, or the dense G
     channel: Tensor  # (N, C): S (1 where nothing weights the dense G)
     grad_map: Tensor | None  # (N, L): dU
@@ -118,13 +119,13 @@ def attend(stages: Stages, features: Tensor, mlp: ChannelMLP, options: Options) 
         pooled, peak = out, empty()
     if options.attention == "channel" and not options.dense:  # D = S * A: the scale comes after the pooling
         pooled = s * pooled
-    return Attended(pooled, logits, t, mean, hidden, total, peak, index)
+    return Attended(pooled, logits, t, mean, hidden, total, peak, index, s)
 
 
 class Pullback(NamedTuple):
     """A gradient of the pooled features, as far as A itself is needed."""
 
-    first_mean: Tensor  # (N, C): mean_l of dA's first term
+    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first mean_l T
     first: Tensor  # (N, C): x, or the dense G
     channel: Tensor  # (N, C): S (1 where nothing weights the dense G)
     grad_map: Tensor | None  # (N, L): dU
@@ -144,7 +145,11 @@ def pull_back(
     """The backward down to dA's factors.  Grad-CAM is the same with grad_pooled = d y^k / d pooled."""
     grads = grad_pooled.unsqueeze(0)
     (pulled,) = pull_back_to_channels(stages, features, options, attended, grads, grad_spatial)
-    return pull_back_to_mean(mlp, options, attended, pulled, grad_logits)
+    de = None
+    if pulled.grad_channel is not None:
+        de = softmax_grad(pulled.grad_channel, pulled.channel)
+        de = de if grad_logits is None else de + grad_logits
+    return pull_back_to_mean(mlp, attended, pulled, de)
 
 
 def pull_back_to_channels(
@@ -159,17 +164,14 @@ def pull_back_to_channels(
 
     With average pooling a pair shares its reads of A; only a single gradient may have a grad_spatial.
     """
-    t, s = attended.spatial, torch.softmax(attended.channel_logits, -1)
+    t, s = attended.spatial, attended.channel
+    s = torch.softmax(attended.channel_logits, -1) if s is None else s
     norm, total = options.spatial_norm, attended.total
     if options.pool_type == "avg" and options.attention == "channel_spatial":
         firsts = grads_pooled / features.shape[2]
         extra = None if grad_spatial is None else grad_spatial.unsqueeze(1)
         du, ds = stages.attention_backward(features, firsts.transpose(0, 1), extra, t, total, norm)
-        means = firsts * t.mean(-1, keepdim=True)
-        return [
-            Pullback(mean, first, s, du[:, r], ds[:, r])
-            for r, (mean, first) in enumerate(zip(means, firsts, strict=True))
-        ]
+        return [Pullback(None, first, s, du[:, r], ds[:, r]) for r, first in enumerate(firsts)]
     return [_pull_back_one(stages, features, options, attended, s, g, grad_spatial) for g in grads_pooled]
 
 
@@ -187,6 +189,7 @@ def _pull_back_one(
     scaled, norm = options.attention == "channel", options.spatial_norm
     ds: Tensor | None = None
     du: Tensor | None = None
+    first_mean: Tensor | None = None
     first = grad_pooled
     if options.pool_type == "avg":
         first = grad_pooled / positions
@@ -194,7 +197,6 @@ def _pull_back_one(
             ds, first = grad_pooled * attended.mean, first * s
         if options.uses_spatial:
             du = stages.spatial_attention_grad(features, first, grad_spatial, t, attended.total, norm)
-        first_mean = first * t.mean(-1, keepdim=True)
     elif options.pool_type == "max":
         if scaled:
             ds, first = grad_pooled * attended.peak, first * s
@@ -217,50 +219,42 @@ def _pull_back_one(
     return Pullback(first_mean, first, s, du, ds)
 
 
-def pull_back_to_mean(
-    mlp: ChannelMLP,
-    options: Options,
-    attended: Attended,
-    pulled: Pullback,
-    grad_logits: Tensor | None = None,
-) -> Factors:
-    """From dS through the channel MLP to dg; `grad_logits` is what the guidance loss adds to de."""
-    first_mean, first, s, du, ds = pulled
-    if not options.uses_channel:
+def pull_back_to_mean(mlp: ChannelMLP, attended: Attended, pulled: Pullback, de: Tensor | None) -> Factors:
+    """From de, the gradient of the channel logits, through the channel MLP to dg; None without one."""
+    first_mean, first, s, du, _ = pulled
+    if de is None:
         return Factors(first_mean, first, s, du, None, None, None)
-    assert ds is not None
     assert mlp.fc1_weight is not None
     assert mlp.fc2_weight is not None
-    de = _softmax_grad(ds, s)
-    if grad_logits is not None:
-        de = de + grad_logits
     dh = _relu_grad(de @ mlp.fc2_weight.to(de.dtype), attended.hidden)
     return Factors(first_mean, first, s, du, dh @ mlp.fc1_weight.to(de.dtype), de, dh)
 
 
-# One launch each, but where the compiler fuses them anyway: a compiled backward may run under the caller's
-# autocast with types that it was not traced with, and these two do not promote.
-
-
-def _softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return s * (ds - (ds * s).sum(-1, keepdim=True))
-    return aten._softmax_backward_data(ds, s, -1, ds.dtype)
+def cam_terms(f: Factors, spatial: Tensor) -> CamTerms:
+    """beta = mean_l dA, as terms that have yet to be added up, where f are those of d y^k / d A."""
+    if f.first_mean is None:
+        return CamTerms(f.first, spatial, f.grad_map, f.grad_mean)
+    return CamTerms(f.first_mean, None, f.grad_map, f.grad_mean)
 
 
 def _relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
+    # As for `stages.softmax_grad`.
     return dh * (hidden > 0) if torch.compiler.is_compiling() else aten.threshold_backward(dh, hidden, 0)
 
 
 def features_grad(
-    stages: Stages, features: Tensor, options: Options, spatial: Tensor, peak_index: Tensor, f: Factors
+    stages: Stages,
+    features: Tensor,
+    options: Options,
+    spatial: Tensor,
+    peak_index: Tensor,
+    f: Factors,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """dA, written from its factors."""
-    g = f.grad_mean
-    constant = torch.zeros_like(f.channel) if g is None else g / features.shape[2]
+    """dA, written from its factors; times the scalar `scale`."""
     return stages.features_grad(
-        features, options.pool_type, f.first, peak_index,
-        spatial if options.uses_spatial else None, f.grad_map, f.channel, constant,
+        features, options.pool_type, f.first, peak_index, spatial if options.uses_spatial else None,
+        f.grad_map, f.channel, f.grad_mean, scale,
     )  # fmt: skip
 
 
@@ -298,7 +292,7 @@ class Attention(Function):
     ) -> tuple[Tensor, ...]:
         options = Options(attention, spatial_norm, pool_type)
         mlp = ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        return tuple(attend(get_stages(backend), features, mlp, options))
+        return tuple(attend(get_stages(backend), features, mlp, options)[:-1])  # S is e's, with its gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

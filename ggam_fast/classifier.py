@@ -235,16 +235,24 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
 
         return x * scale + (0.0 if beta is None else beta), pull_nothing
     from_batch = layer.training or layer.running_mean is None
-    y = _normalise(layer, x, gamma, beta, from_batch)
+    y, saved = _normalise(layer, x, gamma, beta, from_batch)
 
-    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+    def statistics() -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance that x was normalised with, and one over the deviation; of the batch's, torch's
+        backward looks at no variance (but on CUDA asks for one)."""
+        if saved is not None:
+            mean, scale = saved
+            return mean, mean, scale
         if from_batch:
             variance, mean = torch.var_mean(x, 0, correction=0)
         else:
             assert layer.running_mean is not None
             assert layer.running_var is not None
             mean, variance = layer.running_mean.to(dtype), layer.running_var.to(dtype)
-        scale = torch.rsqrt(variance + layer.eps)
+        return mean, variance, torch.rsqrt(variance + layer.eps)
+
+    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+        mean, variance, scale = statistics()
         if torch.is_grad_enabled():  # torch's own has no third derivative
             v = v if gamma is None else v * gamma
             if not from_batch:
@@ -270,20 +278,31 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
 
 def _normalise(
     layer: nn.BatchNorm1d, x: Tensor, gamma: Tensor | None, beta: Tensor | None, from_batch: bool
-) -> Tensor:
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The layer's output and, where they are at hand, the batch's mean and one over its deviation."""
+    # The operator behind F.batch_norm gives the statistics too; of one image F.batch_norm says what is wrong.
+    give = from_batch and not torch.is_grad_enabled() and x.shape[0] > 1
     if layer.running_mean is None or layer.running_var is None:
-        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, layer.eps)
+        if give:
+            y, *saved = aten._native_batch_norm_legit.no_stats(x, gamma, beta, True, 0.0, layer.eps)
+            return y, (saved[0], saved[1])
+        return F.batch_norm(x, None, None, gamma, beta, True, 0.0, layer.eps), None
     momentum = layer.momentum
     if layer.training and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
         if momentum is None:  # the cumulative average of torch's BatchNorm
             momentum = 1.0 / float(layer.num_batches_tracked)
     mean, var = layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype)
-    y = F.batch_norm(x, mean, var, gamma, beta, from_batch, momentum or 0.0, layer.eps)
+    if give:
+        y, *saved = aten._native_batch_norm_legit(x, gamma, beta, mean, var, True, momentum or 0.0, layer.eps)
+        found = (saved[0], saved[1])
+    else:
+        y = F.batch_norm(x, mean, var, gamma, beta, from_batch, momentum or 0.0, layer.eps)
+        found = None
     if layer.training and mean is not layer.running_mean:  # statistics of another type: move the copy
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
-    return y
+    return y, found
 
 
 _RULES: dict[type, Callable[..., tuple[Tensor, Pullback]]] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention as _attention
-from . import checks, gradcam, losses
+from . import checks, gradcam, guidance, losses
 from .attention import ChannelMLP, Options
 from .base import GGAMHeadBase
 from .contractions import DifferentiableStages, get_stages
@@ -254,7 +254,7 @@ def guidance_loss(
     divergence: str = "symmetric",
     reduction: str | None = None,
 ) -> Tensor:
-    """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.losses`).
+    """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.guidance`).
 
     `channel_attention` is S (N, C), non-negative, rows summing to 1; `cam_weights` is beta (N, C), any
     range. Returns a scalar, the "mean" or "sum" over the batch; None is the mean for "symmetric", the sum
@@ -269,7 +269,7 @@ def guidance_loss(
     s = channel_attention.to(checks.compute_dtype(channel_attention))
     log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
     temperature = checks.temperature(cam_temperature)
-    per_image = losses.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
+    per_image = guidance.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
     return losses.reduce_batch(per_image, reduction)
 
 

@@ -13,7 +13,7 @@ The loss holds them all, so that its backward only multiplies them out, scaled b
 again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from .attention import (
     Factors,
     Options,
     attend,
+    cam_terms,
     features_grad,
     pull_back_to_channels,
     pull_back_to_mean,
@@ -33,8 +34,8 @@ from .base import GGAMOutput
 from .checks import compute_dtype, full_precision
 from .classifier import LayerGradient, Scores, probabilities, score_gradient
 from .contractions import get_stages
-from .gradcam import mean_gradient
-from .losses import cross_entropy, cross_entropy_grad, kl_guidance_with_grad, reduce_batch
+from .losses import cross_entropy, cross_entropy_grad, reduce_batch
+from .stages import CamTerms, scaled, softmax_grad
 
 
 class FusedLoss(NamedTuple):
@@ -57,16 +58,6 @@ class LossTerms(NamedTuple):
     cam_temperature: float
     divergence: str
     guidance_reduction: str
-
-
-def _scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
-    """Each tensor times the scalar, in one launch."""
-    given = [x for x in tensors if x is not None]
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(scale):
-        found = iter([x * scale for x in given])  # vmap has no rule for a list
-    else:
-        found = iter(torch._foreach_mul(given, scale) if given else ())
-    return [None if x is None else next(found) for x in tensors]
 
 
 class HeldGradient(Function):
@@ -113,17 +104,15 @@ class HeldGradient(Function):
         da = None
         with full_precision(features):
             if ctx.needs_input_grad[2]:
-                x, du, mean = _scaled([first, grad_map, grad_mean], grad)
-                factors = Factors(first, x, channel, du, mean, None, None)
+                factors = Factors(None, first, channel, grad_map, grad_mean, None, None)
                 da = features_grad(
-                    get_stages(ctx.backend), features, ctx.options, spatial, peak_index, factors
+                    get_stages(ctx.backend), features, ctx.options, spatial, peak_index, factors, grad
                 )
-                del x, du, mean, factors  # before there are the parameters' gradients
-            scaled = _scaled([*lefts, *(r for r, p in zip(rights, ctx.products, strict=True) if not p)], grad)
-            biases = iter(scaled[count:])
+            factor = scaled([*lefts, *(r for r, p in zip(rights, ctx.products, strict=True) if not p)], grad)
+            biases = iter(factor[count:])
             grads: list[Tensor | None] = []
             for i, product in enumerate(ctx.products):
-                left, scaled[i] = scaled[i], None
+                left, factor[i] = factor[i], None
                 both = (left.t() @ rights[i], left.sum(0)) if product else (left, next(biases))
                 for gradient, dtype in zip(both, (ctx.types[i], ctx.types[count + i]), strict=True):
                     grads.append(None if dtype is None else gradient.to(dtype))
@@ -161,16 +150,19 @@ def fused_loss(
             stages, features.detach(), options, attended, pulled if at_features else pulled[1:]
         )
         if at_features:
-            beta = mean_gradient(pull_back_to_mean(mlp, options, attended, pulled_v[0]), positions)
+            (pulled_y,) = pulled_v
+            ds, s = pulled_y.grad_channel, pulled_y.channel
+            de = None if ds is None else softmax_grad(ds, s)
+            beta_terms = cam_terms(pull_back_to_mean(mlp, attended, pulled_y, de), attended.spatial)
         else:
-            beta = pulled[0] / positions
-        log_s, s = torch.log_softmax(attended.channel_logits, -1), pulled_z.channel
-        per_image, de = kl_guidance_with_grad(
-            log_s, s, beta, terms.cam_norm, terms.cam_temperature, terms.divergence
-        )
-        guidance = reduce_batch(per_image, terms.guidance_reduction)
+            beta_terms = CamTerms(pulled[0] / positions)
         images = 1 if terms.guidance_reduction == "sum" else max(features.shape[0], 1)
-        f = pull_back_to_mean(mlp, options, attended, pulled_z, de * (terms.guidance_weight / images))
+        beta, s, per_image, de = stages.guidance(
+            attended.channel_logits, beta_terms, pulled_z.grad_channel, positions, terms.cam_norm,
+            terms.cam_temperature, terms.divergence, terms.guidance_weight / images,
+        )  # fmt: skip
+        guidance = reduce_batch(per_image, terms.guidance_reduction)
+        f = pull_back_to_mean(mlp, attended, pulled_z, de if options.uses_channel else None)
         if f.grad_hidden is not None and f.grad_logits is not None:
             layers = [
                 *layers,
@@ -184,4 +176,4 @@ def fused_loss(
         attended.peak_index, terms.guidance_weight, tuple(options), backend,
         tuple(layer.product for layer in layers), *(x for layer in layers for x in layer[:4]),
     )  # fmt: skip
-    return FusedLoss(loss, GGAMOutput(scores.logits.detach(), log_s.exp(), attended.spatial, beta, guidance))
+    return FusedLoss(loss, GGAMOutput(scores.logits.detach(), s, attended.spatial, beta, guidance))

@@ -12,10 +12,10 @@ written.  Source: Selvaraju et al., Grad-CAM (arXiv 1610.02391), eq. 1.
 import torch
 from torch import Tensor
 
-from .attention import Attended, ChannelMLP, Factors, Options, pull_back
+from .attention import Attended, ChannelMLP, Options, cam_terms, pull_back
 from .checks import full_precision
 from .contractions import DifferentiableStages, get_stages
-from .stages import Stages
+from .stages import Stages, cam_weights
 
 
 def grad_cam_weights(
@@ -55,15 +55,5 @@ def _beta(
         if options.dense:
             return stages.spatial_sum(grad_pooled, None, 1.0 / positions)
         return grad_pooled / positions
-    return mean_gradient(pull_back(stages, features, mlp, options, attended, grad_pooled), positions)
-
-
-def mean_gradient(f: Factors, positions: int) -> Tensor:
-    """mean_l dA (N, C), from the factors of dA."""
-    mean = f.first_mean
-    if f.grad_map is not None:
-        mean = torch.addcmul(mean, f.channel, f.grad_map.mean(-1, keepdim=True))
-    if f.grad_mean is not None:
-        # Not alpha=: the compiler drops it from a product that it adds (torch 2.11 and 2.14).
-        mean = mean + f.grad_mean / positions
-    return mean
+    f = pull_back(stages, features, mlp, options, attended, grad_pooled)
+    return cam_weights(cam_terms(f, attended.spatial), f.channel, positions)

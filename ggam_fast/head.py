@@ -22,7 +22,8 @@ from .classifier import (
 )
 from .fused_loss import FusedLoss, LossTerms, fused_loss
 from .gradcam import grad_cam_weights
-from .losses import GGAMLoss, kl_guidance, loss_weights, reduce_batch
+from .guidance import kl_guidance
+from .losses import GGAMLoss, loss_weights, reduce_batch
 
 
 class GGAMHead(GGAMHeadBase):

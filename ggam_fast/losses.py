@@ -1,14 +1,4 @@
-"""The guidance loss: how far channel attention S is from the normalised Grad-CAM weights b~.
-
-    b~ = sigmoid(beta / tau)                        cam_norm="sigmoid" (the paper)
-       | softmax over channels (beta / tau)         "softmax" (the authors' script)
-       | sigmoid(zscore over channels(beta) / tau)  "standardized" (ours)
-    L = 1/2 (KL(S, b~) + KL(b~, S)) = 1/2 sum_c (S - b~)(log S - log b~)    divergence="symmetric"
-      | KL(S, b~) = sum_c S (log S - log b~)                                "forward"
-
-Over the batch L is the mean for "symmetric" and, as the authors' script has it, the sum for "forward".
-Logarithms are log-softmax and log-sigmoid, never the log of a softmax.
-"""
+"""GGAMLoss: the cross entropy and the guidance loss of `guidance`, weighted."""
 
 import torch
 import torch.nn.functional as F
@@ -16,59 +6,6 @@ from torch import Tensor, nn
 
 from . import checks
 from .base import GGAMOutput
-
-
-def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tensor:
-    """log b~ (N, C) from beta (N, C)."""
-    beta = cam_weights
-    if cam_norm == "standardized":
-        beta = _zscore(beta)
-    beta = beta if temperature == 1.0 else beta / temperature
-    return torch.log_softmax(beta, -1) if cam_norm == "softmax" else F.logsigmoid(beta)
-
-
-def _zscore(beta: Tensor) -> Tensor:
-    """(beta - mean) / population standard deviation over channels; 0 where all are equal.
-
-    beta can be 1e-7 or far smaller, so it is scaled to 1 before it is squared; the z-score does not
-    depend on that scale, so no gradient goes through it.
-    """
-    centred = beta - beta.mean(-1, keepdim=True)
-    largest = centred.detach().abs().amax(-1, keepdim=True)
-    flat = largest == 0
-    unit = centred / largest.masked_fill(flat, 1.0)
-    variance = unit.square().mean(-1, keepdim=True)
-    return unit * torch.rsqrt(variance.masked_fill(flat, 1.0))
-
-
-def kl_guidance(
-    log_s: Tensor, cam_weights: Tensor, cam_norm: str, temperature: float, divergence: str
-) -> Tensor:
-    """L per image (N,), from log S (N, C) and beta (N, C)."""
-    log_q = log_cam_norm(cam_weights, cam_norm, temperature)
-    difference = log_s - log_q
-    if divergence == "forward":
-        return (log_s.exp() * difference).sum(-1)
-    return 0.5 * ((log_s.exp() - log_q.exp()) * difference).sum(-1)
-
-
-def kl_guidance_with_grad(
-    log_s: Tensor, s: Tensor, cam_weights: Tensor, cam_norm: str, temperature: float, divergence: str
-) -> tuple[Tensor, Tensor]:
-    """`kl_guidance` (N,), and its d L / d e (N, C) of each image, S = softmax(e), for constant beta.
-
-    d L / d log S_c = g_c = 1/2 (S (log S - log b~) + S - b~)   or   S (log S - log b~) + S
-    d L / d e = g - S sum_c g_c
-    """
-    log_q = log_cam_norm(cam_weights, cam_norm, temperature)
-    difference = log_s - log_q
-    if divergence == "forward":
-        weighted = s * difference
-        loss, g = weighted.sum(-1), weighted + s
-    else:
-        gap = s - log_q.exp()
-        loss, g = 0.5 * (gap * difference).sum(-1), 0.5 * torch.addcmul(gap, s, difference)
-    return loss, torch.addcmul(g, s, g.sum(-1, keepdim=True), value=-1)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:

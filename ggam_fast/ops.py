@@ -20,6 +20,7 @@ from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare c
     channel_sum,
     features_grad,
     grad_cam_means,
+    guidance,
     hadamard,
     max_pool,
     plan,
@@ -31,6 +32,7 @@ from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare c
 _LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
 _NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
+_CAM_NORM = {"sigmoid": 0, "softmax": 1, "standardized": 2}
 # Multiply-adds round once, whatever Triton's default is: 3.9 warns that it will change.
 _FP_FUSION = {"enable_fp_fusion": True}
 
@@ -290,6 +292,61 @@ def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[T
     return means, dots, partials
 
 
+def _guidance_fake(
+    logits: Tensor,
+    first: Tensor,
+    t: Tensor | None,
+    du: Tensor | None,
+    grad_mean: Tensor | None,
+    ds: Tensor | None,
+    positions: int,
+    cam_norm: int,
+    symmetric: bool,
+    temperature: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, channels = logits.shape
+    beta, s, de = (_small(batch, channels, logits) for _ in range(3))
+    return beta, s, torch.empty((batch,), dtype=torch.float32, device=logits.device), de
+
+
+@_register(
+    "guidance(Tensor logits, Tensor first, Tensor? t, Tensor? du, Tensor? grad_mean, Tensor? ds, "
+    "int positions, int cam_norm, bool symmetric, float temperature, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _guidance_fake,
+)
+def _guidance(
+    logits: Tensor,
+    first: Tensor,
+    t: Tensor | None,
+    du: Tensor | None,
+    grad_mean: Tensor | None,
+    ds: Tensor | None,
+    positions: int,
+    cam_norm: int,
+    symmetric: bool,
+    temperature: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    beta, s, loss, de = _guidance_fake(
+        logits, first, t, du, grad_mean, ds, positions, cam_norm, symmetric, temperature, scale
+    )
+    batch, channels = logits.shape
+    block = plan.channels_block(channels)
+    assert block is not None
+    if batch:
+        given = [logits if x is None else x.contiguous() for x in (t, du, grad_mean, ds)]
+        with torch.cuda.device_of(logits):
+            guidance.guidance_kernel[(batch,)](
+                logits.contiguous(), first.contiguous(), *given, beta, s, loss, de, scale, temperature,
+                C=channels, L=positions, CAM_NORM=cam_norm, SYMMETRIC=symmetric, HAS_SPATIAL=t is not None,
+                HAS_MAP=du is not None, HAS_MEAN=grad_mean is not None, HAS_CHANNEL=ds is not None,
+                BLOCK_C=block[0], BLOCK_L=plan.norm_block(positions)[0], num_warps=block[1], **_FP_FUSION,
+            )  # fmt: skip
+    return beta, s, loss, de
+
+
 def _schedule(features: Tensor, resources: plan.Resources, accumulators: int = 1) -> plan.Schedule | None:
     """How a fused kernel goes through these features; None: pass by pass."""
     batch, channels, positions = features.shape
@@ -441,14 +498,15 @@ def _features_grad_fake(
     t: Tensor | None,
     du: Tensor | None,
     s: Tensor,
-    constant: Tensor,
+    grad_mean: Tensor | None,
+    scale: Tensor | None,
 ) -> Tensor:
     return _like_layout(features, features.dtype)
 
 
 @_register(
     "features_grad(Tensor features, int pool, Tensor first, Tensor index, Tensor? t, Tensor? du, "
-    "Tensor s, Tensor constant) -> Tensor",
+    "Tensor s, Tensor? grad_mean, Tensor? scale) -> Tensor",
     _features_grad_fake,
 )
 def _features_grad(
@@ -459,7 +517,8 @@ def _features_grad(
     t: Tensor | None,
     du: Tensor | None,
     s: Tensor,
-    constant: Tensor,
+    grad_mean: Tensor | None,
+    scale: Tensor | None,
 ) -> Tensor:
     out = _like_layout(features, features.dtype)
     batch, channels, positions = out.shape
@@ -476,13 +535,14 @@ def _features_grad(
         with torch.cuda.device_of(features):
             features_grad.features_grad_kernel[grid](
                 out, first, s if dense else first.contiguous(), index.contiguous(), t.contiguous(),
-                du.contiguous(), s.contiguous(), constant.contiguous(), out.stride(0),
-                first.stride(0) if dense else 0,
+                du.contiguous(), s.contiguous(), s if grad_mean is None else grad_mean.contiguous(),
+                s if scale is None else scale, out.stride(0), first.stride(0) if dense else 0,
                 C=geometry["C"], L=geometry["L"],
                 OUT_STRIDE_C=geometry["STRIDE_C"], OUT_STRIDE_L=geometry["STRIDE_L"],
                 GRAD_STRIDE_C=first.stride(1) if dense else 0,
                 GRAD_STRIDE_L=first.stride(2) if dense else 0,
-                POOL=pool, HAS_SPATIAL=has_spatial, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l,
+                POOL=pool, HAS_SPATIAL=has_spatial, HAS_MEAN=grad_mean is not None,
+                HAS_SCALE=scale is not None, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l,
                 num_warps=tile.num_warps, **_FP_FUSION,
             )  # fmt: skip
     return out
@@ -542,9 +602,27 @@ class TritonStages(stages.Stages):
         t: Tensor | None,
         du: Tensor | None,
         s: Tensor,
-        constant: Tensor,
+        grad_mean: Tensor | None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        return _features_grad(features, _POOL[pool_type], first, index, t, du, s, constant)
+        return _features_grad(features, _POOL[pool_type], first, index, t, du, s, grad_mean, scale)
+
+    def guidance(
+        self,
+        logits: Tensor,
+        terms: stages.CamTerms,
+        ds: Tensor | None,
+        positions: int,
+        cam_norm: str,
+        temperature: float,
+        divergence: str,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if plan.channels_block(logits.shape[1]) is None:
+            return super().guidance(logits, terms, ds, positions, cam_norm, temperature, divergence, scale)
+        return _guidance(
+            logits, *terms, ds, positions, _CAM_NORM[cam_norm], divergence == "symmetric", temperature, scale
+        )
 
 
 TRITON = TritonStages()

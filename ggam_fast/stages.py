@@ -5,10 +5,14 @@ This is the closed form's vocabulary: `attention` and `gradcam` are written once
 of any order exist.  A is (N, C, L) of any type; everything small is float32, or float64 for float64 A.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .checks import compute_dtype
+from .guidance import kl_guidance_with_grad
 
 
 def spatial_norm(u: Tensor, norm: str) -> tuple[Tensor, Tensor]:
@@ -41,6 +45,47 @@ def channel_mlp(
     w1, b1, w2, b2 = (p.to(mean.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
     hidden = torch.relu(torch.addmm(b1, mean, w1.t()))
     return hidden, torch.addmm(b2, hidden, w2.t())
+
+
+def softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
+    """de = S (dS - <dS, S>) (N, C), for S = softmax(e)."""
+    # One launch, but where the compiler fuses it anyway: a compiled backward may run under the caller's
+    # autocast with types that it was not traced with, and this operator does not promote.
+    if torch.compiler.is_compiling():
+        return s * (ds - (ds * s).sum(-1, keepdim=True))
+    return torch.ops.aten._softmax_backward_data(ds, s, -1, ds.dtype)
+
+
+class CamTerms(NamedTuple):
+    """beta = first mean_l T + S mean_l dU + dg / L, for the gradients dU and dg of the class score."""
+
+    first: Tensor  # (N, C)
+    spatial: Tensor | None = None  # (N, L): T; None: 1
+    grad_map: Tensor | None = None  # (N, L): dU
+    grad_mean: Tensor | None = None  # (N, C): dg
+
+
+def cam_weights(terms: CamTerms, s: Tensor, positions: int) -> Tensor:
+    """beta (N, C) from its terms and S (N, C)."""
+    beta, spatial, grad_map, grad_mean = terms
+    if spatial is not None:
+        beta = beta * spatial.mean(-1, keepdim=True)
+    if grad_map is not None:
+        beta = torch.addcmul(beta, s, grad_map.mean(-1, keepdim=True))
+    if grad_mean is not None:
+        # Not alpha=: the compiler drops it from a product that it adds (torch 2.11 and 2.14).
+        beta = beta + grad_mean / positions
+    return beta
+
+
+def scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
+    """Each tensor times the scalar, in one launch."""
+    given = [x for x in tensors if x is not None]
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(scale):
+        found = iter([x * scale for x in given])  # vmap has no rule for a list
+    else:
+        found = iter(torch._foreach_mul(given, scale) if given else ())
+    return [None if x is None else next(found) for x in tensors]
 
 
 def rows_times(rows: Tensor, matrix: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -143,6 +188,26 @@ class Stages:
             return d if d.is_contiguous() else d.contiguous()
         return d if d.dtype == features.dtype else d.to(features.dtype)
 
+    def guidance(
+        self,
+        logits: Tensor,
+        terms: CamTerms,
+        ds: Tensor | None,
+        positions: int,
+        cam_norm: str,
+        temperature: float,
+        divergence: str,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C) = scale times its gradient,
+        for constant beta, plus what dS brings, if given"""
+        log_s = torch.log_softmax(logits, -1)
+        s = log_s.exp()
+        beta = cam_weights(terms, s, positions)
+        loss, de = kl_guidance_with_grad(log_s, s, beta, cam_norm, temperature, divergence)
+        de = de * scale
+        return beta, s, loss, de if ds is None else de + softmax_grad(ds, s)
+
     def grad_cam_means(
         self, features: Tensor, grad: Tensor, t: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,9 +227,13 @@ class Stages:
         t: Tensor | None,
         du: Tensor | None,
         s: Tensor,
-        constant: Tensor,
+        grad_mean: Tensor | None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """dA = first-term + s (x) du + constant (x) 1; `first` is x (N, C), or G (N, C, L) if dense"""
+        """dA = scale (first-term + s (x) du + dg/L (x) 1); `first` is x (N, C), or G (N, C, L) if dense"""
+        if scale is not None:
+            first, du, grad_mean = scaled([first, du, grad_mean], scale)
+        constant = torch.zeros_like(s) if grad_mean is None else grad_mean / features.shape[2]
         # Computed in the memory order of A, so that dA has its layout.
         channels_last = features.stride(1) == 1 and features.shape[2] > 1
         c, l = (1, 2) if channels_last else (2, 1)  # where to insert the other's axis

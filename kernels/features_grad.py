@@ -1,6 +1,6 @@
 """dA, the gradient of the features, written without reading A:
 
-    dA[n, c, l] = first + s_c dU_l + k_c        k = dg / L, constant over positions
+    dA[n, c, l] = scale (first + s_c dU_l + dg_c / L)
     average pool   first = x_c t_l              x = dz / L
     max pool       first = x_c t_l at l = index_c, else 0        x = dz
     dense          first = G_cl t_l, or G_cl s_c for channel attention alone
@@ -27,7 +27,8 @@ def features_grad_kernel(
     attention_ptr,  # (N, L) float32: T; only with HAS_SPATIAL
     grad_map_ptr,  # (N, L) float32: dU; only with HAS_SPATIAL
     channel_ptr,  # (N, C) float32: s
-    constant_ptr,  # (N, C) float32: k
+    grad_mean_ptr,  # (N, C) float32: dg; only with HAS_MEAN
+    scale_ptr,  # () float32; only with HAS_SCALE
     out_stride_n,
     grad_stride_n,
     C: tl.constexpr,
@@ -38,6 +39,8 @@ def features_grad_kernel(
     GRAD_STRIDE_L: tl.constexpr,
     POOL: tl.constexpr,
     HAS_SPATIAL: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -59,8 +62,10 @@ def features_grad_kernel(
             index = tl.load(index_ptr + n * C + c, mask=c < C, other=-1).to(tl.int32)
             first = tl.where(index[:, None] == l[None, :], first, 0.0)
 
-    k = tl.load(constant_ptr + n * C + c, mask=c < C, other=0.0)
     s = tl.load(channel_ptr + n * C + c, mask=c < C, other=0.0)
+    k = tl.zeros((BLOCK_C,), tl.float32)
+    if HAS_MEAN:
+        k = tl.load(grad_mean_ptr + n * C + c, mask=c < C, other=0.0) / L
     if HAS_SPATIAL:
         t = tl.load(attention_ptr + n * L + l, mask=l < L, other=0.0)
         du = tl.load(grad_map_ptr + n * L + l, mask=l < L, other=0.0)
@@ -69,6 +74,8 @@ def features_grad_kernel(
         if POOL == DENSE:
             first = first * s[:, None]
         da = tl.broadcast_to(first + k[:, None], (BLOCK_C, BLOCK_L))
+    if HAS_SCALE:
+        da *= tl.load(scale_ptr)
 
     out_image_ptr = out_ptr + n * out_stride_n
     out_offsets = image_offsets(c[:, None], l[None, :], C, L, OUT_STRIDE_C, OUT_STRIDE_L)

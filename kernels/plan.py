@@ -67,6 +67,10 @@ MAP_BLOCK = 1024
 """Positions that a fused kernel normalises at a time."""
 
 
+LARGEST_CHANNELS = 8192
+"""Channels of an image at most that one program of `guidance` holds."""
+
+
 class Resources(NamedTuple):
     """What a program of a persistent kernel has.
 
@@ -138,6 +142,15 @@ def norm_block(positions: int) -> tuple[int, int]:
     """(BLOCK_L, warps) of a program that normalises one image over its L positions."""
     largest, num_warps = _row(_NORM_BLOCK, positions)
     return min(_power_of_2(positions), largest), num_warps
+
+
+def channels_block(channels: int) -> tuple[int, int] | None:
+    """(BLOCK_C, warps) of a program that holds an image's channels, at most 16 a thread in each of its rows;
+    None where there are too many."""
+    if channels > LARGEST_CHANNELS:
+        return None
+    block = max(_power_of_2(channels), 128)
+    return block, min(max(block // 512, 1), 16)
 
 
 def schedule(

@@ -149,7 +149,7 @@ def test_a_step_has_fewer_operations_than_the_references(device: torch.device) -
         fused_ggam_loss(head, x, target).loss.backward()
     with Operations() as theirs:
         GGAMLoss()(reference(x, target), target).backward()
-    assert ours.count < 0.8 * theirs.count, (ours.count, theirs.count)
+    assert ours.count < 0.55 * theirs.count, (ours.count, theirs.count)
 
 
 def test_a_step_holds_less_than_a_tenth_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:

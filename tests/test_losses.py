@@ -10,7 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from ggam_fast import GGAMLoss, GGAMOutput
 from ggam_fast.functional import guidance_loss
-from ggam_fast.losses import kl_guidance, log_cam_norm
+from ggam_fast.guidance import kl_guidance, log_cam_norm
 from tests.parity import OPTIONS, relative_error
 
 N, C, K = 3, 20, 5

@@ -30,7 +30,7 @@ SHAPES = [
 ]
 # More than one block of what a fused kernel takes at once.
 LARGE = [
-    pytest.param(2, 1030, 5, id="five parts of FC1"),
+    pytest.param(2, 1030, 5, id="C above four blocks of 256"),
     pytest.param(1, 5, 1025, id="L one above a map's block"),
     pytest.param(2, 3, 2050, id="three blocks of a map"),
 ]
@@ -195,11 +195,13 @@ def test_features_grad(
     device: torch.device,
 ) -> None:  # fmt: skip
     a = make(n, c, l, device, dtype, layout)
-    s, k, x = (weights(n, c, device) for _ in range(3))
+    s, x = weights(n, c, device), weights(n, c, device)
+    dg = weights(n, c, device) if spatial or pool_type == "" else None
+    scale = torch.tensor(-0.3, device=device) if spatial else None
     t, du = (weights(n, l, device), weights(n, l, device)) if spatial else (None, None)
     index = torch.randint(l, (n, c), device=device)
     first = make(n, c, l, device, torch.float32, "nchw") if pool_type == "" else x
-    found = S.features_grad(a, pool_type, first, index, t, du, s, k)
+    found = S.features_grad(a, pool_type, first, index, t, du, s, dg, scale)
 
     term = first.double() if pool_type == "" else x.double().unsqueeze(2).expand(n, c, l)
     if pool_type == "max":
@@ -208,10 +210,56 @@ def test_features_grad(
         term = term * t.unsqueeze(1) + s.double().unsqueeze(2) * du.unsqueeze(1)
     elif pool_type == "":
         term = term * s.unsqueeze(2)
+    if dg is not None:
+        term = term + dg.double().unsqueeze(2) / l
     assert found.dtype == dtype
-    check(found, term + k.unsqueeze(2), max(torch.finfo(dtype).eps, TOLERANCE))
+    check(found, term if scale is None else scale.double() * term, max(torch.finfo(dtype).eps, TOLERANCE))
     if n and c > 1 and l > 1 and layout in ("nchw", "channels_last"):
         assert found.stride() == a.stride()
+
+
+@pytest.mark.parametrize(("c", "l"), [(1, 1), (130, 49), (2048, 196), (1000, 4097), (8192, 1)])
+@pytest.mark.parametrize("divergence", ["symmetric", "forward"])
+@pytest.mark.parametrize("cam_norm", ["sigmoid", "softmax", "standardized"])
+@pytest.mark.parametrize("given", [True, False])
+def test_guidance(given: bool, cam_norm: str, divergence: str, c: int, l: int, device: torch.device) -> None:
+    """Against the torch stage in float64, which tests/test_losses.py holds to autograd."""
+    n = 3
+    logits, first, ds = (weights(n, c, device) for _ in range(3))
+    terms = stages.CamTerms(first)
+    if given:
+        terms = stages.CamTerms(first, weights(n, l, device), weights(n, l, device), weights(n, c, device))
+    rest = (l, cam_norm, 0.7, divergence, 0.3)
+    exact_terms = stages.CamTerms(*(None if x is None else x.double() for x in terms))
+    found = S.guidance(logits, terms, ds if given else None, *rest)
+    expected = stages.Stages().guidance(logits.double(), exact_terms, ds.double() if given else None, *rest)
+    for value, exact, tolerance in zip(found, expected, (1e-5, 1e-6, 1e-5, 1e-5), strict=True):
+        assert value.dtype == torch.float32
+        check(value, exact, tolerance)
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-23, 1.0, 2.0**66])
+def test_guidance_of_any_size_of_beta(size: float, device: torch.device) -> None:
+    logits, beta = weights(2, 70, device), weights(2, 70, device)
+    rest = (9, "standardized", 1.0, "symmetric", 1.0)
+    of_one = S.guidance(logits, stages.CamTerms(beta), None, *rest)
+    found = S.guidance(logits, stages.CamTerms(beta * size), None, *rest)
+    for value, expected in zip(found[2:], of_one[2:], strict=True):
+        check(value, expected.double(), 1e-5)
+    flat = S.guidance(logits, stages.CamTerms(torch.full_like(beta, size)), None, *rest)[2]
+    half = S.guidance(logits, stages.CamTerms(torch.zeros_like(beta)), None, *rest)[2]
+    check(flat, half.double(), 1e-5)
+
+
+def test_more_channels_than_a_program_holds(device: torch.device) -> None:
+    c = ops.plan.LARGEST_CHANNELS + 1
+    logits, first = weights(1, c, device), weights(1, c, device)
+    found = S.guidance(logits, stages.CamTerms(first), None, 1, "softmax", 1.0, "symmetric", 1.0)
+    exact = stages.Stages().guidance(
+        logits.double(), stages.CamTerms(first.double()), None, 1, "softmax", 1.0, "symmetric", 1.0
+    )
+    for value, expected in zip(found, exact, strict=True):
+        check(value, expected, 1e-5)
 
 
 def test_sum_of_an_all_zero_map_is_uniform(device: torch.device) -> None:
@@ -276,7 +324,7 @@ def test_the_whole_forward(
     j = 1 + turn % 40
     w1, b1, w2, b2 = (torch.randn(x, device=device) for x in ((j, c), (j,), (c, j), (c,)))
     mlp, options = ChannelMLP(w1, b1, w2, b2), Options("channel_spatial", norm, pool_type)
-    pooled, logits, t, mean, hidden, total, peak, index = attend(S, a, mlp, options)
+    pooled, logits, t, mean, hidden, total, peak, index, s = attend(S, a, mlp, options)
 
     exact = a.double()
     g = exact.mean(2)
@@ -284,7 +332,10 @@ def test_the_whole_forward(
     e = h @ w2.double().t() + b2.double()
     u = torch.einsum("ncl,nc->nl", exact, e.softmax(1))
     expected, _ = stages.spatial_norm(u, norm)
-    for found, wanted in ((mean, g), (hidden, h), (logits, e), (t, expected), (total, u.sum(1))):
+    assert s is not None
+    for found, wanted in (
+        (mean, g), (hidden, h), (logits, e), (s, e.softmax(1)), (t, expected), (total, u.sum(1)),
+    ):  # fmt: skip
         check(found, wanted, 1e-5)
     d = exact * expected.unsqueeze(1)
     if pool_type == "avg":
@@ -353,8 +404,10 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         "attended": [(a, s, 0, 0, False), (a, s, 1, 1, False), (a, s, 0, 2, True)],
         "attention_backward": [(a, torch.stack([s, s], 1), None, t, total, 0),
                                (a, s.unsqueeze(1), t.unsqueeze(1), t, total, 1)],
-        "features_grad": [(a, 0, s, index, t, t, s, s), (a, 1, s, index, None, None, s, s),
-                          (a, 2, g, index, t, t, s, s)],
+        "features_grad": [(a, 0, s, index, t, t, s, s, total[0]), (a, 1, s, index, None, None, s, s, None),
+                          (a, 2, g, index, t, t, s, None, None)],
+        "guidance": [(s, s, t, t, s, s, 10, 0, True, 1.0, 0.1),
+                     (s, s, None, None, None, None, 10, 2, False, 2.0, 1.0)],
     }  # fmt: skip
     registered = {
         name.removeprefix("ggam_fast::").split(".")[0]

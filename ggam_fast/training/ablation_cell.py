@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ggam_fast import GGAMHead
-from ggam_fast.losses import kl_guidance, log_cam_norm
+from ggam_fast.guidance import kl_guidance, log_cam_norm
 from ggam_fast.training.backbones import Backbone
 from ggam_fast.training.batches import Batches
 from ggam_fast.training.classifier import create_head

@@ -59,8 +59,9 @@ def test_loads(strides: tuple[int, int, int]) -> None:
         "max_pool": lambda: max_pool.max_pool_kernel[(2 * N,)](
             a, t, out, index, strides[0], HAS_WEIGHTS=True, **geometry, **tile),
         "features_grad": lambda: features_grad.features_grad_kernel[(2 * N,)](
-            out, a, s, index, t, t, s, s, C * L, strides[0], C=C, L=L, OUT_STRIDE_C=L, OUT_STRIDE_L=1,
-            GRAD_STRIDE_C=strides[1], GRAD_STRIDE_L=strides[2], POOL=2, HAS_SPATIAL=True, **tile),
+            out, a, s, index, t, t, s, s, s, C * L, strides[0], C=C, L=L, OUT_STRIDE_C=L, OUT_STRIDE_L=1,
+            GRAD_STRIDE_C=strides[1], GRAD_STRIDE_L=strides[2], POOL=2, HAS_SPATIAL=True, HAS_MEAN=True,
+            HAS_SCALE=False, **tile),
     }  # fmt: skip
     for name, launch in launches.items():
         with traced(execute=False) as trace:
@@ -105,7 +106,7 @@ def test_stores(strides: tuple[int, int, int]) -> None:
     assert np.array_equal(apart(trace.stores, [a]), expected(strides, out))
     with traced(execute=False) as trace:
         features_grad.features_grad_kernel[(2 * N,)](
-            out, a, s, index, t, t, s, s, strides[0], 0, GRAD_STRIDE_C=0, GRAD_STRIDE_L=0, POOL=0,
-            HAS_SPATIAL=True, **tile,
+            out, a, s, index, t, t, s, s, s, strides[0], 0, GRAD_STRIDE_C=0, GRAD_STRIDE_L=0, POOL=0,
+            HAS_SPATIAL=True, HAS_MEAN=True, HAS_SCALE=False, **tile,
         )  # fmt: skip
     assert np.array_equal(apart(trace.stores, [a]), expected(strides, out))

@@ -12,6 +12,7 @@ if not checks.TRITON_AVAILABLE:
     pytest.skip("needs triton", allow_module_level=True)
 
 from ggam_fast import ops
+from ggam_fast.stages import CamTerms
 
 S = ops.TRITON
 N, C, L = 3, 300, 49
@@ -25,6 +26,8 @@ class Inputs:
             v[rows] for v in x.values()
         )
 
+
+CAM = ("standardized", 0.7, "symmetric", 0.3)
 
 OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "spatial_sum": lambda x: S.spatial_sum(x.a, x.t, 0.5),
@@ -46,6 +49,7 @@ OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "attention_backward": lambda x: S.attention_backward(
         x.a, torch.stack([x.v, x.s], 1), None, x.t, x.total, "softmax"
     ),
+    "guidance": lambda x: S.guidance(x.a[:, :, 0].float(), CamTerms(x.s, x.t, x.extra, x.v), x.v, L, *CAM),
     "features_grad": lambda x: S.features_grad(x.a, "max", x.a[:, :, 0].float(), x.index, x.t, x.t, x.s, x.v),
     "features_grad dense": lambda x: S.features_grad(x.a, "", x.a, x.index, x.t, x.t, x.s, x.v),
 }

@@ -75,7 +75,7 @@ def test_around_every_tile(edge: int, layout: str, device: torch.device) -> None
     close(partials.sum(1), product.sum(1))
     outer = s.double().unsqueeze(2) * t.double().unsqueeze(1)
     found = S.features_grad(a, "avg", s, index, t, t, s, s)
-    close(found, 2 * outer + s.double().unsqueeze(2), max(eps, 3e-6))
+    close(found, 2 * outer + s.double().unsqueeze(2) / l, max(eps, 3e-6))
     assert found.stride() == a.stride()
 
 
@@ -106,7 +106,7 @@ def test_gradients_of_any_layout_and_type(layout: str, grad_layout: str, device:
         if weights is None:
             expected = g.double() * s.double().unsqueeze(2)
         assert found.dtype == a.dtype
-        close(found, expected + s.double().unsqueeze(2), max(torch.finfo(a.dtype).eps, 3e-6))
+        close(found, expected + s.double().unsqueeze(2) / l, max(torch.finfo(a.dtype).eps, 3e-6))
 
 
 @pytest.mark.parametrize("norm", ["softmax", "sum", "sigmoid"])

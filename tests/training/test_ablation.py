@@ -8,7 +8,7 @@ import torch
 from scipy import optimize
 
 from ggam_fast import GGAMHead
-from ggam_fast.losses import kl_guidance
+from ggam_fast.guidance import kl_guidance
 from ggam_fast.training import ablation
 from ggam_fast.training.ablation import (
     AblateConfig,

@@ -1,0 +1,114 @@
+"""beta, the guidance loss and its gradient of the channel logits e, one image a program:
+
+    S = softmax(e)      beta = mean_l T first + mean_l dU S + dg / L      log b~ = log of beta's norm
+    symmetric  loss = 1/2 sum_c (S - b~)(log S - log b~)    g = 1/2 (S - b~ + S (log S - log b~))
+    forward    loss = sum_c S (log S - log b~)              g = S + S (log S - log b~)
+    de = scale (g - S sum_c g) + S (dS - <dS, S>)
+
+beta counts as constant in de, and dS is what comes from elsewhere.  Touches nothing of A's size.
+"""
+
+import triton
+import triton.language as tl
+
+SIGMOID_CAM = tl.constexpr(0)
+SOFTMAX_CAM = tl.constexpr(1)
+STANDARDIZED_CAM = tl.constexpr(2)
+
+
+@triton.jit
+def _mean(row_ptr, L: tl.constexpr, BLOCK_L: tl.constexpr):
+    acc = tl.zeros((BLOCK_L,), tl.float32)
+    for start in range(0, L, BLOCK_L):
+        l = start + tl.arange(0, BLOCK_L)
+        acc += tl.load(row_ptr + l, mask=l < L, other=0.0)
+    return tl.sum(acc, axis=0) / L
+
+
+@triton.jit
+def _log_softmax(x, mask):
+    x = tl.where(mask, x, -float("inf"))
+    x -= tl.max(x, axis=0)
+    return x - tl.log(tl.sum(tl.exp(x), axis=0))
+
+
+@triton.jit
+def _standardized(beta, mask, C: tl.constexpr):
+    """beta over channels with mean 0 and deviation 1; 0 where all are equal.  Scaled before it is squared, as
+    it can be far below 1e-7."""
+    centred = tl.where(mask, beta - tl.sum(beta, axis=0) / C, 0.0)
+    largest = tl.max(tl.abs(centred), axis=0)
+    unit = centred / tl.where(largest == 0.0, 1.0, largest)
+    variance = tl.sum(unit * unit, axis=0) / C
+    return unit * tl.rsqrt(tl.where(largest == 0.0, 1.0, variance))
+
+
+@triton.jit
+def guidance_kernel(
+    logits_ptr,  # (N, C) float32: e
+    first_ptr,  # (N, C) float32
+    attention_ptr,  # (N, L) float32: T; only with HAS_SPATIAL, else its mean is 1
+    grad_map_ptr,  # (N, L) float32: dU; only with HAS_MAP
+    grad_mean_ptr,  # (N, C) float32: dg; only with HAS_MEAN
+    grad_channel_ptr,  # (N, C) float32: dS; only with HAS_CHANNEL
+    beta_ptr,  # (N, C) float32
+    channel_ptr,  # (N, C) float32: S
+    loss_ptr,  # (N,) float32
+    grad_logits_ptr,  # (N, C) float32: de
+    scale,
+    temperature,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    CAM_NORM: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    HAS_SPATIAL: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_CHANNEL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """This program does all channels of one image."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    mask = c < C
+    row = n * C + c
+
+    log_s = _log_softmax(tl.load(logits_ptr + row, mask=mask, other=0.0), mask)
+    s = tl.exp(log_s)
+    beta = tl.load(first_ptr + row, mask=mask, other=0.0)
+    if HAS_SPATIAL:
+        beta *= _mean(attention_ptr + n * L, L, BLOCK_L)
+    if HAS_MAP:
+        beta += s * _mean(grad_map_ptr + n * L, L, BLOCK_L)
+    if HAS_MEAN:
+        beta += tl.load(grad_mean_ptr + row, mask=mask, other=0.0) / L
+    tl.store(beta_ptr + row, beta, mask=mask)
+    tl.store(channel_ptr + row, s, mask=mask)
+
+    z = beta
+    if CAM_NORM == STANDARDIZED_CAM:
+        z = _standardized(z, mask, C)
+    z /= temperature
+    if CAM_NORM == SOFTMAX_CAM:
+        log_q = _log_softmax(z, mask)
+        q = tl.exp(log_q)
+    else:
+        tail = tl.exp(-tl.abs(z))
+        log_q = tl.minimum(z, 0.0) - tl.log(1.0 + tail)
+        q = tl.where(z < 0.0, tail, 1.0) / (1.0 + tail)
+
+    difference = tl.where(mask, log_s - log_q, 0.0)
+    q = tl.where(mask, q, 0.0)
+    if SYMMETRIC:
+        gap = s - q
+        loss, g = 0.5 * tl.sum(gap * difference, axis=0), 0.5 * (gap + s * difference)
+    else:
+        loss, g = tl.sum(s * difference, axis=0), s + s * difference
+    tl.store(loss_ptr + n, loss)
+
+    de = scale * (g - s * tl.sum(g, axis=0))
+    if HAS_CHANNEL:
+        ds = tl.load(grad_channel_ptr + row, mask=mask, other=0.0)
+        de += s * (ds - tl.sum(ds * s, axis=0))
+    tl.store(grad_logits_ptr + row, de, mask=mask)

@@ -9,13 +9,15 @@ v = d y / d pooled comes from the classifier alone.  No backward pass runs and n
 written.  Source: Selvaraju et al., Grad-CAM (arXiv 1610.02391), eq. 1.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from .attention import Attended, ChannelMLP, Options, cam_terms, pull_back
 from .checks import full_precision
 from .contractions import DifferentiableStages, get_stages
-from .stages import Stages, cam_weights
+from .stages import CamTerms, Stages, cam_weights
 
 
 def grad_cam_weights(
@@ -32,16 +34,34 @@ def grad_cam_weights(
 
     With `differentiable`, autograd can go through beta, to any order; otherwise beta is detached.
     """
-    if differentiable:
-        with full_precision(features):
-            stages: Stages = DifferentiableStages(backend)
-            return _beta(stages, features, mlp, options, attended, grad_pooled, cam_at)
+    graph = nullcontext() if differentiable else torch.no_grad()
+    stages = DifferentiableStages(backend) if differentiable else get_stages(backend)
+    with graph, full_precision(features):
+        terms, s = _terms(stages, features, mlp, options, attended, grad_pooled, cam_at)
+        return cam_weights(terms, s, features.shape[2])
+
+
+def guided(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    attended: Attended,
+    grad_pooled: Tensor,
+    cam_at: str,
+    backend: str,
+    cam_norm: str,
+    temperature: float,
+    divergence: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """beta and S (N, C) and the guidance loss of each image (N,), all without a graph."""
+    stages = get_stages(backend)
     with torch.no_grad(), full_precision(features):
-        stages = get_stages(backend)
-        return _beta(stages, features, mlp, options, attended, grad_pooled, cam_at)
+        terms, _ = _terms(stages, features, mlp, options, attended, grad_pooled, cam_at)
+        rest = (features.shape[2], cam_norm, temperature, divergence, 1.0)
+        return stages.guidance(attended.channel_logits, terms, None, *rest)[:3]
 
 
-def _beta(
+def _terms(
     stages: Stages,
     features: Tensor,
     mlp: ChannelMLP,
@@ -49,11 +69,12 @@ def _beta(
     attended: Attended,
     grad_pooled: Tensor,
     cam_at: str,
-) -> Tensor:
+) -> tuple[CamTerms, Tensor]:
+    """The terms of beta, and the S that weights one of them."""
     positions = features.shape[2]
-    if cam_at == "attended":
-        if options.dense:
-            return stages.spatial_sum(grad_pooled, None, 1.0 / positions)
-        return grad_pooled / positions
-    f = pull_back(stages, features, mlp, options, attended, grad_pooled)
-    return cam_weights(cam_terms(f, attended.spatial), f.channel, positions)
+    if cam_at == "features":
+        f = pull_back(stages, features, mlp, options, attended, grad_pooled)
+        return cam_terms(f, attended.spatial), f.channel
+    dense = options.dense
+    beta = stages.spatial_sum(grad_pooled, None, 1.0 / positions) if dense else grad_pooled / positions
+    return CamTerms(beta), beta  # S weights none of them

@@ -21,7 +21,7 @@ from .classifier import (
     scores_by_autograd,
 )
 from .fused_loss import FusedLoss, LossTerms, fused_loss
-from .gradcam import grad_cam_weights
+from .gradcam import grad_cam_weights, guided
 from .guidance import kl_guidance
 from .losses import GGAMLoss, loss_weights, reduce_batch
 
@@ -92,19 +92,18 @@ class GGAMHead(GGAMHeadBase):
         logits, pull_back = self._score(attended.pooled, spatial_shape, detach=not second_order)
         checks.scores(logits, x.shape[0], self.num_classes)
         v = pull_back(score_gradient(logits, target, self.cam_class).unsqueeze(0))[0][0]
-        with checks.full_precision(x):
-            beta = grad_cam_weights(
-                x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
-            )
-            log_s = torch.log_softmax(attended.channel_logits, -1)
-            guidance = kl_guidance(log_s, beta, self.cam_norm, self.cam_temperature, self.divergence)
-        return GGAMOutput(
-            logits,
-            log_s.exp(),
-            attended.spatial.unflatten(1, spatial_shape),
-            beta,
-            reduce_batch(guidance, self.guidance_reduction),
-        )
+        terms = (self.cam_norm, self.cam_temperature, self.divergence)
+        if torch.is_grad_enabled():
+            with checks.full_precision(x):
+                beta = grad_cam_weights(
+                    x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
+                )
+                log_s = torch.log_softmax(attended.channel_logits, -1)
+                s, guidance = log_s.exp(), kl_guidance(log_s, beta, *terms)
+        else:
+            beta, s, guidance = guided(x, mlp, options, attended, v, self.cam_at, backend, *terms)
+        t = attended.spatial.unflatten(1, spatial_shape)
+        return GGAMOutput(logits, s, t, beta, reduce_batch(guidance, self.guidance_reduction))
 
     def fused_loss(
         self, features: Tensor, target: Tensor, guidance_weight: float = 0.1, label_smoothing: float = 0.0

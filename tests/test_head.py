@@ -422,11 +422,34 @@ def test_without_target_beta_is_never_computed(device: torch.device, monkeypatch
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("computed for a forward without target")
 
-    for name in ("grad_cam_weights", "kl_guidance", "scores", "scores_by_autograd"):
+    for name in ("grad_cam_weights", "guided", "kl_guidance", "scores", "scores_by_autograd"):
         monkeypatch.setattr(ggam_fast.head, name, refuse)
     assert torch.equal(head(x), expected)
     with pytest.raises(AssertionError, match="without target"):
         head(x, target)
+
+
+@poolings(hidden_size=10)
+@pytest.mark.parametrize("attention", OPTIONS["attention"])
+@pytest.mark.parametrize("cam_at", OPTIONS["cam_at"])
+@pytest.mark.parametrize("cam_norm", OPTIONS["cam_norm"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_the_same_comes_out(
+    backend: str, cam_norm: str, cam_at: str, attention: str, options: dict[str, Any], device: torch.device
+) -> None:
+    """Where beta and the guidance loss are one stage."""
+    divergence = "forward" if cam_norm == "softmax" else "symmetric"
+    options = {**options, "cam_norm": cam_norm, "cam_at": cam_at, "divergence": divergence}
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    head, _ = pair(device=device, dtype=dtype, attention=attention, backend=backend, **options)
+    head.eval()
+    x, target = features(device, dtype), hard_target(device)
+    with torch.no_grad():
+        found = head(x, target)
+    expected = head(x, target)
+    assert_parity(found, expected, 1e-5 if backend == "triton" else 1e-10)
+    assert [x.dtype for x in found] == [x.dtype for x in expected]
+    assert not any(x.requires_grad for x in found)
 
 
 @poolings(hidden_size=10)

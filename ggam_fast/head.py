@@ -89,7 +89,8 @@ class GGAMHead(GGAMHeadBase):
             return self._classify(attended.pooled, spatial_shape, pre_logits)
 
         target = checks.target(target, x.shape[0], self.num_classes)
-        logits, pull_back = self._score(attended.pooled, spatial_shape, detach=not second_order)
+        layers = closed_form_layers(self.classifier, self.drop)
+        logits, pull_back = self._score(layers, attended.pooled, spatial_shape, detach=not second_order)
         checks.scores(logits, x.shape[0], self.num_classes)
         v = pull_back(score_gradient(logits, target, self.cam_class).unsqueeze(0))[0][0]
         terms = (self.cam_norm, self.cam_temperature, self.divergence)
@@ -121,14 +122,15 @@ class GGAMHead(GGAMHeadBase):
         terms = LossTerms(weight, smoothing, self.cam_at, self.cam_class, self.cam_norm,
                           self.cam_temperature, self.divergence, self.guidance_reduction)  # fmt: skip
 
-        known = closed_form_layers(self.classifier, self.drop) is not None
+        layers = closed_form_layers(self.classifier, self.drop)
+        known = layers is not None
 
         def score(pooled: Tensor) -> Scores:
             if torch.compiler.is_compiling() and not known:
                 anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
                 pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
             with torch.set_grad_enabled(not known):  # the gradients of known layers come in closed form
-                result = self._score(pooled, spatial_shape, detach=True)
+                result = self._score(layers, pooled, spatial_shape, detach=True)
             checks.scores(result.logits, x.shape[0], self.num_classes)
             return result
 
@@ -182,9 +184,10 @@ class GGAMHead(GGAMHeadBase):
         x = self.drop(x)
         return x if pre_logits else last(x)
 
-    def _score(self, pooled: Tensor, spatial_shape: tuple[int, ...], detach: bool) -> Scores:
+    def _score(
+        self, layers: list[nn.Module] | None, pooled: Tensor, spatial_shape: tuple[int, ...], detach: bool
+    ) -> Scores:
         """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
-        layers = closed_form_layers(self.classifier, self.drop)
         if layers is None or self.pool_type == "":
             return scores_by_autograd(lambda x: self._custom(x, spatial_shape), pooled, detach)
         with checks.full_precision(pooled):

@@ -125,15 +125,14 @@ def _run_all(channels: int, positions: int, channels_last: bool, dtype: torch.dt
         stages.hadamard(a, weights, s, weights is None)
     for norm in ("softmax", "sum", "sigmoid"):
         stages.spatial_attention(a, s, norm)
-        stages.spatial_attention_grad(a, s, t, t, total, norm)
+        stages.spatial_attention_grad(a, s, 1.0, t, t, total, norm)
     for pool_type in ("avg", "max", ""):
         stages.attended(a, s, "softmax", pool_type)
     for norm in ("sum", "sigmoid"):
         stages.attended(a, s, norm, "avg")
-    pair = torch.empty(batch, 2, channels)
-    stages.attention_backward(a, pair, None, t, total, "softmax")
+    stages.attention_backward(a, [s, s], 1.0, None, t, total, "softmax")
     for norm in ("softmax", "sum", "sigmoid"):
-        stages.attention_backward(a, pair[:, :1], pair[:, :1, :1].expand(-1, -1, positions), t, total, norm)
+        stages.attention_backward(a, [s], 1.0, t, t, total, norm)
     stages.position_scatter(s, index, positions)
     for pool_type, first in (("avg", s), ("max", s), ("", a)):
         stages.features_grad(a, pool_type, first, index, t, t, s, s)

@@ -76,7 +76,7 @@ class Attended(NamedTuple):
 class Factors(NamedTuple):
     """The small factors of dA, and what the MLP's own gradients need."""
 
-    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first mean_l T
+    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first mean_l T / L
     first: Tensor  # (N, C): x, or the dense G
     channel: Tensor  # (N, C): S (1 where nothing weights the dense G)
     grad_map: Tensor | None  # (N, L): dU
@@ -125,7 +125,7 @@ def attend(stages: Stages, features: Tensor, mlp: ChannelMLP, options: Options) 
 class Pullback(NamedTuple):
     """A gradient of the pooled features, as far as A itself is needed."""
 
-    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first mean_l T
+    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first mean_l T / L
     first: Tensor  # (N, C): x, or the dense G
     channel: Tensor  # (N, C): S (1 where nothing weights the dense G)
     grad_map: Tensor | None  # (N, L): dU
@@ -143,8 +143,7 @@ def pull_back(
     grad_spatial: Tensor | None = None,
 ) -> Factors:
     """The backward down to dA's factors.  Grad-CAM is the same with grad_pooled = d y^k / d pooled."""
-    grads = grad_pooled.unsqueeze(0)
-    (pulled,) = pull_back_to_channels(stages, features, options, attended, grads, grad_spatial)
+    (pulled,) = pull_back_to_channels(stages, features, options, attended, [grad_pooled], grad_spatial)
     de = None
     if pulled.grad_channel is not None:
         de = softmax_grad(pulled.grad_channel, pulled.channel)
@@ -157,10 +156,10 @@ def pull_back_to_channels(
     features: Tensor,
     options: Options,
     attended: Attended,
-    grads_pooled: Tensor,
+    grads_pooled: Sequence[Tensor],
     grad_spatial: Tensor | None = None,
 ) -> list[Pullback]:
-    """dU and dS of one or two gradients of the pooled features (R, N, ...), the only part that reads A.
+    """dU and dS of one or two gradients of the pooled features (N, ...), the only part that reads A.
 
     With average pooling a pair shares its reads of A; only a single gradient may have a grad_spatial.
     """
@@ -168,10 +167,10 @@ def pull_back_to_channels(
     s = torch.softmax(attended.channel_logits, -1) if s is None else s
     norm, total = options.spatial_norm, attended.total
     if options.pool_type == "avg" and options.attention == "channel_spatial":
-        firsts = grads_pooled / features.shape[2]
-        extra = None if grad_spatial is None else grad_spatial.unsqueeze(1)
-        du, ds = stages.attention_backward(features, firsts.transpose(0, 1), extra, t, total, norm)
-        return [Pullback(None, first, s, du[:, r], ds[:, r]) for r, first in enumerate(firsts)]
+        found = stages.attention_backward(
+            features, grads_pooled, 1.0 / features.shape[2], grad_spatial, t, total, norm
+        )
+        return [Pullback(None, first, s, *pair) for first, pair in zip(grads_pooled, found, strict=True)]
     return [_pull_back_one(stages, features, options, attended, s, g, grad_spatial) for g in grads_pooled]
 
 
@@ -192,11 +191,12 @@ def _pull_back_one(
     first_mean: Tensor | None = None
     first = grad_pooled
     if options.pool_type == "avg":
-        first = grad_pooled / positions
         if scaled:
             ds, first = grad_pooled * attended.mean, first * s
         if options.uses_spatial:
-            du = stages.spatial_attention_grad(features, first, grad_spatial, t, attended.total, norm)
+            du = stages.spatial_attention_grad(
+                features, first, 1.0 / positions, grad_spatial, t, attended.total, norm
+            )
     elif options.pool_type == "max":
         if scaled:
             ds, first = grad_pooled * attended.peak, first * s

@@ -8,7 +8,7 @@ For any other module v comes from `torch.autograd.grad`, which a compiled step c
 `torch._dynamo.config.trace_autograd_ops = True`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -31,13 +31,13 @@ class LayerGradient(NamedTuple):
     product: bool
 
 
-Pullback = Callable[[Tensor], tuple[Tensor, list[LayerGradient]]]
-"""From R gradients of the output (R, ...) to those of the input; with gradients disabled also to the
-parameters', for the last of them."""
+Pullback = Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], list[LayerGradient]]]
+"""From gradients of the output to those of the input; with gradients disabled also to the parameters', for
+the last of them."""
 
 
 class Scores(NamedTuple):
-    """Logits, and the map from R of d y / d logits (R, N, K) to v = d y / d pooled."""
+    """Logits, and the map from gradients d y / d logits (N, K) to v = d y / d pooled."""
 
     logits: Tensor
     pull_back: Pullback
@@ -91,16 +91,16 @@ def scores(layers: list[nn.Module], x: Tensor, detach: bool) -> Scores:
         x, pull = _RULES[type(layer)](layer, x)
         pullbacks.append(pull)
 
-    def pull_back(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+    def pull_back(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         gradients: list[LayerGradient] = []
         for pull in reversed(pullbacks):
-            v, found = pull(v)
+            rows, found = pull(rows)
             gradients += found
-        return v, gradients
+        return rows, gradients
 
-    def detached(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+    def detached(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         with torch.no_grad():
-            return pull_back(v)
+            return pull_back(rows)
 
     return Scores(x, detached if detach else pull_back)
 
@@ -150,8 +150,8 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
             )
         return scale * (v.detach() if detach else v)
 
-    def pull_back(seeds: Tensor) -> tuple[Tensor, list[LayerGradient]]:
-        return _stack([pull_one(seed) for seed in seeds]), []
+    def pull_back(seeds: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        return [pull_one(seed) for seed in seeds], []
 
     return Scores(logits if needs_graph else logits.detach(), pull_back)
 
@@ -183,40 +183,40 @@ class Anchored(Function):
         return None, None
 
 
-def _stack(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
-
-
 def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pullback]:
     weight = layer.weight.to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
 
-    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
-        return v @ weight, [LayerGradient(layer.weight, layer.bias, v[-1], x, True)]
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        held = LayerGradient(layer.weight, layer.bias, rows[-1], x, True)
+        if len(rows) == 1:
+            return [rows[0] @ weight], [held]
+        return (torch.stack(list(rows)) @ weight).unbind(0), [held]
 
     return F.linear(x, weight, bias), pull
 
 
 def _identity(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
-    return x, lambda v: (v, [])
+    return x, lambda rows: (rows, [])
 
 
 def _dropout(layer: nn.Dropout, x: Tensor) -> tuple[Tensor, Pullback]:
     if not layer.training or layer.p == 0.0:
         return _identity(layer, x)
     mask = F.dropout(torch.ones_like(x), layer.p)
-    return x * mask, lambda v: (v * mask, [])
+    return x * mask, lambda rows: ([v * mask for v in rows], [])
 
 
 def _relu(layer: nn.ReLU, x: Tensor) -> tuple[Tensor, Pullback]:
-    return torch.relu(x), lambda v: (aten.threshold_backward(v, x, 0), [])
+    return torch.relu(x), lambda rows: ([aten.threshold_backward(v, x, 0) for v in rows], [])
 
 
 def _elu(layer: nn.ELU, x: Tensor) -> tuple[Tensor, Pullback]:
-    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         if torch.is_grad_enabled():  # as for batch norm
-            return v * (layer.alpha * x.clamp(max=0).exp()).masked_fill(x > 0, 1.0), []
-        return aten.elu_backward(v, layer.alpha, 1, 1, False, x), []
+            slope = (layer.alpha * x.clamp(max=0).exp()).masked_fill(x > 0, 1.0)
+            return [v * slope for v in rows], []
+        return [aten.elu_backward(v, layer.alpha, 1, 1, False, x) for v in rows], []
 
     return F.elu(x, layer.alpha), pull
 
@@ -229,9 +229,10 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
         # No statistics to take or to move; the parameters stay in the graph.
         scale = torch.ones_like(x[:1]) if gamma is None else gamma
 
-        def pull_nothing(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
-            held = LayerGradient(layer.weight, layer.bias, (v[-1] * x).sum(0), v[-1].sum(0), False)
-            return v * scale, [held]
+        def pull_nothing(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+            v = rows[-1]
+            held = LayerGradient(layer.weight, layer.bias, (v * x).sum(0), v.sum(0), False)
+            return [v * scale for v in rows], [held]
 
         return x * scale + (0.0 if beta is None else beta), pull_nothing
     from_batch = layer.training or layer.running_mean is None
@@ -251,15 +252,14 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
             mean, variance = layer.running_mean.to(dtype), layer.running_var.to(dtype)
         return mean, variance, torch.rsqrt(variance + layer.eps)
 
-    def pull(v: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         mean, variance, scale = statistics()
         if torch.is_grad_enabled():  # torch's own has no third derivative
-            v = v if gamma is None else v * gamma
+            rows = rows if gamma is None else [v * gamma for v in rows]
             if not from_batch:
-                return v * scale, []
+                return [v * scale for v in rows], []
             normed = (x - mean) * scale
-            along = (v * normed).mean(-2, keepdim=True)
-            return scale * (v - v.mean(-2, keepdim=True) - normed * along), []
+            return [scale * (v - v.mean(0) - normed * (v * normed).mean(0)) for v in rows], []
         affine = gamma is not None or beta is not None
         # Without a weight CUDA gives no bias gradient either.
         weight = torch.ones_like(mean) if affine and gamma is None else gamma
@@ -267,11 +267,11 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
             aten.native_batch_norm_backward(
                 row, x, weight, mean, variance, mean, scale, from_batch, layer.eps, [True, affine, affine]
             )
-            for row in v
+            for row in rows
         ]
         _, dgamma, dbeta = pulled[-1]
         held = LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)
-        return _stack([dx for dx, _, _ in pulled]), [held] if affine else []
+        return [dx for dx, _, _ in pulled], [held] if affine else []
 
     return y, pull
 

@@ -7,6 +7,7 @@ Each backward is made of the other contraction and an outer product, so derivati
 stay inside the set, and no kernel needs a second-order version of itself.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,11 +94,18 @@ class DifferentiableStages(Stages):
         return SpatialSum.apply(features, weights, self.backend) * scale
 
     def attention_backward(
-        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
-    ) -> tuple[Tensor, Tensor]:
-        (v,), extra = v.unbind(1), None if extra is None else extra.squeeze(1)
-        du = self.spatial_attention_grad(features, v, extra, t, total, norm)
-        return du.unsqueeze(1), self.spatial_sum(features, du).unsqueeze(1)
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+    ) -> list[tuple[Tensor, Tensor]]:
+        (v,) = grads
+        du = self.spatial_attention_grad(features, v, scale, extra, t, total, norm)
+        return [(du, self.spatial_sum(features, du))]
 
 
 _TORCH = Stages()

@@ -60,6 +60,21 @@ class LossTerms(NamedTuple):
     guidance_reduction: str
 
 
+def _alone(x: Tensor) -> Tensor:
+    """The same, where it is a part of something larger as a copy that does not keep that in memory."""
+    if torch.compiler.is_compiling() or x.untyped_storage().nbytes() > x.nbytes:
+        return x.clone()
+    return x
+
+
+def _smaller(layer: LayerGradient) -> LayerGradient:
+    """The same, where it has no more elements than its factors as the gradient itself."""
+    _, _, left, right, product = layer
+    if not product or left.shape[1] * right.shape[1] > left.numel() + right.numel():
+        return layer
+    return layer._replace(left=left.t() @ right, right=left.sum(0), product=False)
+
+
 class HeldGradient(Function):
     """CE + guidance_weight * guidance; its backward scales the held factors, and writes dA from them."""
 
@@ -104,17 +119,22 @@ class HeldGradient(Function):
         da = None
         with full_precision(features):
             if ctx.needs_input_grad[2]:
-                factors = Factors(None, first, channel, grad_map, grad_mean, None, None)
+                f = Factors(None, first, channel, grad_map, grad_mean, None, None)
                 da = features_grad(
-                    get_stages(ctx.backend), features, ctx.options, spatial, peak_index, factors, grad
+                    get_stages(ctx.backend), features, ctx.options, spatial, peak_index, f, grad
                 )
-            factor = scaled([*lefts, *(r for r, p in zip(rights, ctx.products, strict=True) if not p)], grad)
-            biases = iter(factor[count:])
+            layers = list(zip(lefts, rights, ctx.products, strict=True))
+            # Of a product's factors the narrower one is scaled.
+            by_left = [not product or left.shape[1] <= right.shape[1] for left, right, product in layers]
+            factors = [left if by else right for (left, right, _), by in zip(layers, by_left, strict=True)]
+            biases = [left.sum(0) if product else right for left, right, product in layers]
+            held = scaled([*factors, *biases], grad)
             grads: list[Tensor | None] = []
-            for i, product in enumerate(ctx.products):
-                left, factor[i] = factor[i], None
-                both = (left.t() @ rights[i], left.sum(0)) if product else (left, next(biases))
-                for gradient, dtype in zip(both, (ctx.types[i], ctx.types[count + i]), strict=True):
+            for i, (left, right, product) in enumerate(layers):
+                weight, held[i] = held[i], None
+                if product:
+                    weight = weight.t() @ right if by_left[i] else left.t() @ weight
+                for gradient, dtype in ((weight, ctx.types[i]), (held[count + i], ctx.types[count + i])):
                     grads.append(None if dtype is None else gradient.to(dtype))
                 grads += [None, None]
         return grad, None, da, *[None] * 10, *grads
@@ -143,7 +163,7 @@ def fused_loss(
         q = probabilities(logits, target)
         dy = q if terms.cam_class == "label" else score_gradient(logits, target, terms.cam_class)
         dce = cross_entropy_grad(logits, q, terms.label_smoothing, hard=not target.is_floating_point())
-        pulled, layers = scores.pull_back(torch.stack([dy, dce]))
+        pulled, layers = scores.pull_back([dy, dce])
     with torch.no_grad(), full_precision(features):
         at_features = terms.cam_at == "features"
         *pulled_v, pulled_z = pull_back_to_channels(
@@ -169,10 +189,10 @@ def fused_loss(
                 LayerGradient(mlp.fc1_weight, mlp.fc1_bias, f.grad_hidden, attended.mean, True),
                 LayerGradient(mlp.fc2_weight, mlp.fc2_bias, f.grad_logits, attended.hidden, True),
             ]
-    # The guidance has no graph here: the classifier's own gradient is that of the cross entropy.  `first` is
-    # copied, as it would keep v's in memory, beside which it lies.
+        layers = [_smaller(layer) for layer in layers]
+    # The guidance has no graph here: the classifier's own gradient is that of the cross entropy.
     loss = HeldGradient.apply(
-        entropy, guidance, features, f.first.clone(), f.channel, f.grad_map, f.grad_mean, attended.spatial,
+        entropy, guidance, features, _alone(f.first), f.channel, f.grad_map, f.grad_mean, attended.spatial,
         attended.peak_index, terms.guidance_weight, tuple(options), backend,
         tuple(layer.product for layer in layers), *(x for layer in layers for x in layer[:4]),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """GGAMHead: the paper's attention and classifier, with Grad-CAM guidance, as one drop-in module."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class GGAMHead(GGAMHeadBase):
         layers = closed_form_layers(self.classifier, self.drop)
         logits, pull_back = self._score(layers, attended.pooled, spatial_shape, detach=not second_order)
         checks.scores(logits, x.shape[0], self.num_classes)
-        v = pull_back(score_gradient(logits, target, self.cam_class).unsqueeze(0))[0][0]
+        (v,), _ = pull_back([score_gradient(logits, target, self.cam_class)])
         terms = (self.cam_norm, self.cam_temperature, self.divergence)
         if torch.is_grad_enabled():
             with checks.full_precision(x):
@@ -193,9 +194,9 @@ class GGAMHead(GGAMHeadBase):
         with checks.full_precision(pooled):
             result = scores(layers, pooled.flatten(1), detach)
 
-        def pull_back(seeds: Tensor) -> tuple[Tensor, list[LayerGradient]]:
+        def pull_back(seeds: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
             with checks.full_precision(pooled):
-                v, gradients = result.pull_back(seeds)
-                return v.view(seeds.shape[:1] + pooled.shape), gradients
+                rows, gradients = result.pull_back(seeds)
+                return [v.view(pooled.shape) for v in rows], gradients
 
         return Scores(result.logits, pull_back)

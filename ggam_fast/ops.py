@@ -4,7 +4,7 @@ One private functional operator `ggam_fast::...` per fused stage and direction, 
 shapes and strides for `torch.compile` and `torch.export`.  Autograd lives outside, in `attention`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -166,43 +166,46 @@ def _spatial_attention(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, 
 
 
 def _spatial_norm_grad_fake(
-    partials: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+    partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
     return _small(t.shape[0], t.shape[1], t)
 
 
 @_register(
-    "spatial_norm_grad(Tensor partials, Tensor? extra, Tensor t, Tensor total, int norm) -> Tensor",
+    "spatial_norm_grad(Tensor partials, float scale, Tensor? extra, Tensor t, Tensor total, int norm)"
+    " -> Tensor",
     _spatial_norm_grad_fake,
 )
-def _spatial_norm_grad(partials: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int) -> Tensor:
+def _spatial_norm_grad(
+    partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+) -> Tensor:
     batch, parts, positions = partials.shape
     grad = _small(batch, positions, partials)
     if batch:
         with torch.cuda.device_of(partials):
             spatial_norm.spatial_norm_grad_kernel[(batch,)](
                 partials.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
-                total.contiguous(), grad, P=parts, NORM=norm, HAS_EXTRA=extra is not None,
+                total.contiguous(), grad, scale, P=parts, NORM=norm, HAS_EXTRA=extra is not None,
                 **_map_geometry(positions),
             )  # fmt: skip
     return grad
 
 
 def _spatial_attention_grad_fake(
-    features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+    features: Tensor, v: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
     return _small(t.shape[0], t.shape[1], t)
 
 
 @_register(
-    "spatial_attention_grad(Tensor features, Tensor v, Tensor? extra, Tensor t, Tensor total, int norm)"
-    " -> Tensor",
+    "spatial_attention_grad(Tensor features, Tensor v, float scale, Tensor? extra, Tensor t, Tensor total, "
+    "int norm) -> Tensor",
     _spatial_attention_grad_fake,
 )
 def _spatial_attention_grad(
-    features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+    features: Tensor, v: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
-    return _spatial_norm_grad(_channel_sum_partials(features, v), extra, t, total, norm)
+    return _spatial_norm_grad(_channel_sum_partials(features, v), scale, extra, t, total, norm)
 
 
 def _max_pool_fake(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -444,36 +447,53 @@ def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bo
 
 
 def _attention_backward_fake(
-    features: Tensor, weights: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
-) -> tuple[Tensor, Tensor]:
+    features: Tensor,
+    v: Tensor,
+    v_1: Tensor | None,
+    scale: float,
+    extra: Tensor | None,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+) -> tuple[Tensor, ...]:
     batch, channels, positions = features.shape
-    shape, device = (batch, weights.shape[1]), features.device
-    du = torch.empty((*shape, positions), dtype=torch.float32, device=device)
-    return du, torch.empty((*shape, channels), dtype=torch.float32, device=device)
+    second = 0 if v_1 is None else batch
+    return (
+        _small(batch, positions, features), _small(batch, channels, features),
+        _small(second, positions, features), _small(second, channels, features),
+    )  # fmt: skip
 
 
 @_register(
-    "attention_backward(Tensor features, Tensor weights, Tensor? extra, Tensor t, Tensor total, int norm)"
-    " -> (Tensor, Tensor)",
+    "attention_backward(Tensor features, Tensor v, Tensor? v_1, float scale, Tensor? extra, Tensor t, "
+    "Tensor total, int norm) -> (Tensor, Tensor, Tensor, Tensor)",
     _attention_backward_fake,
 )
 def _attention_backward(
-    features: Tensor, weights: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
-) -> tuple[Tensor, Tensor]:
-    """dU (N, R, L) and ds (N, R, C) for R = 1 or 2 rows of weights (N, R, C), extra (N, R, L)"""
+    features: Tensor,
+    v: Tensor,
+    v_1: Tensor | None,
+    scale: float,
+    extra: Tensor | None,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+) -> tuple[Tensor, ...]:
+    """dU (N, L) and ds (N, C) of v, which may have an extra, and of v_1; empty without"""
     features = _native(features)
     batch, channels, positions = features.shape
-    rows = weights.shape[1]
+    rows = 1 if v_1 is None else 2
     resources = plan.backward_resources(positions, features.element_size(), _layout(features))
     schedule = _schedule(features, resources, rows)
+    found = _attention_backward_fake(features, v, v_1, scale, extra, t, total, norm)
     if schedule is None:
-        extras = [None] * rows if extra is None else extra.unbind(1)
-        maps = [
-            _spatial_attention_grad(features, v, x, t, total, norm)
-            for v, x in zip(weights.unbind(1), extras, strict=True)
-        ]
-        return torch.stack(maps, 1), torch.stack([_spatial_sum(features, du, 1.0) for du in maps], 1)
-    du, ds = _attention_backward_fake(features, weights, extra, t, total, norm)
+        du = _spatial_attention_grad(features, v, scale, extra, t, total, norm)
+        pair = (du, _spatial_sum(features, du, 1.0))
+        if v_1 is None:
+            return *pair, *found[2:]
+        du_1 = _spatial_attention_grad(features, v_1, scale, None, t, total, norm)
+        return *pair, du_1, _spatial_sum(features, du_1, 1.0)
+    du, ds, du_1, ds_1 = found
     parts = plan.blocks(channels, schedule.task_c)
     device = features.device
     partials = torch.empty((batch, rows, parts, positions), dtype=torch.float32, device=device)
@@ -481,13 +501,13 @@ def _attention_backward(
     if batch:
         with torch.cuda.device_of(features):
             attention_backward.attention_backward_kernel[(_programs(device, resources),)](
-                features, weights.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
-                total.contiguous(), partials, du, ds, counters, batch,
-                min(schedule.group, batch), features.stride(0), R=rows, NORM=norm,
-                HAS_EXTRA=extra is not None, LAG=plan.REREAD_LAG,
+                features, v.contiguous(), v if v_1 is None else v_1.contiguous(),
+                t if extra is None else extra.contiguous(), t.contiguous(), total.contiguous(), partials,
+                du, du_1, ds, ds_1, counters, batch, min(schedule.group, batch), features.stride(0), scale,
+                R=rows, NORM=norm, HAS_EXTRA=extra is not None, LAG=plan.REREAD_LAG,
                 **_persistent(features, schedule, resources),
             )  # fmt: skip
-    return du, ds
+    return found
 
 
 def _features_grad_fake(
@@ -561,23 +581,39 @@ class TritonStages(stages.Stages):
         return _attended(features, s, _NORM[norm], _POOL[pool_type], pool_type == "flatten")
 
     def attention_backward(
-        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
-    ) -> tuple[Tensor, Tensor]:
-        return _attention_backward(features, v, extra, t, total, _NORM[norm])
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+    ) -> list[tuple[Tensor, Tensor]]:
+        v, v_1 = grads if len(grads) == 2 else (grads[0], None)
+        du, ds, du_1, ds_1 = _attention_backward(features, v, v_1, scale, extra, t, total, _NORM[norm])
+        return [(du, ds)] if v_1 is None else [(du, ds), (du_1, ds_1)]
 
     def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         return _spatial_attention(features, s, _NORM[norm])
 
     def spatial_attention_grad(
-        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+        self,
+        features: Tensor,
+        v: Tensor,
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
     ) -> Tensor:
-        return _spatial_attention_grad(features, v, extra, t, total, _NORM[norm])
+        return _spatial_attention_grad(features, v, scale, extra, t, total, _NORM[norm])
 
     def spatial_norm_grad(
         self, dt: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
     ) -> Tensor:
         partials = dt.unsqueeze(1) if dt.dim() == 2 else dt
-        return _spatial_norm_grad(partials, extra, t, total, _NORM[norm])
+        return _spatial_norm_grad(partials, 1.0, extra, t, total, _NORM[norm])
 
     def max_pool(self, features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
         return _max_pool(features, t)

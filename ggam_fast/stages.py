@@ -57,10 +57,10 @@ def softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
 
 
 class CamTerms(NamedTuple):
-    """beta = first mean_l T + S mean_l dU + dg / L, for the gradients dU and dg of the class score."""
+    """beta = first mean_l T / L + S mean_l dU + dg / L, for the gradients dU and dg of the class score."""
 
     first: Tensor  # (N, C)
-    spatial: Tensor | None = None  # (N, L): T; None: 1
+    spatial: Tensor | None = None  # (N, L): T; None: beta takes `first` as it is
     grad_map: Tensor | None = None  # (N, L): dU
     grad_mean: Tensor | None = None  # (N, C): dg
 
@@ -69,7 +69,7 @@ def cam_weights(terms: CamTerms, s: Tensor, positions: int) -> Tensor:
     """beta (N, C) from its terms and S (N, C)."""
     beta, spatial, grad_map, grad_mean = terms
     if spatial is not None:
-        beta = beta * spatial.mean(-1, keepdim=True)
+        beta = beta * (spatial.mean(-1, keepdim=True) / positions)
     if grad_map is not None:
         beta = torch.addcmul(beta, s, grad_map.mean(-1, keepdim=True))
     if grad_mean is not None:
@@ -88,23 +88,20 @@ def scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
     return [None if x is None else next(found) for x in tensors]
 
 
-def rows_times(rows: Tensor, matrix: Tensor, addend: Tensor | None = None) -> Tensor:
-    """addend + rows @ matrix, for (N, R, K) and (N, K, M).
+def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows @ matrix, for (N, R, K) and (N, K, M).
 
     Rows times a matrix, as torch on a CPU is much slower with a matrix times columns; and by baddbmm, as
     Inductor turns a CPU's bmm of one row into a loop that walks down the columns.  For a GPU Inductor would
     write A in float32 for a call of baddbmm: there a sum takes the conversion in."""
     if torch.compiler.is_compiling() and rows.device.type != "cpu":
-        return rows_times_by_sum(rows, matrix, addend)
-    if addend is None:
-        return torch.baddbmm(rows.new_zeros(()), rows, matrix, beta=0)
-    return torch.baddbmm(addend, rows, matrix)
+        return rows_times_by_sum(rows, matrix)
+    return torch.baddbmm(rows.new_zeros(()), rows, matrix, beta=0)
 
 
-def rows_times_by_sum(rows: Tensor, matrix: Tensor, addend: Tensor | None = None) -> Tensor:
+def rows_times_by_sum(rows: Tensor, matrix: Tensor) -> Tensor:
     """The same as a sum over K."""
-    found = (rows.unsqueeze(-1) * matrix.unsqueeze(1)).sum(2)
-    return found if addend is None else addend + found
+    return (rows.unsqueeze(-1) * matrix.unsqueeze(1)).sum(2)
 
 
 class Stages:
@@ -140,19 +137,35 @@ class Stages:
         return self.hadamard(features, t, s, pool_type == "flatten"), index
 
     def attention_backward(
-        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
-    ) -> tuple[Tensor, Tensor]:
-        """dU (N, R, L) and ds = spatial_sum(A, dU) (N, R, C) for dT = channel_sum(A, v) + extra, where v is
-        (N, R, C): R gradients share the reads of A"""
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """dU (N, L) and ds = spatial_sum(A, dU) (N, C) of one gradient v (N, C), or of two that share their
+        reads of A, for dT = scale channel_sum(A, v) + extra; only one alone may have an extra"""
         a = features.to(compute_dtype(features))
-        du = spatial_norm_grad(rows_times(v, a, extra), t.unsqueeze(1), total.unsqueeze(1), norm)
-        return du, rows_times(du, a.transpose(1, 2))
+        dt = scale * rows_times(torch.stack(list(grads), 1), a)
+        dt = dt if extra is None else dt + extra.unsqueeze(1)
+        du = spatial_norm_grad(dt, t.unsqueeze(1), total.unsqueeze(1), norm)
+        return list(zip(du.unbind(1), rows_times(du, a.transpose(1, 2)).unbind(1), strict=True))
 
     def spatial_attention_grad(
-        self, features: Tensor, v: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+        self,
+        features: Tensor,
+        v: Tensor,
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
     ) -> Tensor:
-        """dU for dT = channel_sum(A, v) + extra"""
-        return self.spatial_norm_grad(self.channel_sum(features, v), extra, t, total, norm)
+        """dU for dT = scale channel_sum(A, v) + extra"""
+        return self.spatial_norm_grad(scale * self.channel_sum(features, v), extra, t, total, norm)
 
     def spatial_norm_grad(
         self, dt: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
@@ -230,10 +243,14 @@ class Stages:
         grad_mean: Tensor | None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """dA = scale (first-term + s (x) du + dg/L (x) 1); `first` is x (N, C), or G (N, C, L) if dense"""
+        """dA = scale (first-term + s (x) du + dg/L (x) 1), where the first term is x (x) t / L of an average,
+        x (N, C) at the argmax, or G (x) t of a dense `first` G (N, C, L)"""
         if scale is not None:
             first, du, grad_mean = scaled([first, du, grad_mean], scale)
-        constant = torch.zeros_like(s) if grad_mean is None else grad_mean / features.shape[2]
+        positions = features.shape[2]
+        constant = torch.zeros_like(s) if grad_mean is None else grad_mean / positions
+        if pool_type == "avg":
+            first, t = (first / positions, None) if t is None else (first, t / positions)
         # Computed in the memory order of A, so that dA has its layout.
         channels_last = features.stride(1) == 1 and features.shape[2] > 1
         c, l = (1, 2) if channels_last else (2, 1)  # where to insert the other's axis
@@ -242,7 +259,7 @@ class Stages:
             # One product that writes dA once, as Inductor makes of the multiply-adds below; on a GPU it
             # could be rounded to TF32.
             left = torch.stack([first, s, constant], -1)
-            right = torch.stack([t, du, torch.ones_like(t)], -1)
+            right = torch.stack([t, du, torch.ones_like(du)], -1)
             if channels_last:
                 left, right = right, left
             da = left @ right.transpose(1, 2)
@@ -250,8 +267,8 @@ class Stages:
         if pool_type == "avg":
             x = first.unsqueeze(c)
         elif pool_type == "max":
-            positions = torch.arange(features.shape[2], device=features.device)
-            x = torch.where(index.unsqueeze(c) == positions.unsqueeze(l - 1), first.unsqueeze(c), 0.0)
+            every = torch.arange(positions, device=features.device)
+            x = torch.where(index.unsqueeze(c) == every.unsqueeze(l - 1), first.unsqueeze(c), 0.0)
         else:
             x = (first.transpose(1, 2) if channels_last else first).contiguous()
             x = x if t is not None else x * s.unsqueeze(c)

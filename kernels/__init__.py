@@ -9,7 +9,7 @@ One launch for several passes; a read in brackets is meant to find A in L2 (see 
 |-----------------------|-------------------------------------------------------|------------|--------|
 | attention_forward     | A, s -> T and A pooled under T, or D                  | |A| (|A|)  | small  |
 | attention_backward    | dT = v A, dU = norm'(dT), ds = A dU; for v and dz     | |A| (|A|)  | small  |
-| features_grad         | dA = x t + s dU + dg / L, an outer-product sum        | 0 (|G|)    | |A|    |
+| features_grad         | dA = x t/L + s dU + dg/L, an outer-product sum        | 0 (|G|)    | |A|    |
 | guidance              | beta, S, the guidance loss and its gradient           | small      | small  |
 | schedule              | tickets, and counters that say what is finished       |            |        |
 | plan                  | tiles, groups, and when to go pass by pass            |            |        |

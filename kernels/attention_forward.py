@@ -38,8 +38,8 @@ def _map_task(
     partial_ptr = partials_ptr + part * L
     for start in tl.range(0, L, BLOCK_L, num_stages=STAGES):
         store_channel_sums(
-            image_ptr, channel_ptr, partial_ptr, partial_ptr, part * TASK_C, start + tl.arange(0, BLOCK_L),
-            C, L, STRIDE_C, STRIDE_L, 1, TASK_C, BLOCK_C, BLOCK_L, STAGES,
+            image_ptr, channel_ptr, channel_ptr, partial_ptr, partial_ptr, part * TASK_C,
+            start + tl.arange(0, BLOCK_L), C, L, STRIDE_C, STRIDE_L, 1, TASK_C, BLOCK_C, BLOCK_L, STAGES,
         )  # fmt: skip
     if finish_and_count(done_ptr) == parts - 1:
         normalise(partials_ptr, attention_ptr, total_ptr, parts, L, NORM, BLOCK_MAP)
@@ -60,7 +60,7 @@ def _pool_task(
     """The attended mean, the attended maximum, or D, of TASK_C channels of one image."""
     if POOL == AVERAGE:
         store_spatial_sums(
-            image_ptr, attention_ptr, out_ptr, first, 1.0 / L,
+            image_ptr, attention_ptr, attention_ptr, out_ptr, out_ptr, first, 1.0 / L,
             C, L, STRIDE_C, STRIDE_L, 1, TASK_C, BLOCK_C, BLOCK_L, STAGES,
         )  # fmt: skip
     elif POOL == MAXIMUM:

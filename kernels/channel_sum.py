@@ -1,4 +1,5 @@
-"""partials[n, r, p, l] = sum over the channels c of part p of weights[n, r, c] * A[n, c, l], for R = 1 or 2.
+"""partials[n, p, l] = sum over the channels c of part p of weights[n, c] * A[n, c, l]; of two weights at once
+with R = 2.
 
 The sum over p, in the order p = 0, 1, ..., is channel_sum; `spatial_norm` takes the partials as they
 are.  No atomics: the result is the same bits every run.  Reads A once, writes 4*N*R*P*L bytes.
@@ -13,9 +14,10 @@ from .offsets import image_offsets
 @triton.jit
 def store_channel_sums(
     image_ptr,
-    weights_ptr,  # (R, C) float32 of this image
+    weights_ptr,  # (C,) float32 of this image
+    weights_1_ptr,  # the same for R = 2
     partial_ptr,  # (L,) float32: this part
-    partial_1_ptr,  # for the second row of weights
+    partial_1_ptr,  # the same for R = 2
     first,  # channel
     l,  # (BLOCK_L,) positions
     C: tl.constexpr,
@@ -38,7 +40,7 @@ def store_channel_sums(
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         acc += a * tl.load(weights_ptr + c, mask=c < C, other=0.0)[:, None]
         if R > 1:
-            acc_1 += a * tl.load(weights_ptr + C + c, mask=c < C, other=0.0)[:, None]
+            acc_1 += a * tl.load(weights_1_ptr + c, mask=c < C, other=0.0)[:, None]
     tl.store(partial_ptr + l, tl.sum(acc, axis=0), mask=l < L)
     if R > 1:
         tl.store(partial_1_ptr + l, tl.sum(acc_1, axis=0), mask=l < L)
@@ -66,6 +68,6 @@ def channel_sum_kernel(
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     partial_ptr = partials_ptr + (n * parts + part) * L
     store_channel_sums(
-        features_ptr + n * stride_n, weights_ptr + n * C, partial_ptr, partial_ptr,
+        features_ptr + n * stride_n, weights_ptr + n * C, weights_ptr, partial_ptr, partial_ptr,
         part * PARTIAL_C, l, C, L, STRIDE_C, STRIDE_L, 1, PARTIAL_C, BLOCK_C, BLOCK_L, 1,
     )  # fmt: skip

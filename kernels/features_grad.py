@@ -1,11 +1,12 @@
 """dA, the gradient of the features, written without reading A:
 
     dA[n, c, l] = scale (first + s_c dU_l + dg_c / L)
-    average pool   first = x_c t_l              x = dz / L
-    max pool       first = x_c t_l at l = index_c, else 0        x = dz
+    average pool   first = x_c t_l / L
+    max pool       first = x_c t_l at l = index_c, else 0
     dense          first = G_cl t_l, or G_cl s_c for channel attention alone
 
-t = 1 and no s_c dU_l term without spatial attention.  Writes |A|; reads G once in the dense case.
+with x = dz; t = 1 and no s_c dU_l term without spatial attention.  Writes |A|; reads G once in the dense
+case.
 """
 
 import triton
@@ -58,6 +59,8 @@ def features_grad_kernel(
         first = tl.load(grad_image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
         first = tl.load(x_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+        if POOL == AVERAGE:
+            first = first / L
         if POOL == MAXIMUM:
             index = tl.load(index_ptr + n * C + c, mask=c < C, other=-1).to(tl.int32)
             first = tl.where(index[:, None] == l[None, :], first, 0.0)

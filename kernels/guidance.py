@@ -1,6 +1,6 @@
 """beta, the guidance loss and its gradient of the channel logits e, one image a program:
 
-    S = softmax(e)      beta = mean_l T first + mean_l dU S + dg / L      log b~ = log of beta's norm
+    S = softmax(e)      beta = first mean_l T / L + S mean_l dU + dg / L      log b~ = log of beta's norm
     symmetric  loss = 1/2 sum_c (S - b~)(log S - log b~)    g = 1/2 (S - b~ + S (log S - log b~))
     forward    loss = sum_c S (log S - log b~)              g = S + S (log S - log b~)
     de = scale (g - S sum_c g) + S (dS - <dS, S>)
@@ -47,7 +47,7 @@ def _standardized(beta, mask, C: tl.constexpr):
 def guidance_kernel(
     logits_ptr,  # (N, C) float32: e
     first_ptr,  # (N, C) float32
-    attention_ptr,  # (N, L) float32: T; only with HAS_SPATIAL, else its mean is 1
+    attention_ptr,  # (N, L) float32: T; only with HAS_SPATIAL, else beta takes `first` as it is
     grad_map_ptr,  # (N, L) float32: dU; only with HAS_MAP
     grad_mean_ptr,  # (N, C) float32: dg; only with HAS_MEAN
     grad_channel_ptr,  # (N, C) float32: dS; only with HAS_CHANNEL
@@ -78,7 +78,7 @@ def guidance_kernel(
     s = tl.exp(log_s)
     beta = tl.load(first_ptr + row, mask=mask, other=0.0)
     if HAS_SPATIAL:
-        beta *= _mean(attention_ptr + n * L, L, BLOCK_L)
+        beta *= _mean(attention_ptr + n * L, L, BLOCK_L) / L
     if HAS_MAP:
         beta += s * _mean(grad_map_ptr + n * L, L, BLOCK_L)
     if HAS_MEAN:

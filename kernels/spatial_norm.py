@@ -6,9 +6,9 @@
     sigmoid   T_l = 1 / (1 + exp(-U_l))            dU = dT T (1 - T)
     none      T_l = U_l                            channel_sum, added up in a fixed order
 
-with dT = sum_p partials[p] + extra in the backward.  Touches nothing of A's size.  A map of up to BLOCK_L
-positions is added up once and stays in registers; a larger one is added up anew in each sweep.  The fused
-kernels call the same two functions once the last part of an image's map is done.
+with dT = scale sum_p partials[p] + extra in the backward.  Touches nothing of A's size.  A map of up to
+BLOCK_L positions is added up once and stays in registers; a larger one is added up anew in each sweep.  The
+fused kernels call the same two functions once the last part of an image's map is done.
 """
 
 import triton
@@ -35,10 +35,10 @@ def _sum_partials(partials_ptr, l, P: tl.constexpr, L: tl.constexpr, BLOCK_L: tl
 
 @triton.jit
 def _dt(
-    partials_ptr, extra_ptr, l, P: tl.constexpr, L: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    partials_ptr, extra_ptr, scale, l, P: tl.constexpr, L: tl.constexpr, HAS_EXTRA: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    dt = _sum_partials(partials_ptr, l, P, L, BLOCK_L)
+    dt = scale * _sum_partials(partials_ptr, l, P, L, BLOCK_L)
     if HAS_EXTRA:
         dt += tl.load(extra_ptr + l, mask=l < L, other=0.0)
     return dt
@@ -99,6 +99,7 @@ def normalise_grad(
     attention_ptr,  # (L,) float32: T
     total_ptr,  # () float32
     grad_ptr,  # (L,) float32: dU
+    scale,
     P: tl.constexpr,
     L: tl.constexpr,
     NORM: tl.constexpr,
@@ -107,14 +108,14 @@ def normalise_grad(
 ):
     """Store dU of one image from the parts of its dT."""
     l = tl.arange(0, BLOCK_L)
-    dt = _dt(partials_ptr, extra_ptr, l, P, L, HAS_EXTRA, BLOCK_L)
+    dt = _dt(partials_ptr, extra_ptr, scale, l, P, L, HAS_EXTRA, BLOCK_L)
     t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
     dots = tl.zeros((BLOCK_L,), tl.float32)
     if NORM != SIGMOID:
         for start in range(0, L, BLOCK_L):
             if L > BLOCK_L:
                 l = start + tl.arange(0, BLOCK_L)
-                dt = _dt(partials_ptr, extra_ptr, l, P, L, HAS_EXTRA, BLOCK_L)
+                dt = _dt(partials_ptr, extra_ptr, scale, l, P, L, HAS_EXTRA, BLOCK_L)
                 t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
             dots += dt * t
     dot = tl.sum(dots, axis=0)
@@ -122,7 +123,7 @@ def normalise_grad(
     for start in range(0, L, BLOCK_L):
         if L > BLOCK_L:
             l = start + tl.arange(0, BLOCK_L)
-            dt = _dt(partials_ptr, extra_ptr, l, P, L, HAS_EXTRA, BLOCK_L)
+            dt = _dt(partials_ptr, extra_ptr, scale, l, P, L, HAS_EXTRA, BLOCK_L)
             t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
         if NORM == SOFTMAX:
             du = t * (dt - dot)
@@ -158,6 +159,7 @@ def spatial_norm_grad_kernel(
     attention_ptr,  # (N, L) float32: T
     total_ptr,  # (N,) float32
     grad_ptr,  # (N, L) float32: dU
+    scale,
     P: tl.constexpr,
     L: tl.constexpr,
     NORM: tl.constexpr,
@@ -168,5 +170,5 @@ def spatial_norm_grad_kernel(
     n = tl.program_id(0).to(tl.int64)
     normalise_grad(
         partials_ptr + n * P * L, extra_ptr + n * L, attention_ptr + n * L, total_ptr + n, grad_ptr + n * L,
-        P, L, NORM, HAS_EXTRA, BLOCK_L,
+        scale, P, L, NORM, HAS_EXTRA, BLOCK_L,
     )  # fmt: skip

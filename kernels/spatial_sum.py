@@ -1,4 +1,4 @@
-"""out[n, r, c] = scale * sum_l weights[n, r, l] * A[n, c, l], for R = 1 or 2.
+"""out[n, c] = scale * sum_l weights[n, l] * A[n, c, l]; of two weights at once with R = 2.
 
 With R = 0 all weights are 1.  GAP is R = 0 and scale = 1/L; the attended average pool is weights = T and
 scale = 1/L.  Reads A once, writes 4*N*C bytes a map.
@@ -13,8 +13,10 @@ from .offsets import image_offsets
 @triton.jit
 def store_spatial_sums(
     image_ptr,
-    weights_ptr,  # (R, L) float32 of this image; ignored for R = 0
-    out_ptr,  # (max(R, 1), C) float32 of this image
+    weights_ptr,  # (L,) float32 of this image; ignored for R = 0
+    weights_1_ptr,  # the same for R = 2
+    out_ptr,  # (C,) float32 of this image
+    out_1_ptr,  # the same for R = 2
     first,  # channel
     scale,
     C: tl.constexpr,
@@ -32,7 +34,7 @@ def store_spatial_sums(
     if R > 0:
         t = tl.load(weights_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
     if R > 1:
-        t_1 = tl.load(weights_ptr + L + l, mask=l < L, other=0.0, cache_modifier=".cg")
+        t_1 = tl.load(weights_1_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
     for start in tl.range(0, TASK_C, BLOCK_C, num_stages=STAGES):
         c = first + start + tl.arange(0, BLOCK_C)
         acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
@@ -50,11 +52,11 @@ def store_spatial_sums(
                 acc += a * t[None, :]
             if R > 1:
                 if L > BLOCK_L:
-                    t_1 = tl.load(weights_ptr + L + l, mask=l < L, other=0.0, cache_modifier=".cg")
+                    t_1 = tl.load(weights_1_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
                 acc_1 += a * t_1[None, :]
         tl.store(out_ptr + c, tl.sum(acc, axis=1) * scale, mask=c < C)
         if R > 1:
-            tl.store(out_ptr + C + c, tl.sum(acc_1, axis=1) * scale, mask=c < C)
+            tl.store(out_1_ptr + c, tl.sum(acc_1, axis=1) * scale, mask=c < C)
 
 
 @triton.jit
@@ -77,6 +79,6 @@ def spatial_sum_kernel(
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK_C
     store_spatial_sums(
-        features_ptr + n * stride_n, weights_ptr + n * L, out_ptr + n * C, first, scale,
+        features_ptr + n * stride_n, weights_ptr + n * L, weights_ptr, out_ptr + n * C, out_ptr, first, scale,
         C, L, STRIDE_C, STRIDE_L, 1 if HAS_WEIGHTS else 0, BLOCK_C, BLOCK_C, BLOCK_L, 1,
     )  # fmt: skip

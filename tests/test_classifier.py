@@ -74,7 +74,7 @@ def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -
         torch.testing.assert_close(a, b)
 
     seed = torch.randn_like(expected)
-    (v,), _ = found.pull_back(seed.unsqueeze(0))
+    (v,), _ = found.pull_back([seed])
     (gradient,) = torch.autograd.grad(expected, x, seed, create_graph=True)
     assert relative_error(v, gradient) < 1e-12
     if v.requires_grad and name != "chain":
@@ -98,7 +98,7 @@ def test_two_gradients_at_once(name: str, training: bool, device: torch.device) 
     assert layers is not None
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
     found = scores(layers, x, detach=True)
-    seeds = torch.randn(2, *found.logits.shape, dtype=torch.float64, device=device)
+    seeds = [torch.randn_like(found.logits) for _ in range(2)]
     v, gradients = found.pull_back(seeds)
     for one, seed in zip(v, seeds, strict=True):
         (expected_v,) = torch.autograd.grad(found.logits, x, seed, retain_graph=True)
@@ -122,7 +122,7 @@ def test_second_derivatives_of_v(name: str, device: torch.device) -> None:
     x, seed = (torch.randn(3, WIDTH, dtype=torch.float64, device=device) for _ in range(2))
 
     def v(z: Tensor) -> Tensor:
-        return scores([layer], z, detach=False).pull_back(seed.unsqueeze(0))[0]
+        return scores([layer], z, detach=False).pull_back([seed])[0]
 
     assert torch.autograd.gradgradcheck(v, x.requires_grad_())
 
@@ -133,7 +133,7 @@ def test_detached_v_carries_no_graph(device: torch.device) -> None:
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
     result = scores(layers, x, detach=True)
     assert result.logits.requires_grad
-    assert not result.pull_back(torch.randn_like(result.logits).unsqueeze(0))[0].requires_grad
+    assert not result.pull_back([torch.randn_like(result.logits)])[0][0].requires_grad
 
 
 def test_run_is_scores_without_pullbacks(device: torch.device) -> None:
@@ -165,7 +165,7 @@ def test_any_module_by_autograd(detach: bool, device: torch.device) -> None:
     module.register_forward_hook(lambda *_: calls.append(1))
     result = scores_by_autograd(module, x, detach)
     seed = torch.randn_like(result.logits)
-    (v,), _ = result.pull_back(seed.unsqueeze(0))
+    (v,), _ = result.pull_back([seed])
     assert len(calls) == 1
     assert v.requires_grad == (not detach)
     assert relative_error(v, torch.autograd.grad(module(x), x, seed)[0]) < 1e-12

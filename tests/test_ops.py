@@ -123,7 +123,7 @@ def test_spatial_attention_and_its_gradient(
     dt = torch.einsum("ncl,nc->nl", a.double(), v.double())
     for upstream, given in ((dt, None), (dt + extra, extra)):
         (du,) = torch.autograd.grad(expected, u, upstream, retain_graph=True)
-        found = S.spatial_attention_grad(a, v, given, t, total, norm)
+        found = S.spatial_attention_grad(a, v, 1.0, given, t, total, norm)
         # dU is a difference of terms of the size of dT * dT/dU.
         scale = (t.double() * upstream).norm() if norm != "sum" else (upstream / total[:, None]).norm()
         assert torch.isfinite(found).all()
@@ -206,6 +206,8 @@ def test_features_grad(
     term = first.double() if pool_type == "" else x.double().unsqueeze(2).expand(n, c, l)
     if pool_type == "max":
         term = term * torch.nn.functional.one_hot(index, l)
+    elif pool_type == "avg":
+        term = term / l
     if t is not None and du is not None:
         term = term * t.unsqueeze(1) + s.double().unsqueeze(2) * du.unsqueeze(1)
     elif pool_type == "":
@@ -268,7 +270,7 @@ def test_sum_of_an_all_zero_map_is_uniform(device: torch.device) -> None:
     s = torch.full((2, 6), 1 / 6, device=device)
     t, total = S.spatial_attention(a, s, "sum")
     assert torch.allclose(t, torch.full_like(t, 1 / 9))
-    du = S.spatial_attention_grad(a, s, weights(2, 9, device), t, total, "sum")
+    du = S.spatial_attention_grad(a, s, 1.0, weights(2, 9, device), t, total, "sum")
     assert torch.equal(du[0], torch.zeros(9, device=device))
     assert torch.isfinite(du).all()
 
@@ -365,22 +367,24 @@ def test_the_backward_of_one_and_of_two_gradients(
     norm = NORMS[turn % 3]
     set_path(PATHS[0 if max(c, l) > 1023 else turn // 3 % 2], monkeypatch)
     a = make(n, c, l, device, dtype, layout).abs()
-    v, extra = torch.randn(n, rows, c, device=device), torch.randn(n, rows, l, device=device)
+    grads, extra = [torch.randn(n, c, device=device) for _ in range(rows)], torch.randn(n, l, device=device)
     u = torch.einsum("ncl,nc->nl", a.double(), weights(n, c, device).double().abs() / 16).requires_grad_()
     t, total = stages.spatial_norm(u, norm)
-    dt = v.double() @ a.double()
-    for upstream, given in ((dt, None), (dt + extra, extra)):
-        expected = [torch.autograd.grad(t, u, x, retain_graph=True)[0] for x in upstream.unbind(1)]
-        du = torch.stack(expected, 1)
-        found, ds = S.attention_backward(a, v, given, t.detach().float(), total.detach().float(), norm)
-        # dU is a difference of terms of the size of dT * dT/dU, and so is what is summed up of it.
-        scale = t.unsqueeze(1) if norm != "sum" else 1 / total[:, None, None]
-        terms = (scale * upstream).detach().abs()
-        assert torch.isfinite(found).all()
-        assert (found - du).norm() <= 1e-5 * terms.norm()
-        bound = terms @ a.double().transpose(1, 2).abs()
-        assert torch.isfinite(ds).all()
-        assert (ds - du @ a.double().transpose(1, 2)).norm() <= 1e-5 * bound.norm()
+    for given in (None, extra) if rows == 1 else (None,):
+        pairs = S.attention_backward(a, grads, 0.3, given, t.detach().float(), total.detach().float(), norm)
+        assert len(pairs) == rows
+        for v, (found, ds) in zip(grads, pairs, strict=True):
+            dt = 0.3 * torch.einsum("ncl,nc->nl", a.double(), v.double())
+            dt = dt if given is None else dt + given
+            (du,) = torch.autograd.grad(t, u, dt, retain_graph=True)
+            # dU is a difference of terms of the size of dT * dT/dU, and so is what is summed up of it.
+            scale = t if norm != "sum" else 1 / total[:, None]
+            terms = (scale * dt).detach().abs()
+            assert torch.isfinite(found).all()
+            assert (found - du).norm() <= 1e-5 * terms.norm()
+            bound = torch.einsum("ncl,nl->nc", a.double().abs(), terms)
+            assert torch.isfinite(ds).all()
+            assert (ds - torch.einsum("ncl,nl->nc", a.double(), du)).norm() <= 1e-5 * bound.norm()
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -395,15 +399,14 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         "spatial_sum": [(a, t, 0.5), (a, None, 0.5)],
         "channel_sum": [(a, s)],
         "spatial_attention": [(a, s, 0)],
-        "spatial_attention_grad": [(a, s, t, t, total, 1), (a, s, None, t, total, 0)],
-        "spatial_norm_grad": [(partials, t, t, total, 2)],
+        "spatial_attention_grad": [(a, s, 0.5, t, t, total, 1), (a, s, 1.0, None, t, total, 0)],
+        "spatial_norm_grad": [(partials, 0.5, t, t, total, 2)],
         "max_pool": [(a, t), (a, None)],
         "position_scatter": [(s, index, 10)],
         "hadamard": [(a, t, s, False), (a, None, s, True)],
         "grad_cam_means": [(a, g, t), (a, g, None)],
         "attended": [(a, s, 0, 0, False), (a, s, 1, 1, False), (a, s, 0, 2, True)],
-        "attention_backward": [(a, torch.stack([s, s], 1), None, t, total, 0),
-                               (a, s.unsqueeze(1), t.unsqueeze(1), t, total, 1)],
+        "attention_backward": [(a, s, s + 1, 1.0, None, t, total, 0), (a, s, None, 0.5, t, t, total, 1)],
         "features_grad": [(a, 0, s, index, t, t, s, s, total[0]), (a, 1, s, index, None, None, s, s, None),
                           (a, 2, g, index, t, t, s, None, None)],
         "guidance": [(s, s, t, t, s, s, 10, 0, True, 1.0, 0.1),

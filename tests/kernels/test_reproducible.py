@@ -36,9 +36,9 @@ OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "softmax": lambda x: S.spatial_attention(x.a, x.s, "softmax"),
     "sum": lambda x: S.spatial_attention(x.a, x.s, "sum"),
     "sigmoid": lambda x: S.spatial_attention(x.a, x.s, "sigmoid"),
-    "softmax grad": lambda x: S.spatial_attention_grad(x.a, x.v, x.extra, x.t, x.total, "softmax"),
-    "sum grad": lambda x: S.spatial_attention_grad(x.a, x.v, None, x.t, x.total, "sum"),
-    "sigmoid grad": lambda x: S.spatial_attention_grad(x.a, x.v, x.extra, x.t, x.total, "sigmoid"),
+    "softmax grad": lambda x: S.spatial_attention_grad(x.a, x.v, 1.0, x.extra, x.t, x.total, "softmax"),
+    "sum grad": lambda x: S.spatial_attention_grad(x.a, x.v, 1.0, None, x.t, x.total, "sum"),
+    "sigmoid grad": lambda x: S.spatial_attention_grad(x.a, x.v, 1.0, x.extra, x.t, x.total, "sigmoid"),
     "max_pool": lambda x: S.max_pool(x.a, x.t),
     "position_scatter": lambda x: S.position_scatter(x.a[:, :, 0].float(), x.index, L),
     "hadamard": lambda x: S.hadamard(x.a, x.t, x.s, False),
@@ -46,8 +46,8 @@ OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "grad_cam_means": lambda x: S.grad_cam_means(x.a, x.g, x.t),
     "attended": lambda x: S.attended(x.a, x.s, "softmax", "avg"),
     "attended max": lambda x: S.attended(x.a, x.s, "sigmoid", "max"),
-    "attention_backward": lambda x: S.attention_backward(
-        x.a, torch.stack([x.v, x.s], 1), None, x.t, x.total, "softmax"
+    "attention_backward": lambda x: sum(
+        S.attention_backward(x.a, [x.v, x.s], 0.5, None, x.t, x.total, "softmax"), ()
     ),
     "guidance": lambda x: S.guidance(x.a[:, :, 0].float(), CamTerms(x.s, x.t, x.extra, x.v), x.v, L, *CAM),
     "features_grad": lambda x: S.features_grad(x.a, "max", x.a[:, :, 0].float(), x.index, x.t, x.t, x.s, x.v),

@@ -75,7 +75,7 @@ def test_around_every_tile(edge: int, layout: str, device: torch.device) -> None
     close(partials.sum(1), product.sum(1))
     outer = s.double().unsqueeze(2) * t.double().unsqueeze(1)
     found = S.features_grad(a, "avg", s, index, t, t, s, s)
-    close(found, 2 * outer + s.double().unsqueeze(2) / l, max(eps, 3e-6))
+    close(found, outer * (1 + 1 / l) + s.double().unsqueeze(2) / l, max(eps, 3e-6))
     assert found.stride() == a.stride()
 
 
@@ -123,7 +123,7 @@ def test_normalisation_around_every_block(norm: str, positions: int, device: tor
     close(total, u.detach().sum(1))
     dt = u.detach() + extra.double()
     (du,) = torch.autograd.grad(expected, u, dt)
-    found = S.spatial_attention_grad(a, s, extra, t, total, norm)
+    found = S.spatial_attention_grad(a, s, 1.0, extra, t, total, norm)
     scale = (t.double() * dt).norm() if norm != "sum" else (dt / total).norm()
     assert torch.isfinite(found).all()
     assert (found - du).norm() <= rounding * scale

@@ -37,9 +37,11 @@ OPERATORS: dict[str, tuple[Callable[[Inputs], object], tuple[int, int, int]]] = 
     "softmax": (lambda x: S.spatial_attention(x["a"], x["s"], "softmax"), (1, 0, 0)),
     "sum": (lambda x: S.spatial_attention(x["a"], x["s"], "sum"), (1, 0, 0)),
     "softmax grad": (
-        lambda x: S.spatial_attention_grad(x["a"], x["s"], x["t"], x["t"], x["total"], "softmax"), (1, 0, 0)),
+        lambda x: S.spatial_attention_grad(x["a"], x["s"], 1.0, x["t"], x["t"], x["total"], "softmax"),
+        (1, 0, 0)),
     "sigmoid grad": (
-        lambda x: S.spatial_attention_grad(x["a"], x["s"], None, x["t"], x["total"], "sigmoid"), (1, 0, 0)),
+        lambda x: S.spatial_attention_grad(x["a"], x["s"], 1.0, None, x["t"], x["total"], "sigmoid"),
+        (1, 0, 0)),
     "max_pool": (lambda x: S.max_pool(x["a"], x["t"]), (1, 0, 0)),
     "position_scatter": (lambda x: S.position_scatter(x["s"], x["index"], x["t"].shape[1]), (0, 0, 0)),
     "hadamard": (lambda x: S.hadamard(x["a"], x["t"], x["s"], False), (1, 0, 1)),

@@ -36,8 +36,7 @@ def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float,
 
 def reduce_batch(per_image: Tensor, reduction: str) -> Tensor:
     """Sum, or mean over the batch; 0 for an empty batch."""
-    total = per_image.sum()
-    return total if reduction == "sum" else total / max(per_image.shape[0], 1)
+    return per_image.sum() if reduction == "sum" or not per_image.shape[0] else per_image.mean()
 
 
 class GGAMLoss(nn.Module):

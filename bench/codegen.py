@@ -53,8 +53,8 @@ _MODULES = (
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 _FLAGS = (
-    "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA", "HAS_SCALE", "CAM_NORM",
-    "SYMMETRIC",
+    "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA", "HAS_MEAN", "HAS_SCALE",
+    "CAM_NORM", "SYMMETRIC",
 )  # fmt: skip
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -135,12 +135,13 @@ def _run_all(channels: int, positions: int, channels_last: bool, dtype: torch.dt
         stages.attention_backward(a, [s], 1.0, t, t, total, norm)
     stages.position_scatter(s, index, positions)
     for pool_type, first in (("avg", s), ("max", s), ("", a)):
-        stages.features_grad(a, pool_type, first, index, t, t, s, s)
-        stages.features_grad(a, pool_type, first, index, None, None, s, None)
+        for grad_mean in (s, None):
+            stages.features_grad(a, pool_type, first, index, t, t, s, grad_mean)
+            stages.features_grad(a, pool_type, first, index, None, None, s, grad_mean)
     stages.features_grad(a, "avg", s, index, t, t, s, s, total[0])
     for cam_norm in ("sigmoid", "softmax", "standardized"):
         for divergence in ("symmetric", "forward"):
-            stages.guidance(s, CamTerms(s, t, t, s), s, positions, cam_norm, 1.0, divergence, 1.0)
+            stages.guidance(s, CamTerms(s, t, t, s), s, positions, cam_norm, 1.0, divergence, 1.0, True)
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:

@@ -39,7 +39,7 @@ def positive_int(argument: str, value: object, minimum: int = 1) -> int:
 
 
 def reduction(argument: str, value: str | None, divergence: str) -> str:
-    """Return "mean" or "sum"; None is what the divergence's source does (see `losses`)."""
+    """Return "mean" or "sum"; None is what the divergence's source does (see `guidance`)."""
     if value is None:
         return "sum" if divergence == "forward" else "mean"
     return one_of(argument, value, REDUCTION)

@@ -176,10 +176,10 @@ def fused_loss(
             beta_terms = cam_terms(pull_back_to_mean(mlp, attended, pulled_y, de), attended.spatial)
         else:
             beta_terms = CamTerms(pulled[0] / positions)
-        images = 1 if terms.guidance_reduction == "sum" else max(features.shape[0], 1)
         beta, s, per_image, de = stages.guidance(
             attended.channel_logits, beta_terms, pulled_z.grad_channel, positions, terms.cam_norm,
-            terms.cam_temperature, terms.divergence, terms.guidance_weight / images,
+            terms.cam_temperature, terms.divergence, terms.guidance_weight,
+            mean=terms.guidance_reduction == "mean",
         )  # fmt: skip
         guidance = reduce_batch(per_image, terms.guidance_reduction)
         f = pull_back_to_mean(mlp, attended, pulled_z, de if options.uses_channel else None)

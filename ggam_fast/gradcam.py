@@ -57,7 +57,7 @@ def guided(
     stages = get_stages(backend)
     with torch.no_grad(), full_precision(features):
         terms, _ = _terms(stages, features, mlp, options, attended, grad_pooled, cam_at)
-        rest = (features.shape[2], cam_norm, temperature, divergence, 1.0)
+        rest = (features.shape[2], cam_norm, temperature, divergence, 1.0, False)
         return stages.guidance(attended.channel_logits, terms, None, *rest)[:3]
 
 
@@ -69,12 +69,12 @@ def _terms(
     attended: Attended,
     grad_pooled: Tensor,
     cam_at: str,
-) -> tuple[CamTerms, Tensor]:
-    """The terms of beta, and the S that weights one of them."""
+) -> tuple[CamTerms, Tensor | None]:
+    """The terms of beta, and the S that weights one of them, if any."""
     positions = features.shape[2]
     if cam_at == "features":
         f = pull_back(stages, features, mlp, options, attended, grad_pooled)
         return cam_terms(f, attended.spatial), f.channel
     dense = options.dense
     beta = stages.spatial_sum(grad_pooled, None, 1.0 / positions) if dense else grad_pooled / positions
-    return CamTerms(beta), beta  # S weights none of them
+    return CamTerms(beta), None

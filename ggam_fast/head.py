@@ -51,7 +51,7 @@ class GGAMHead(GGAMHeadBase):
         cam_at: beta at the "features" A or at the "attended" map D.
         cam_class: y is the score of the "label" (or of a soft target), or of the "predicted" class.
         cam_detach: False differentiates the guidance loss through beta too (second order).
-        cam_norm, cam_temperature, divergence: the guidance loss, see `losses`.
+        cam_norm, cam_temperature, divergence: the guidance loss, see `guidance`.
         guidance_reduction: "mean" or "sum" over the batch; None follows the divergence's source: mean for
             "symmetric", sum for "forward".
         drop_rate: dropout before the classifier's last layer, in [0, 1); a classifier that is not an

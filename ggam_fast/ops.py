@@ -306,7 +306,8 @@ def _guidance_fake(
     cam_norm: int,
     symmetric: bool,
     temperature: float,
-    scale: float,
+    weight: float,
+    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels = logits.shape
     beta, s, de = (_small(batch, channels, logits) for _ in range(3))
@@ -315,7 +316,7 @@ def _guidance_fake(
 
 @_register(
     "guidance(Tensor logits, Tensor first, Tensor? t, Tensor? du, Tensor? grad_mean, Tensor? ds, "
-    "int positions, int cam_norm, bool symmetric, float temperature, float scale)"
+    "int positions, int cam_norm, bool symmetric, float temperature, float weight, bool mean)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _guidance_fake,
 )
@@ -330,10 +331,11 @@ def _guidance(
     cam_norm: int,
     symmetric: bool,
     temperature: float,
-    scale: float,
+    weight: float,
+    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     beta, s, loss, de = _guidance_fake(
-        logits, first, t, du, grad_mean, ds, positions, cam_norm, symmetric, temperature, scale
+        logits, first, t, du, grad_mean, ds, positions, cam_norm, symmetric, temperature, weight, mean
     )
     batch, channels = logits.shape
     block = plan.channels_block(channels)
@@ -342,8 +344,8 @@ def _guidance(
         given = [logits if x is None else x.contiguous() for x in (t, du, grad_mean, ds)]
         with torch.cuda.device_of(logits):
             guidance.guidance_kernel[(batch,)](
-                logits.contiguous(), first.contiguous(), *given, beta, s, loss, de, scale, temperature,
-                C=channels, L=positions, CAM_NORM=cam_norm, SYMMETRIC=symmetric, HAS_SPATIAL=t is not None,
+                logits.contiguous(), first.contiguous(), *given, beta, s, loss, de, weight / batch if mean else weight,
+                temperature,                C=channels, L=positions, CAM_NORM=cam_norm, SYMMETRIC=symmetric, HAS_SPATIAL=t is not None,
                 HAS_MAP=du is not None, HAS_MEAN=grad_mean is not None, HAS_CHANNEL=ds is not None,
                 BLOCK_C=block[0], BLOCK_L=plan.norm_block(positions)[0], num_warps=block[1], **_FP_FUSION,
             )  # fmt: skip
@@ -652,13 +654,16 @@ class TritonStages(stages.Stages):
         cam_norm: str,
         temperature: float,
         divergence: str,
-        scale: float,
+        weight: float,
+        mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rest = (temperature, weight, mean)
         if plan.channels_block(logits.shape[1]) is None:
-            return super().guidance(logits, terms, ds, positions, cam_norm, temperature, divergence, scale)
-        return _guidance(
-            logits, *terms, ds, positions, _CAM_NORM[cam_norm], divergence == "symmetric", temperature, scale
-        )
+            return super().guidance(
+                logits, terms, ds, positions, cam_norm, temperature, divergence, *rest[1:]
+            )
+        symmetric = divergence == "symmetric"
+        return _guidance(logits, *terms, ds, positions, _CAM_NORM[cam_norm], symmetric, *rest)
 
 
 TRITON = TritonStages()

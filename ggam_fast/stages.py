@@ -65,12 +65,13 @@ class CamTerms(NamedTuple):
     grad_mean: Tensor | None = None  # (N, C): dg
 
 
-def cam_weights(terms: CamTerms, s: Tensor, positions: int) -> Tensor:
-    """beta (N, C) from its terms and S (N, C)."""
+def cam_weights(terms: CamTerms, s: Tensor | None, positions: int) -> Tensor:
+    """beta (N, C) from its terms and S (N, C), which is only asked for where there is a dU."""
     beta, spatial, grad_map, grad_mean = terms
     if spatial is not None:
         beta = beta * (spatial.mean(-1, keepdim=True) / positions)
     if grad_map is not None:
+        assert s is not None
         beta = torch.addcmul(beta, s, grad_map.mean(-1, keepdim=True))
     if grad_mean is not None:
         # Not alpha=: the compiler drops it from a product that it adds (torch 2.11 and 2.14).
@@ -210,15 +211,16 @@ class Stages:
         cam_norm: str,
         temperature: float,
         divergence: str,
-        scale: float,
+        weight: float,
+        mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C) = scale times its gradient,
-        for constant beta, plus what dS brings, if given"""
+        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C): weight times the gradient of
+        the batch's mean or sum of it, for constant beta, plus what dS brings, if given"""
         log_s = torch.log_softmax(logits, -1)
         s = log_s.exp()
         beta = cam_weights(terms, s, positions)
         loss, de = kl_guidance_with_grad(log_s, s, beta, cam_norm, temperature, divergence)
-        de = de * scale
+        de = de * (weight / max(logits.shape[0], 1) if mean else weight)
         return beta, s, loss, de if ds is None else de + softmax_grad(ds, s)
 
     def grad_cam_means(

@@ -29,7 +29,7 @@ def features_grad_kernel(
     grad_map_ptr,  # (N, L) float32: dU; only with HAS_SPATIAL
     channel_ptr,  # (N, C) float32: s
     grad_mean_ptr,  # (N, C) float32: dg; only with HAS_MEAN
-    scale_ptr,  # () float32; only with HAS_SCALE
+    scale_ptr,  # (), any dtype; only with HAS_SCALE
     out_stride_n,
     grad_stride_n,
     C: tl.constexpr,
@@ -78,7 +78,7 @@ def features_grad_kernel(
             first = first * s[:, None]
         da = tl.broadcast_to(first + k[:, None], (BLOCK_C, BLOCK_L))
     if HAS_SCALE:
-        da *= tl.load(scale_ptr)
+        da *= tl.load(scale_ptr).to(tl.float32)
 
     out_image_ptr = out_ptr + n * out_stride_n
     out_offsets = image_offsets(c[:, None], l[None, :], C, L, OUT_STRIDE_C, OUT_STRIDE_L)

@@ -48,6 +48,10 @@ GROUP_BYTES = 4 << 20
 image to the second, seven groups are read at most (one and twice the lag), 28 MiB: about half of an H100's
 50 MiB of L2 cache, the other half of which may hold copies."""
 
+LARGEST_GROUP = 16
+"""Images of a group at most, so that small images are several groups and one's map goes on beside another's
+pool."""
+
 TASK_BYTES = 65536
 """A task's tiles of A, with their padding: 50 KB of a 14 x 14 map.  One phase of 32 images of 2,048 channels
 has about as many tasks as programs of the forward run at a time on an H100 (512 and 528)."""
@@ -171,7 +175,7 @@ def schedule(
         task_c = block_c = max(min(_power_of_2(channels), LINE_BYTES // itemsize), 16)
         block_l = elements // block_c
     return Schedule(
-        group=GROUP_BYTES // image_bytes,
+        group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
         task_c=task_c,
         tile=Tile(block_c, block_l, resources.warps),
         stages=1 + resources.copy_bytes // (elements * itemsize),

@@ -75,7 +75,9 @@ def test_no_spills_and_wide_accesses(
         *READS,
         *WRITES,
         "spatial_norm",
+        "spatial_norm_grad",
         "position_scatter",
+        "guidance",
     }
     layout = plan.CHANNELS_FIRST if shape[2] else plan.POSITIONS_FIRST
     for name, _, loads, stores, stack, registers, shared, row in rows:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from ggam_fast import GGAMHead, GGAMLoss, functional, presets
 from tests.parity import relative_error
@@ -91,6 +92,29 @@ def test_training_step_on_kernels(name: str, device: torch.device) -> None:
 def test_any_batch_size(backend: str, device: torch.device) -> None:
     head = GGAMHead(C, K, hidden_size=16, backend=backend)
     check(head, device, "aot_eager", dynamic=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_fused_step_is_not_compiled_for_every_batch_size(
+    backend: str, reduction: str, device: torch.device
+) -> None:
+    head = GGAMHead(C, K, hidden_size=16, backend=backend, guidance_reduction=reduction).to(device)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return functional.fused_ggam_loss(head, x, target, guidance_weight=0.7).loss
+
+    step = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for n in (3, 4, 5, 7, 9, 11, 40, 50):
+        x = torch.rand(n, C, SIZE, SIZE, device=device).requires_grad_()
+        target = torch.randint(K, (n,), device=device)
+        state = copy.deepcopy(head.state_dict())
+        found = torch.autograd.grad(step(x, target), x)[0]
+        head.load_state_dict(state)
+        assert relative_error(found, torch.autograd.grad(loss(x, target), x)[0]) < 1e-4
+    # Sizes equal to others, and more images than make a parameter's gradient smaller than its factors.
+    assert counter.frame_count <= 4
 
 
 @pytest.mark.parametrize("cam_detach", [True, False])

@@ -192,12 +192,13 @@ def test_grad_cam_means(
 @pytest.mark.parametrize("spatial", [True, False])
 def test_features_grad(
     n: int, c: int, l: int, layout: str, dtype: torch.dtype, pool_type: str, spatial: bool,
-    device: torch.device,
+    device: torch.device, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
+    turn = zlib.crc32(request.node.nodeid.encode())  # spreads what may be given over the cases
     a = make(n, c, l, device, dtype, layout)
     s, x = weights(n, c, device), weights(n, c, device)
-    dg = weights(n, c, device) if spatial or pool_type == "" else None
-    scale = torch.tensor(-0.3, device=device) if spatial else None
+    dg = weights(n, c, device) if turn % 2 else None
+    scale = torch.tensor(-0.3, device=device) if turn // 2 % 2 else None
     t, du = (weights(n, l, device), weights(n, l, device)) if spatial else (None, None)
     index = torch.randint(l, (n, c), device=device)
     first = make(n, c, l, device, torch.float32, "nchw") if pool_type == "" else x
@@ -231,7 +232,7 @@ def test_guidance(given: bool, cam_norm: str, divergence: str, c: int, l: int, d
     terms = stages.CamTerms(first)
     if given:
         terms = stages.CamTerms(first, weights(n, l, device), weights(n, l, device), weights(n, c, device))
-    rest = (l, cam_norm, 0.7, divergence, 0.3)
+    rest = (l, cam_norm, 0.7, divergence, 0.3, c % 2 == 0)
     exact_terms = stages.CamTerms(*(None if x is None else x.double() for x in terms))
     found = S.guidance(logits, terms, ds if given else None, *rest)
     expected = stages.Stages().guidance(logits.double(), exact_terms, ds.double() if given else None, *rest)
@@ -240,25 +241,27 @@ def test_guidance(given: bool, cam_norm: str, divergence: str, c: int, l: int, d
         check(value, exact, tolerance)
 
 
-@pytest.mark.parametrize("size", [2.0**-100, 2.0**-23, 1.0, 2.0**66])
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1 / 3, 1e20])
 def test_guidance_of_any_size_of_beta(size: float, device: torch.device) -> None:
     logits, beta = weights(2, 70, device), weights(2, 70, device)
-    rest = (9, "standardized", 1.0, "symmetric", 1.0)
+    rest = (9, "standardized", 1.0, "symmetric", 1.0, True)
     of_one = S.guidance(logits, stages.CamTerms(beta), None, *rest)
     found = S.guidance(logits, stages.CamTerms(beta * size), None, *rest)
     for value, expected in zip(found[2:], of_one[2:], strict=True):
         check(value, expected.double(), 1e-5)
-    flat = S.guidance(logits, stages.CamTerms(torch.full_like(beta, size)), None, *rest)[2]
-    half = S.guidance(logits, stages.CamTerms(torch.zeros_like(beta)), None, *rest)[2]
-    check(flat, half.double(), 1e-5)
+    for channels in (70, 1000, 1280):  # whose sum rounds
+        flat, zeros = torch.full((2, channels), size, device=device), torch.zeros(2, channels, device=device)
+        for backend in (S, stages.Stages()):
+            found, half = (backend.guidance(zeros, stages.CamTerms(x), None, *rest)[2] for x in (flat, zeros))
+            check(found, half.double(), 1e-5)
 
 
 def test_more_channels_than_a_program_holds(device: torch.device) -> None:
     c = ops.plan.LARGEST_CHANNELS + 1
     logits, first = weights(1, c, device), weights(1, c, device)
-    found = S.guidance(logits, stages.CamTerms(first), None, 1, "softmax", 1.0, "symmetric", 1.0)
+    found = S.guidance(logits, stages.CamTerms(first), None, 1, "softmax", 1.0, "symmetric", 1.0, True)
     exact = stages.Stages().guidance(
-        logits.double(), stages.CamTerms(first.double()), None, 1, "softmax", 1.0, "symmetric", 1.0
+        logits.double(), stages.CamTerms(first.double()), None, 1, "softmax", 1.0, "symmetric", 1.0, True
     )
     for value, expected in zip(found, exact, strict=True):
         check(value, expected, 1e-5)
@@ -409,8 +412,8 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         "attention_backward": [(a, s, s + 1, 1.0, None, t, total, 0), (a, s, None, 0.5, t, t, total, 1)],
         "features_grad": [(a, 0, s, index, t, t, s, s, total[0]), (a, 1, s, index, None, None, s, s, None),
                           (a, 2, g, index, t, t, s, None, None)],
-        "guidance": [(s, s, t, t, s, s, 10, 0, True, 1.0, 0.1),
-                     (s, s, None, None, None, None, 10, 2, False, 2.0, 1.0)],
+        "guidance": [(s, s, t, t, s, s, 10, 0, True, 1.0, 0.1, True),
+                     (s, s, None, None, None, None, 10, 2, False, 2.0, 1.0, False)],
     }  # fmt: skip
     registered = {
         name.removeprefix("ggam_fast::").split(".")[0]

@@ -99,7 +99,9 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
     assert found is not None
     group, task_c, tile, stages, block_map = found
     image_bytes = channels * positions * itemsize
-    assert group * image_bytes <= plan.GROUP_BYTES < (group + 1) * image_bytes
+    assert 1 <= group <= plan.LARGEST_GROUP
+    assert group * image_bytes <= plan.GROUP_BYTES
+    assert group == plan.LARGEST_GROUP or plan.GROUP_BYTES < (group + 1) * image_bytes
     assert task_c % tile.block_c == 0
     elements = tile.block_c * tile.block_l
     most, most_bytes = resources.tile_elements, resources.tile_bytes

@@ -27,7 +27,7 @@ class Inputs:
         )
 
 
-CAM = ("standardized", 0.7, "symmetric", 0.3)
+CAM = ("standardized", 0.7, "symmetric", 0.3, False)
 
 OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "spatial_sum": lambda x: S.spatial_sum(x.a, x.t, 0.5),

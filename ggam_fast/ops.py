@@ -344,8 +344,9 @@ def _guidance(
         given = [logits if x is None else x.contiguous() for x in (t, du, grad_mean, ds)]
         with torch.cuda.device_of(logits):
             guidance.guidance_kernel[(batch,)](
-                logits.contiguous(), first.contiguous(), *given, beta, s, loss, de, weight / batch if mean else weight,
-                temperature,                C=channels, L=positions, CAM_NORM=cam_norm, SYMMETRIC=symmetric, HAS_SPATIAL=t is not None,
+                logits.contiguous(), first.contiguous(), *given, beta, s, loss, de,
+                weight / batch if mean else weight, temperature, C=channels, L=positions, CAM_NORM=cam_norm,
+                SYMMETRIC=symmetric, HAS_SPATIAL=t is not None,
                 HAS_MAP=du is not None, HAS_MEAN=grad_mean is not None, HAS_CHANNEL=ds is not None,
                 BLOCK_C=block[0], BLOCK_L=plan.norm_block(positions)[0], num_warps=block[1], **_FP_FUSION,
             )  # fmt: skip

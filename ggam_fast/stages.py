@@ -214,8 +214,8 @@ class Stages:
         weight: float,
         mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C): weight times the gradient of
-        the batch's mean or sum of it, for constant beta, plus what dS brings, if given"""
+        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C): weight times the gradient
+        of the batch's mean or sum of it, for constant beta, plus what dS brings, if given"""
         log_s = torch.log_softmax(logits, -1)
         s = log_s.exp()
         beta = cam_weights(terms, s, positions)

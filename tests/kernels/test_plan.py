@@ -101,7 +101,7 @@ def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
     image_bytes = channels * positions * itemsize
     assert 1 <= group <= plan.LARGEST_GROUP
     assert group * image_bytes <= plan.GROUP_BYTES
-    assert group == plan.LARGEST_GROUP or plan.GROUP_BYTES < (group + 1) * image_bytes
+    assert group == plan.LARGEST_GROUP or (group + 1) * image_bytes > plan.GROUP_BYTES
     assert task_c % tile.block_c == 0
     elements = tile.block_c * tile.block_l
     most, most_bytes = resources.tile_elements, resources.tile_bytes

@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ggam_fast import ops
-from ggam_fast.stages import CamTerms
+
+from .every_kernel import launch_all
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -103,45 +104,14 @@ def launches(
             mock.patch.object(torch.version, "hip", "" if rocm else None),
             mock.patch.object(ops, "_multiprocessors", return_value=(1, 0 if rocm else arch // 10)),
         ):
-            _run_all(channels, positions, channels_last, dtype)
+            shape = (2, positions, channels) if channels_last else (2, channels, positions)
+            a = torch.empty(shape, dtype=dtype)
+            launch_all(a.transpose(1, 2) if channels_last else a)
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
     unique = {(id(x.kernel), str(sorted(x.keywords.items()))): x for x in found}
     return list(unique.values())
-
-
-def _run_all(channels: int, positions: int, channels_last: bool, dtype: torch.dtype) -> None:
-    batch, stages = 2, ops.TRITON
-    shape = (batch, positions, channels) if channels_last else (batch, channels, positions)
-    a = torch.empty(shape, dtype=dtype)
-    a = a.transpose(1, 2) if channels_last else a
-    t, s, total = torch.empty(batch, positions), torch.empty(batch, channels), torch.empty(batch)
-    index = torch.zeros(batch, channels, dtype=torch.int64)
-    for weights in (t, None):
-        stages.spatial_sum(a, weights, 0.5)
-        stages.max_pool(a, weights)
-        stages.grad_cam_means(a, a, weights)
-        stages.hadamard(a, weights, s, weights is None)
-    for norm in ("softmax", "sum", "sigmoid"):
-        stages.spatial_attention(a, s, norm)
-        stages.spatial_attention_grad(a, s, 1.0, t, t, total, norm)
-    for pool_type in ("avg", "max", ""):
-        stages.attended(a, s, "softmax", pool_type)
-    for norm in ("sum", "sigmoid"):
-        stages.attended(a, s, norm, "avg")
-    stages.attention_backward(a, [s, s], 1.0, None, t, total, "softmax")
-    for norm in ("softmax", "sum", "sigmoid"):
-        stages.attention_backward(a, [s], 1.0, t, t, total, norm)
-    stages.position_scatter(s, index, positions)
-    for pool_type, first in (("avg", s), ("max", s), ("", a)):
-        for grad_mean in (s, None):
-            stages.features_grad(a, pool_type, first, index, t, t, s, grad_mean)
-            stages.features_grad(a, pool_type, first, index, None, None, s, grad_mean)
-    stages.features_grad(a, "avg", s, index, t, t, s, s, total[0])
-    for cam_norm in ("sigmoid", "softmax", "standardized"):
-        for divergence in ("symmetric", "forward"):
-            stages.guidance(s, CamTerms(s, t, t, s), s, positions, cam_norm, 1.0, divergence, 1.0, True)
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:

@@ -76,13 +76,13 @@ counters() {
 
 sanitizer() {
     local tool
-    # Compiles the kernels, which under a tool takes long.
-    step sanitizer 150 "without a tool" "$python" -m bench.small_step
+    # Compiles the kernels, which under a tool takes long: memcheck of whole steps did not end in 130 s.
+    step sanitizer 150 "without a tool" "$python" -m bench.every_kernel
     for tool in memcheck racecheck; do
         if command -v compute-sanitizer >/dev/null; then
             # Torch's caching allocator would hide accesses past the end of a tensor.
             step sanitizer 205 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-                compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.small_step
+                compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.every_kernel
         else
             step sanitizer 10 "$tool" bash -c 'missing compute-sanitizer'
         fi

@@ -1,0 +1,59 @@
+"""Every kernel in every variant: for `codegen` to record, and on small, uneven maps for compute-sanitizer.
+
+compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_kernel
+"""
+
+import torch
+from torch import Tensor
+
+from ggam_fast import ops
+from ggam_fast.stages import CamTerms
+
+from . import environment
+
+MAPS = ((5, 130, 196), (7, 40, 35), (3, 257, 256))
+
+
+def launch_all(a: Tensor, random: bool = False) -> None:
+    """The operators' launches for features (N, C, L); values are what memory holds unless `random`."""
+    (n, c, l), stages = a.shape, ops.TRITON
+    new = torch.rand if random else torch.empty
+    t, s, total = (new(size, device=a.device) for size in ((n, l), (n, c), (n,)))
+    index = torch.zeros(n, c, dtype=torch.int64, device=a.device)
+    for weights in (t, None):
+        stages.spatial_sum(a, weights, 0.5)
+        stages.max_pool(a, weights)
+        stages.grad_cam_means(a, a, weights)
+        stages.hadamard(a, weights, s, weights is None)
+    for norm in ("softmax", "sum", "sigmoid"):
+        stages.spatial_attention(a, s, norm)
+        stages.spatial_attention_grad(a, s, 1.0, t, t, total, norm)
+    for pool_type in ("avg", "max", ""):
+        stages.attended(a, s, "softmax", pool_type)
+    for norm in ("sum", "sigmoid"):
+        stages.attended(a, s, norm, "avg")
+    stages.attention_backward(a, [s, s], 1.0, None, t, total, "softmax")
+    for norm in ("softmax", "sum", "sigmoid"):
+        stages.attention_backward(a, [s], 1.0, t, t, total, norm)
+    stages.position_scatter(s, index, l)
+    for pool_type, first in (("avg", s), ("max", s), ("", a)):
+        for grad_mean in (s, None):
+            stages.features_grad(a, pool_type, first, index, t, t, s, grad_mean)
+            stages.features_grad(a, pool_type, first, index, None, None, s, grad_mean)
+    stages.features_grad(a, "avg", s, index, t, t, s, s, total[0])
+    for cam_norm in ("sigmoid", "softmax", "standardized"):
+        for divergence in ("symmetric", "forward"):
+            stages.guidance(s, CamTerms(s, t, t, s), s, l, cam_norm, 1.0, divergence, 1.0, True)
+
+
+def main() -> None:
+    for n, c, l in MAPS:
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.rand(n, c, l, device=environment.device()).to(dtype)
+            launch_all(a, random=True)
+            launch_all(a.transpose(1, 2).contiguous().transpose(1, 2), random=True)
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,14 +10,17 @@ written.  Source: Selvaraju et al., Grad-CAM (arXiv 1610.02391), eq. 1.
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .attention import Attended, ChannelMLP, Options, cam_terms, pull_back
 from .checks import full_precision
 from .contractions import DifferentiableStages, get_stages
-from .stages import CamTerms, Stages, cam_weights
+from .guidance import kl_guidance_with_grad
+from .stages import CamTerms, Stages, cam_weights, softmax_grad
 
 
 def grad_cam_weights(
@@ -41,6 +44,53 @@ def grad_cam_weights(
         return cam_weights(terms, s, features.shape[2])
 
 
+class Guidance(Function):
+    """(beta, S, guidance loss of each image) from the channel logits e; beta counts as constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        first: Tensor,
+        spatial: Tensor | None,
+        grad_map: Tensor | None,
+        grad_mean: Tensor | None,
+        positions: int,
+        terms: tuple[str, float, str],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        beta_terms = CamTerms(first, spatial, grad_map, grad_mean)
+        stage = get_stages(backend).guidance
+        beta, *rest = stage(logits, beta_terms, None, positions, *terms, 1.0, mean=False)
+        return first.view_as(first) if beta is first else beta, *rest  # no input may be an output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        beta, s, _, de = output
+        ctx.terms = inputs[6]
+        ctx.save_for_backward(inputs[0], beta, s, de)
+        ctx.mark_non_differentiable(beta, de)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, _beta: None, grad_s: Tensor | None, grad_loss: Tensor | None, _de: None
+    ) -> tuple[Tensor | None, ...]:
+        logits, beta, s, de = ctx.saved_tensors
+        with full_precision(logits):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                log_s = torch.log_softmax(logits, -1)
+                s = log_s.exp()
+                if grad_loss is not None:
+                    de = kl_guidance_with_grad(log_s, s, beta, *ctx.terms)[1]
+            found = None if grad_loss is None else grad_loss.unsqueeze(-1) * de
+            if grad_s is not None:
+                of_s = softmax_grad(grad_s, s)
+                found = of_s if found is None else found + of_s
+        return found, *[None] * 7
+
+
 def guided(
     features: Tensor,
     mlp: ChannelMLP,
@@ -53,12 +103,13 @@ def guided(
     temperature: float,
     divergence: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """beta and S (N, C) and the guidance loss of each image (N,), all without a graph."""
-    stages = get_stages(backend)
+    """beta and S (N, C) and the guidance loss of each image (N,); beta is detached."""
     with torch.no_grad(), full_precision(features):
-        terms, _ = _terms(stages, features, mlp, options, attended, grad_pooled, cam_at)
-        rest = (features.shape[2], cam_norm, temperature, divergence, 1.0, False)
-        return stages.guidance(attended.channel_logits, terms, None, *rest)[:3]
+        terms, _ = _terms(get_stages(backend), features, mlp, options, attended, grad_pooled, cam_at)
+    with full_precision(features):
+        rest = (features.shape[2], (cam_norm, temperature, divergence), backend)
+        beta, s, loss, _ = Guidance.apply(attended.channel_logits, *terms, *rest)
+    return beta, s, loss
 
 
 def _terms(

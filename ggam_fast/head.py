@@ -95,10 +95,10 @@ class GGAMHead(GGAMHeadBase):
         checks.scores(logits, x.shape[0], self.num_classes)
         (v,), _ = pull_back([score_gradient(logits, target, self.cam_class)])
         terms = (self.cam_norm, self.cam_temperature, self.divergence)
-        if torch.is_grad_enabled():
+        if second_order:
             with checks.full_precision(x):
                 beta = grad_cam_weights(
-                    x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
+                    x, mlp, options, attended, v, self.cam_at, backend, differentiable=True
                 )
                 log_s = torch.log_softmax(attended.channel_logits, -1)
                 s, guidance = log_s.exp(), kl_guidance(log_s, beta, *terms)

@@ -482,7 +482,8 @@ def _attention_backward(
     total: Tensor,
     norm: int,
 ) -> tuple[Tensor, ...]:
-    """dU (N, L) and ds (N, C) of v, which may have an extra, and of v_1; empty without"""
+    """dU (N, L) and ds (N, C) of v, which may have an extra if it is alone, and of v_1; empty without"""
+    assert extra is None or v_1 is None
     features = _native(features)
     batch, channels, positions = features.shape
     rows = 1 if v_1 is None else 2

@@ -41,14 +41,10 @@ def _map_task(
             BLOCK_L, STAGES,
         )  # fmt: skip
     if finish_and_count(done_ptr) == parts - 1:
-        normalise_grad(
-            partials_ptr, extra_ptr, attention_ptr, total_ptr, grad_map_ptr, scale, parts, L, NORM,
-            HAS_EXTRA, BLOCK_MAP,
-        )  # fmt: skip
-        if R > 1:
+        for r in range(R):
             normalise_grad(
-                partials_1_ptr, extra_ptr, attention_ptr, total_ptr, grad_map_1_ptr, scale, parts, L, NORM,
-                False, BLOCK_MAP,
+                partials_ptr + r * parts * L, extra_ptr, attention_ptr, total_ptr,
+                grad_map_ptr if r == 0 else grad_map_1_ptr, scale, parts, L, NORM, HAS_EXTRA, BLOCK_MAP,
             )  # fmt: skip
         finish(done_ptr)
 

@@ -53,6 +53,8 @@ def features_grad_kernel(
     l = tl.program_id(0) % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)
     mask = (c < C)[:, None] & (l < L)[None, :]
 
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr).to(tl.float32)
     if POOL == DENSE:
         grad_image_ptr = grad_ptr + n * grad_stride_n
         offsets = image_offsets(c[:, None], l[None, :], C, L, GRAD_STRIDE_C, GRAD_STRIDE_L)
@@ -78,7 +80,7 @@ def features_grad_kernel(
             first = first * s[:, None]
         da = tl.broadcast_to(first + k[:, None], (BLOCK_C, BLOCK_L))
     if HAS_SCALE:
-        da *= tl.load(scale_ptr).to(tl.float32)
+        da *= scale
 
     out_image_ptr = out_ptr + n * out_stride_n
     out_offsets = image_offsets(c[:, None], l[None, :], C, L, OUT_STRIDE_C, OUT_STRIDE_L)

@@ -149,12 +149,12 @@ def norm_block(positions: int) -> tuple[int, int]:
 
 
 def channels_block(channels: int) -> tuple[int, int] | None:
-    """(BLOCK_C, warps) of a program that holds an image's channels, at most 16 a thread in each of its rows;
-    None where there are too many."""
+    """(BLOCK_C, warps) of a program that holds an image's channels, 8 a thread in each of its rows, or 16
+    where there are many; None where there are too many."""
     if channels > LARGEST_CHANNELS:
         return None
     block = max(_power_of_2(channels), 128)
-    return block, min(max(block // 512, 1), 16)
+    return block, min(max(block // 256, 1), 16)
 
 
 def schedule(

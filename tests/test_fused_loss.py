@@ -145,12 +145,19 @@ def test_a_step_has_fewer_operations_than_the_references(device: torch.device) -
     head, reference = parity.pair(device=device, dtype=torch.float32)
     head.backend = "triton"
     x, target = parity.features(device, torch.float32).requires_grad_(), parity.hard_target(device)
-    with Operations() as ours:
-        fused_ggam_loss(head, x, target).loss.backward()
-    with Operations() as theirs:
-        GGAMLoss()(reference(x, target), target).backward()
-    assert ours.count <= 61, (ours.count, theirs.count)
-    assert ours.count < theirs.count
+    losses = {
+        "fused": lambda: fused_ggam_loss(head, x, target).loss,
+        "composed": lambda: GGAMLoss()(head(x, target), target),
+        "reference": lambda: GGAMLoss()(reference(x, target), target),
+    }
+    found = {}
+    for name, loss in losses.items():
+        with Operations() as operations:
+            loss().backward()
+        found[name] = operations.count
+    assert found["fused"] <= 60, found
+    assert found["composed"] <= 99, found
+    assert found["reference"] > 100, found
 
 
 @pytest.mark.parametrize(("n", "c"), [(32, 2048), (256, 512)])

@@ -91,7 +91,7 @@ class Guidance(Function):
         return found, *[None] * 7
 
 
-def guided(
+def cam_and_guidance(
     features: Tensor,
     mlp: ChannelMLP,
     options: Options,

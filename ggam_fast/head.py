@@ -22,7 +22,7 @@ from .classifier import (
     scores_by_autograd,
 )
 from .fused_loss import FusedLoss, LossTerms, fused_loss
-from .gradcam import grad_cam_weights, guided
+from .gradcam import cam_and_guidance, grad_cam_weights
 from .guidance import kl_guidance
 from .losses import GGAMLoss, loss_weights, reduce_batch
 
@@ -103,7 +103,7 @@ class GGAMHead(GGAMHeadBase):
                 log_s = torch.log_softmax(attended.channel_logits, -1)
                 s, guidance = log_s.exp(), kl_guidance(log_s, beta, *terms)
         else:
-            beta, s, guidance = guided(x, mlp, options, attended, v, self.cam_at, backend, *terms)
+            beta, s, guidance = cam_and_guidance(x, mlp, options, attended, v, self.cam_at, backend, *terms)
         t = attended.spatial.unflatten(1, spatial_shape)
         return GGAMOutput(logits, s, t, beta, reduce_batch(guidance, self.guidance_reduction))
 

@@ -54,8 +54,8 @@ _MODULES = (
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 _FLAGS = (
-    "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_EXTRA", "HAS_MEAN", "HAS_SCALE",
-    "CAM_NORM", "SYMMETRIC",
+    "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_MAP", "HAS_MEAN", "HAS_CHANNEL",
+    "HAS_EXTRA", "HAS_SCALE", "CAM_NORM", "SYMMETRIC",
 )  # fmt: skip
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -93,7 +93,7 @@ class _Recorder:
 def launches(
     channels: int, positions: int, channels_last: bool, dtype: torch.dtype, target: str = "sm_90"
 ) -> list[Launch]:
-    """Every kernel in every variant, as launched for features of this shape, layout and type."""
+    """Every kernel in its variants (`every_kernel`), as launched for features of this shape, layout and type."""
     rocm, arch = target.startswith("gfx"), TARGETS[target].arch
     found: list[Launch] = []
     originals = [(m, n, k) for m in _MODULES for n, k in vars(m).items() if n.endswith("_kernel")]

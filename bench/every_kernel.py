@@ -1,7 +1,10 @@
-"""Every kernel in every variant: for `codegen` to record, and on small, uneven maps for compute-sanitizer.
+"""Every kernel, in the variants that the head launches: for `codegen` to record, and on small, uneven maps
+for compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_kernel
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -25,25 +28,25 @@ def launch_all(a: Tensor, random: bool = False) -> None:
         stages.max_pool(a, weights)
         stages.grad_cam_means(a, a, weights)
         stages.hadamard(a, weights, s, weights is None)
+    stages.channel_sum(a, s)
     for norm in ("softmax", "sum", "sigmoid"):
         stages.spatial_attention(a, s, norm)
-        stages.spatial_attention_grad(a, s, 1.0, t, t, total, norm)
-    for pool_type in ("avg", "max", ""):
-        stages.attended(a, s, "softmax", pool_type)
-    for norm in ("sum", "sigmoid"):
-        stages.attended(a, s, norm, "avg")
-    stages.attention_backward(a, [s, s], 1.0, None, t, total, "softmax")
-    for norm in ("softmax", "sum", "sigmoid"):
-        stages.attention_backward(a, [s], 1.0, t, t, total, norm)
+        for pool_type in ("avg", "max", ""):
+            stages.attended(a, s, norm, pool_type)
+        stages.attention_backward(a, [s, s], 1.0, None, t, total, norm)
+        for extra in (t, None):
+            stages.spatial_attention_grad(a, s, 1.0, extra, t, total, norm)
+            stages.attention_backward(a, [s], 1.0, extra, t, total, norm)
     stages.position_scatter(s, index, l)
     for pool_type, first in (("avg", s), ("max", s), ("", a)):
-        for grad_mean in (s, None):
-            stages.features_grad(a, pool_type, first, index, t, t, s, grad_mean)
-            stages.features_grad(a, pool_type, first, index, None, None, s, grad_mean)
-    stages.features_grad(a, "avg", s, index, t, t, s, s, total[0])
-    for cam_norm in ("sigmoid", "softmax", "standardized"):
-        for divergence in ("symmetric", "forward"):
-            stages.guidance(s, CamTerms(s, t, t, s), s, l, cam_norm, 1.0, divergence, 1.0, True)
+        for grad_mean, scale in itertools.product((s, None), (total[0], None)):
+            stages.features_grad(a, pool_type, first, index, t, t, s, grad_mean, scale)
+            stages.features_grad(a, pool_type, first, index, None, None, s, grad_mean, scale)
+    for cam_norm, divergence in itertools.product(
+        ("sigmoid", "softmax", "standardized"), ("symmetric", "forward")
+    ):
+        for terms, ds in ((CamTerms(s, t, t, s), s), (CamTerms(s, t, t, s), None), (CamTerms(s), s)):
+            stages.guidance(s, terms, ds, l, cam_norm, 1.0, divergence, 1.0, True)
 
 
 def main() -> None:

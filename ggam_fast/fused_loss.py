@@ -61,16 +61,21 @@ class LossTerms(NamedTuple):
 
 
 def _alone(x: Tensor) -> Tensor:
-    """The same, where it is a part of something larger as a copy that does not keep that in memory."""
-    if torch.compiler.is_compiling() or x.untyped_storage().nbytes() > x.nbytes:
-        return x.clone()
-    return x
+    """The same; of a part of something larger a copy, which does not keep that in memory."""
+    return x.clone() if torch.compiler.is_compiling() or x._is_view() else x
 
 
 def _smaller(layer: LayerGradient) -> LayerGradient:
-    """The same, where it has no more elements than its factors as the gradient itself."""
-    _, _, left, right, product = layer
-    if not product or left.shape[1] * right.shape[1] > left.numel() + right.numel():
+    """The same, where it has no more elements than its factors as the gradient itself; not where the batch's
+    size is a symbol, which a comparison would bind."""
+    weight, _, left, right, product = layer
+    symbolic = torch.compiler.is_compiling() or not isinstance(left.shape[0], int)
+    asked_for = weight is not None and weight.requires_grad
+    if (
+        symbolic
+        or not (product and asked_for)
+        or left.shape[1] * right.shape[1] > left.numel() + right.numel()
+    ):
         return layer
     return layer._replace(left=left.t() @ right, right=left.sum(0), product=False)
 

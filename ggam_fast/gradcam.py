@@ -69,7 +69,7 @@ class Guidance(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         beta, s, _, de = output
         ctx.terms = inputs[6]
-        ctx.save_for_backward(inputs[0], beta, s, de)
+        ctx.save_for_backward(inputs[0], beta.clone(), s, de)  # beta is the caller's, to change in place
         ctx.mark_non_differentiable(beta, de)
         ctx.set_materialize_grads(False)
 
@@ -106,10 +106,13 @@ def cam_and_guidance(
     """beta and S (N, C) and the guidance loss of each image (N,); beta is detached."""
     with torch.no_grad(), full_precision(features):
         terms, _ = _terms(get_stages(backend), features, mlp, options, attended, grad_pooled, cam_at)
+    positions, logits = features.shape[2], attended.channel_logits
     with full_precision(features):
-        rest = (features.shape[2], (cam_norm, temperature, divergence), backend)
-        beta, s, loss, _ = Guidance.apply(attended.channel_logits, *terms, *rest)
-    return beta, s, loss
+        if torch.is_grad_enabled():
+            norm_and_loss = (cam_norm, temperature, divergence)
+            return Guidance.apply(logits, *terms, positions, norm_and_loss, backend)[:3]
+        stage = get_stages(backend).guidance
+        return stage(logits, terms, None, positions, cam_norm, temperature, divergence, 1.0, mean=False)[:3]
 
 
 def _terms(

@@ -27,14 +27,14 @@ def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tens
 def _zscore(beta: Tensor) -> Tensor:
     """(beta - mean) / population standard deviation over channels; 0 where all are equal.
 
-    beta can be 1e-7 or far smaller, so it is scaled to 1 before it is squared, and the mean of equal values
-    may round, so one of them is subtracted first; the z-score does not depend on either, so no gradient goes
-    through them.
+    beta can be 1e-7 or far smaller, so it is scaled to 1 before it is squared; the z-score does not
+    depend on that scale, so no gradient goes through it.
     """
-    beta = beta - beta.detach()[..., :1]
-    centred = beta - beta.mean(-1, keepdim=True)
+    # The mean of equal values may round: whether they are equal is asked of the values.
+    low, high = torch.aminmax(beta.detach(), dim=-1, keepdim=True)
+    flat = low == high
+    centred = (beta - beta.mean(-1, keepdim=True)).masked_fill(flat, 0.0)
     largest = centred.detach().abs().amax(-1, keepdim=True)
-    flat = largest == 0
     unit = centred / largest.masked_fill(flat, 1.0)
     variance = unit.square().mean(-1, keepdim=True)
     return unit * torch.rsqrt(variance.masked_fill(flat, 1.0))

@@ -146,6 +146,8 @@ class GGAMHead(GGAMHeadBase):
         mlp = ChannelMLP(None, None, None, None)
         if options.uses_channel:
             for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
+                if layer.bias is None:
+                    raise TypeError(f"{name} must have a bias; got {layer}")
                 own_forward = type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__
                 by_hook = bool(layer._forward_pre_hooks) and "weight" not in layer._parameters
                 if own_forward or by_hook:
@@ -197,6 +199,6 @@ class GGAMHead(GGAMHeadBase):
         def pull_back(seeds: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
             with checks.full_precision(pooled):
                 rows, gradients = result.pull_back(seeds)
-                return [v.view(pooled.shape) for v in rows], gradients
+                return [v if v.shape == pooled.shape else v.view(pooled.shape) for v in rows], gradients
 
         return Scores(result.logits, pull_back)

@@ -659,13 +659,14 @@ class TritonStages(stages.Stages):
         weight: float,
         mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rest = (temperature, weight, mean)
         if plan.channels_block(logits.shape[1]) is None:
             return super().guidance(
-                logits, terms, ds, positions, cam_norm, temperature, divergence, *rest[1:]
+                logits, terms, ds, positions, cam_norm, temperature, divergence, weight, mean
             )
-        symmetric = divergence == "symmetric"
-        return _guidance(logits, *terms, ds, positions, _CAM_NORM[cam_norm], symmetric, *rest)
+        return _guidance(
+            logits, *terms, ds, positions, _CAM_NORM[cam_norm], divergence == "symmetric", temperature,
+            weight, mean,
+        )  # fmt: skip
 
 
 TRITON = TritonStages()

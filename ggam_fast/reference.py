@@ -91,8 +91,8 @@ class GGAMHeadReference(GGAMHeadBase):
     def guidance(self, log_s: Tensor, beta: Tensor) -> Tensor:
         """L_GGAM of log S and beta, both (N, C)."""
         if self.cam_norm == "standardized":
-            centred = beta - beta.mean(1, keepdim=True)
-            flat = (centred == 0).all(1, keepdim=True)
+            flat = (beta == beta[:, :1]).all(1, keepdim=True)
+            centred = torch.where(flat, 0, beta - beta.mean(1, keepdim=True))
             variance = centred.square().mean(1, keepdim=True)
             beta = centred / torch.where(flat, 1, variance).sqrt()
         beta = beta / self.cam_temperature

@@ -34,15 +34,17 @@ def _log_softmax(x, mask):
 
 @triton.jit
 def _standardized(beta, mask, C: tl.constexpr):
-    """beta over channels with mean 0 and deviation 1; 0 where all are equal.  Scaled before it is squared, as
-    it can be far below 1e-7, and one of them subtracted first, as the mean of equal values may round."""
-    largest = tl.max(tl.where(mask, beta, -float("inf")), axis=0)
-    beta = tl.where(mask, beta - largest, 0.0)
+    """beta over channels with mean 0 and deviation 1; 0 where all are equal, whose mean may round.  Scaled
+    before it is squared, as it can be far below 1e-7."""
+    high = tl.max(tl.where(mask, beta, -float("inf")), axis=0)
+    low = tl.min(tl.where(mask, beta, float("inf")), axis=0)
+    flat = low == high
     centred = tl.where(mask, beta - tl.sum(beta, axis=0) / C, 0.0)
-    size = tl.max(tl.abs(centred), axis=0)
-    unit = centred / tl.where(size == 0.0, 1.0, size)
+    centred = tl.where(flat, 0.0, centred)
+    largest = tl.max(tl.abs(centred), axis=0)
+    unit = centred / tl.where(flat, 1.0, largest)
     variance = tl.sum(unit * unit, axis=0) / C
-    return unit * tl.rsqrt(tl.where(size == 0.0, 1.0, variance))
+    return unit * tl.rsqrt(tl.where(flat, 1.0, variance))
 
 
 @triton.jit

@@ -152,11 +152,14 @@ def test_a_step_has_fewer_operations_than_the_references(device: torch.device) -
     }
     found = {}
     for name, loss in losses.items():
+        x.grad = None  # nothing is accumulated
+        head.zero_grad()
+        reference.zero_grad()
         with Operations() as operations:
             loss().backward()
         found[name] = operations.count
     assert found["fused"] <= 60, found
-    assert found["composed"] <= 99, found
+    assert found["composed"] <= 87, found
     assert found["reference"] > 100, found
 
 
@@ -260,6 +263,9 @@ def test_a_second_derivative_is_refused_not_wrong(device: torch.device) -> None:
     loss, _ = fused_ggam_loss(head, x, target)
     with pytest.raises(RuntimeError, match=r"fused_ggam_loss can be differentiated once.*GGAMLoss"):
         torch.autograd.grad(loss, x, create_graph=True)
+    head.eval()  # whose batch norm moves nothing
+    with pytest.raises(RuntimeError, match=r"fused_ggam_loss can be differentiated once.*torch.func.grad"):
+        torch.func.grad(lambda a: fused_ggam_loss(head, a, target).loss)(x.detach())
 
 
 @pytest.mark.parametrize("autocast", [False, True])

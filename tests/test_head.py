@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ggam_fast.head
 from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
+from ggam_fast.guidance import kl_guidance
 from ggam_fast.reference import GGAMHeadReference
 from tests.parity import (
     OPTIONS,
@@ -450,6 +451,27 @@ def test_without_gradients_the_same_comes_out(
     assert_parity(found, expected, 1e-5 if backend == "triton" else 1e-10)
     assert [x.dtype for x in found] == [x.dtype for x in expected]
     assert not any(x.requires_grad for x in found)
+
+
+@pytest.mark.parametrize("cam_at", OPTIONS["cam_at"])
+def test_beta_may_be_changed_in_place(cam_at: str, device: torch.device) -> None:
+    """It is detached, and the caller's."""
+    head, _ = pair(device=device, cam_at=cam_at)
+    x, target = features(device).requires_grad_(), hard_target(device)
+    (expected,) = torch.autograd.grad(head(x, target).guidance_loss, x)
+    out = head(x, target)
+    out.cam_weights.mul_(2)
+    assert torch.equal(torch.autograd.grad(out.guidance_loss, x)[0], expected)
+
+
+@pytest.mark.parametrize("value", [1 / 3, 1e-7])
+def test_a_flat_beta_is_standardized_to_zero(value: float, device: torch.device) -> None:
+    head, reference = pair(1000, K, device=device, cam_norm="standardized")
+    log_s = torch.randn(2, 1000, dtype=torch.float64, device=device).log_softmax(1)
+    beta = torch.full_like(log_s, value)  # the mean of 1,000 of them rounds
+    found = kl_guidance(log_s, beta, head.cam_norm, 1.0, head.divergence).mean()
+    torch.testing.assert_close(found, kl_guidance(log_s, 0 * beta, "sigmoid", 1.0, head.divergence).mean())
+    torch.testing.assert_close(reference.guidance(log_s, beta), found)
 
 
 @poolings(hidden_size=10)

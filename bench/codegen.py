@@ -93,7 +93,7 @@ class _Recorder:
 def launches(
     channels: int, positions: int, channels_last: bool, dtype: torch.dtype, target: str = "sm_90"
 ) -> list[Launch]:
-    """Every kernel in its variants (`every_kernel`), as launched for features of this shape, layout and type."""
+    """Every kernel in its variants (`every_kernel`), as launched for features of this shape and type."""
     rocm, arch = target.startswith("gfx"), TARGETS[target].arch
     found: list[Launch] = []
     originals = [(m, n, k) for m in _MODULES for n, k in vars(m).items() if n.endswith("_kernel")]

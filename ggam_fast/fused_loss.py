@@ -62,7 +62,9 @@ class LossTerms(NamedTuple):
 
 def _alone(x: Tensor) -> Tensor:
     """The same; of a part of something larger a copy, which does not keep that in memory."""
-    return x.clone() if torch.compiler.is_compiling() or x._is_view() else x
+    if torch.compiler.is_compiling() or (x._base is not None and x._base.numel() > x.numel()):
+        return x.clone()
+    return x
 
 
 def _smaller(layer: LayerGradient) -> LayerGradient:

@@ -104,15 +104,16 @@ def cam_and_guidance(
     divergence: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """beta and S (N, C) and the guidance loss of each image (N,); beta is detached."""
+    stages, positions, logits = get_stages(backend), features.shape[2], attended.channel_logits
+    needs_graph = torch.is_grad_enabled()
     with torch.no_grad(), full_precision(features):
-        terms, _ = _terms(get_stages(backend), features, mlp, options, attended, grad_pooled, cam_at)
-    positions, logits = features.shape[2], attended.channel_logits
+        terms, _ = _terms(stages, features, mlp, options, attended, grad_pooled, cam_at)
+        if not needs_graph:
+            return stages.guidance(
+                logits, terms, None, positions, cam_norm, temperature, divergence, 1.0, mean=False
+            )[:3]
     with full_precision(features):
-        if torch.is_grad_enabled():
-            norm_and_loss = (cam_norm, temperature, divergence)
-            return Guidance.apply(logits, *terms, positions, norm_and_loss, backend)[:3]
-        stage = get_stages(backend).guidance
-        return stage(logits, terms, None, positions, cam_norm, temperature, divergence, 1.0, mean=False)[:3]
+        return Guidance.apply(logits, *terms, positions, (cam_norm, temperature, divergence), backend)[:3]
 
 
 def _terms(

@@ -199,6 +199,6 @@ class GGAMHead(GGAMHeadBase):
         def pull_back(seeds: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
             with checks.full_precision(pooled):
                 rows, gradients = result.pull_back(seeds)
-                return [v if v.shape == pooled.shape else v.view(pooled.shape) for v in rows], gradients
+                return [v.view(pooled.shape) for v in rows], gradients
 
         return Scores(result.logits, pull_back)

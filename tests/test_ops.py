@@ -353,6 +353,25 @@ def test_the_whole_forward(
         assert pooled.dtype == (torch.float32 if pool_type == "flatten" else dtype)
 
 
+@pytest.mark.parametrize(("channels", "masked"), [(70, slice(0, 32)), (70, slice(5, 64)), (20, slice(0, 20))])
+@pytest.mark.parametrize("path", PATHS)
+def test_channels_masked_by_an_infinite_bias(
+    path: str, channels: int, masked: slice, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole blocks of channels weigh nothing; where all would, the map is NaN, as torch has it."""
+    set_path(path, monkeypatch)
+    a = make(2, channels, 9, device, torch.float32, "nchw").abs()
+    mlp = ChannelMLP(
+        *(torch.randn(x, device=device) for x in ((3, channels), (3,), (channels, 3), (channels,)))
+    )
+    assert mlp.fc2_bias is not None
+    mlp.fc2_bias[masked] = -float("inf")
+    out = attend(S, a, mlp, Options())
+    u = torch.einsum("ncl,nc->nl", a, out.channel_logits.softmax(1))
+    assert u.isnan().all() == (masked.stop - masked.start == channels)
+    torch.testing.assert_close(out.spatial, u.softmax(1), equal_nan=True)
+
+
 @FUSED
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_backward_of_one_and_of_two_gradients(

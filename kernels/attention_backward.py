@@ -40,11 +40,12 @@ def _map_task(
             part * TASK_C, start + tl.arange(0, BLOCK_L), C, L, STRIDE_C, STRIDE_L, R, TASK_C, BLOCK_C,
             BLOCK_L, STAGES,
         )  # fmt: skip
-    if finish_and_count(done_ptr) == parts - 1:
+    done = finish_and_count(done_ptr) + 1
+    if done >= parts:  # not ==, which would make `done` a constant: see `spatial_norm`
         for r in range(R):
             normalise_grad(
                 partials_ptr + r * parts * L, extra_ptr, attention_ptr, total_ptr,
-                grad_map_ptr if r == 0 else grad_map_1_ptr, scale, parts, L, NORM, HAS_EXTRA, BLOCK_MAP,
+                grad_map_ptr if r == 0 else grad_map_1_ptr, scale, done, L, NORM, HAS_EXTRA, BLOCK_MAP,
             )  # fmt: skip
         finish(done_ptr)
 

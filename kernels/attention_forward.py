@@ -41,8 +41,9 @@ def _map_task(
             image_ptr, channel_ptr, channel_ptr, partial_ptr, partial_ptr, part * TASK_C,
             start + tl.arange(0, BLOCK_L), C, L, STRIDE_C, STRIDE_L, 1, TASK_C, BLOCK_C, BLOCK_L, STAGES,
         )  # fmt: skip
-    if finish_and_count(done_ptr) == parts - 1:
-        normalise(partials_ptr, attention_ptr, total_ptr, parts, L, NORM, BLOCK_MAP)
+    done = finish_and_count(done_ptr) + 1
+    if done >= parts:  # not ==, which would make `done` a constant: see `spatial_norm`
+        normalise(partials_ptr, attention_ptr, total_ptr, done, L, NORM, BLOCK_MAP)
         finish(done_ptr)
 
 

@@ -8,7 +8,8 @@
 
 with dT = scale sum_p partials[p] + extra in the backward.  Touches nothing of A's size.  A map of up to
 BLOCK_L positions is added up once and stays in registers; a larger one is added up anew in each sweep.  The
-fused kernels call the same two functions once the last part of an image's map is done.
+fused kernels call the same two functions once the last part of an image's map is done; for them P is a number
+known at run time only, as the compiler would load all parts at once, and spill, if it knew how many there are.
 """
 
 import triton
@@ -21,9 +22,9 @@ NONE = tl.constexpr(3)
 
 
 @triton.jit
-def _sum_partials(partials_ptr, l, P: tl.constexpr, L: tl.constexpr, BLOCK_L: tl.constexpr):
+def _sum_partials(partials_ptr, l, P, L: tl.constexpr, BLOCK_L: tl.constexpr):
     # Several parts of a small map at a time, so that their loads are in flight together.
-    BLOCK_P: tl.constexpr = max(1, min(32, 1024 // BLOCK_L))
+    BLOCK_P: tl.constexpr = max(1, min(32, 2048 // BLOCK_L))
     acc = tl.zeros((BLOCK_P, BLOCK_L), tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
@@ -35,7 +36,7 @@ def _sum_partials(partials_ptr, l, P: tl.constexpr, L: tl.constexpr, BLOCK_L: tl
 
 @triton.jit
 def _dt(
-    partials_ptr, extra_ptr, scale, l, P: tl.constexpr, L: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    partials_ptr, extra_ptr, scale, l, P, L: tl.constexpr, HAS_EXTRA: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     dt = scale * _sum_partials(partials_ptr, l, P, L, BLOCK_L)
@@ -49,7 +50,7 @@ def normalise(
     partials_ptr,  # (P, L) float32
     attention_ptr,  # (L,) float32: T
     total_ptr,  # () float32
-    P: tl.constexpr,
+    P,
     L: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -100,7 +101,7 @@ def normalise_grad(
     total_ptr,  # () float32
     grad_ptr,  # (L,) float32: dU
     scale,
-    P: tl.constexpr,
+    P,
     L: tl.constexpr,
     NORM: tl.constexpr,
     HAS_EXTRA: tl.constexpr,

@@ -64,8 +64,9 @@ def compile_all(target: str, shape: tuple[int, int, bool], dtypes: tuple[str, ..
         ((320, 256, False), ("bfloat16",), 128),
         ((264, 196, True), ("bfloat16",), 128),
         ((1024, 1024, True), ("float32",), 128),  # spills where offsets are moved out of the ticket loop
+        ((2048, 196, True), ("bfloat16",), 128),  # spills where all parts of a map are loaded at once
     ],
-    ids=["L=196", "L=256", "channels-last", "ViT-L"],
+    ids=["L=196", "L=256", "channels-last", "ViT-L", "many parts"],
 )
 def test_no_spills_and_wide_accesses(
     shape: tuple[int, int, bool], dtypes: tuple[str, ...], width: int

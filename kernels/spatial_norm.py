@@ -8,8 +8,8 @@
 
 with dT = scale sum_p partials[p] + extra in the backward.  Touches nothing of A's size.  A map of up to
 BLOCK_L positions is added up once and stays in registers; a larger one is added up anew in each sweep.  The
-fused kernels call the same two functions once the last part of an image's map is done; for them P is a number
-known at run time only, as the compiler would load all parts at once, and spill, if it knew how many there are.
+fused kernels call the same two functions once the last part of an image's map is done; their P is known at
+run time only, as the compiler would load all parts at once, and spill, if it knew how many there are.
 """
 
 import triton

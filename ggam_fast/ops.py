@@ -391,11 +391,6 @@ def _persistent(features: Tensor, schedule: plan.Schedule, resources: plan.Resou
     }
 
 
-def _forward_resources(features: Tensor, pool: int) -> plan.Resources:
-    positions, itemsize = features.shape[2], features.element_size()
-    return plan.forward_resources(pool == _POOL["avg"], positions, itemsize, _layout(features))
-
-
 def _pooled(features: Tensor, pool: int, for_flatten: bool) -> tuple[Tensor, Tensor]:
     """Room for (out, index): the pooled features, A at the maxima and where, or D."""
     batch, channels, _ = features.shape
@@ -421,19 +416,20 @@ def _attended_fake(
 def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
     """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
     features, s = _native(features), s.contiguous()
-    resources = _forward_resources(features, pool)
+    average, positions, itemsize = pool == _POOL["avg"], features.shape[2], features.element_size()
+    resources = plan.forward_resources(average, positions, itemsize, _layout(features))
     schedule = _schedule(features, resources, 2 if pool == _POOL["max"] else 1)
     if schedule is None:
         t, total = _spatial_attention(features, s, norm)
         index = torch.empty(0, dtype=torch.int64, device=features.device)
-        if pool == _POOL["avg"]:
-            out = _spatial_sum(features, t, 1.0 / features.shape[2])
+        if average:
+            out = _spatial_sum(features, t, 1.0 / positions)
         elif pool == _POOL["max"]:
             out, index = _max_pool(features, t)
         else:
             out = _hadamard(features, t, s, for_flatten)
         return out, index, t, total
-    batch, channels, positions = features.shape
+    batch, channels, _ = features.shape
     out, index, t, total = _attended_fake(features, s, norm, pool, for_flatten)
     parts, device, dense = plan.blocks(channels, schedule.task_c), features.device, pool == _POOL["flatten"]
     partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=device)

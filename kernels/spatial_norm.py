@@ -26,11 +26,13 @@ def _sum_partials(partials_ptr, l, P, L: tl.constexpr, BLOCK_L: tl.constexpr):
     # Several parts of a small map at a time, so that their loads are in flight together.
     BLOCK_P: tl.constexpr = max(1, min(32, 2048 // BLOCK_L))
     acc = tl.zeros((BLOCK_P, BLOCK_L), tl.float32)
-    for start in range(0, P, BLOCK_P):
+    start = 0
+    while start < P:  # not a range, whose bound Triton 3.6's interpreter does not take from an atomic
         p = start + tl.arange(0, BLOCK_P)
         mask = (p < P)[:, None] & (l < L)[None, :]
         offsets = p[:, None] * L + l[None, :]
         acc += tl.load(partials_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        start += BLOCK_P
     return tl.sum(acc, axis=0)
 
 

@@ -96,7 +96,7 @@ registers in some shapes (maximum, 512 x 56 x 56; 2048 x 7 x 7)."""
 BACKWARD = Resources(1, 2048, 4096, 8192, ((None, (8, 255)),))
 """One warp, whose sums over positions need no other.  On an H100, 2048 x 14 x 14, bfloat16, two gradients,
 N = 128 and 32: 97 and 36 us; with twelve programs of 168 registers 103 and 42, with two warps 119 and 43,
-with four 129 and 41."""
+with four 129 and 41 (`bench/results/h100.md`; before the parts of a map were loaded a few at a time)."""
 BACKWARD_WIDE = Resources(4, 4096, 8192, 16384, ((9, (3, 168)), (None, (2, 255))))
 """For more positions than SMALL_MAP, where one warp is slower (512 x 28 x 28, N = 128: 107 us, with four 96)
 or spills, and for rows that cannot be copied ahead."""

@@ -52,7 +52,7 @@ def normalise(
     partials_ptr,  # (P, L) float32
     attention_ptr,  # (L,) float32: T
     total_ptr,  # () float32
-    P,
+    P,  # parts
     L: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -103,7 +103,7 @@ def normalise_grad(
     total_ptr,  # () float32
     grad_ptr,  # (L,) float32: dU
     scale,
-    P,
+    P,  # parts
     L: tl.constexpr,
     NORM: tl.constexpr,
     HAS_EXTRA: tl.constexpr,

@@ -113,7 +113,7 @@ def test_a_fused_step_is_not_compiled_for_every_batch_size(
         found = torch.autograd.grad(step(x, target), x)[0]
         head.load_state_dict(state)
         assert relative_error(found, torch.autograd.grad(loss(x, target), x)[0]) < 1e-4
-    assert counter.frame_count <= 2  # the first has as many images as the classifier's middle or such
+    assert counter.frame_count <= 2  # again where the first N equals another size of the step
 
 
 @pytest.mark.parametrize("cam_detach", [True, False])

@@ -48,15 +48,17 @@ SHAPES = [
 ]
 DTYPES = (torch.bfloat16, torch.float32)
 _MODULES = (
-    ops.attention_backward, ops.attention_forward, ops.channel_sum, ops.features_grad, ops.grad_cam_means,
-    ops.guidance, ops.hadamard, ops.max_pool, ops.position_scatter, ops.spatial_norm, ops.spatial_sum,
+    ops.channel_sum, ops.features_grad, ops.grad_cam_means, ops.guidance, ops.hadamard, ops.layer_grads,
+    ops.max_pool, ops.position_scatter, ops.product, ops.spatial_norm, ops.spatial_sum,
 )  # fmt: skip
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
-_FLAGS = (
-    "R", "POOL", "NORM", "HAS_WEIGHTS", "BY_CHANNEL", "HAS_SPATIAL", "HAS_MAP", "HAS_MEAN", "HAS_CHANNEL",
-    "HAS_EXTRA", "HAS_SCALE", "CAM_NORM", "SYMMETRIC",
-)  # fmt: skip
+_FLAGS = ("R", "POOL", "NORM", "BY_CHANNEL", "RELU", "SPLIT", "BLOCK_M", "CAM_NORM", "SYMMETRIC")
+# Tensors that a launch may do without.
+_OPTIONAL = {
+    "bias_ptr", "mask_ptr", "scale_ptr", "dy_1_ptr", "dy_3_ptr", "extra_ptr", "grad_mean_ptr", "grad_map_ptr",
+    "grad_channel_ptr", "attention_ptr", "weights_ptr",
+}  # fmt: skip
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -69,7 +71,10 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        return " ".join(f"{f}={self.keywords[f]:d}" for f in _FLAGS if f in self.keywords)
+        """Its flags, and the optional tensors that it is given."""
+        names = zip(self.kernel.arg_names, self.arguments, strict=False)
+        given = [n.removesuffix("_ptr") for n, v in names if n in _OPTIONAL and v is not None]
+        return " ".join([*(f"{f}={self.keywords[f]:d}" for f in _FLAGS if f in self.keywords), *given])
 
 
 class Code(NamedTuple):
@@ -94,23 +99,20 @@ def launches(
     channels: int, positions: int, channels_last: bool, dtype: torch.dtype, target: str = "sm_90"
 ) -> list[Launch]:
     """Every kernel in its variants (`every_kernel`), as launched for features of this shape and type."""
-    rocm, arch = target.startswith("gfx"), TARGETS[target].arch
+    rocm = target.startswith("gfx")
     found: list[Launch] = []
     originals = [(m, n, k) for m in _MODULES for n, k in vars(m).items() if n.endswith("_kernel")]
     for module, name, kernel in originals:
         setattr(module, name, _Recorder(kernel, found))
     try:
-        with (
-            mock.patch.object(torch.version, "hip", "" if rocm else None),
-            mock.patch.object(ops, "_multiprocessors", return_value=(1, 0 if rocm else arch // 10)),
-        ):
+        with mock.patch.object(torch.version, "hip", "" if rocm else None):
             shape = (2, positions, channels) if channels_last else (2, channels, positions)
             a = torch.empty(shape, dtype=dtype)
             launch_all(a.transpose(1, 2) if channels_last else a)
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
-    unique = {(id(x.kernel), str(sorted(x.keywords.items()))): x for x in found}
+    unique = {(id(x.kernel), x.variant, str(sorted(x.keywords.items()))): x for x in found}
     return list(unique.values())
 
 
@@ -125,14 +127,15 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(names):
         value = values[name]
-        if name in launch.keywords or (isinstance(value, int) and value == 1):
+        plain = launch.kernel.params[i].do_not_specialize
+        if name in launch.keywords or value is None or (isinstance(value, int) and value == 1 and not plain):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             is_tensor = isinstance(value, torch.Tensor)
             signature[name] = _POINTER[value.dtype] if is_tensor else "i32"
-            if is_tensor or value % 16 == 0:
+            if is_tensor or (value % 16 == 0 and not plain):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes), options
 

@@ -5,6 +5,7 @@ compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_kerne
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,11 +43,29 @@ def launch_all(a: Tensor, random: bool = False) -> None:
         for grad_mean, scale in itertools.product((s, None), (total[0], None)):
             stages.features_grad(a, pool_type, first, index, t, t, s, grad_mean, scale)
             stages.features_grad(a, pool_type, first, index, None, None, s, grad_mean, scale)
+    launch_products(s, new)
     for cam_norm, divergence in itertools.product(
         ("sigmoid", "softmax", "standardized"), ("symmetric", "forward")
     ):
         for terms, ds in ((CamTerms(s, t, t, s), s), (CamTerms(s, t, t, s), None), (CamTerms(s), s)):
             stages.guidance(s, terms, ds, l, cam_norm, 1.0, divergence, 1.0, True)
+
+
+def launch_products(s: Tensor, new: Callable[..., Tensor]) -> None:
+    """Of the channel MLP and a classifier, for few rows and for as many as have large tiles."""
+    (n, c), stages = s.shape, ops.TRITON
+    for rows, k in ((n, c), (512, 64)):
+        x = s if rows == n else new(rows, k, device=s.device)
+        for j in (max(c // 16, 1), 1024):
+            w, b = new(j, k, device=s.device), new(j, device=s.device)
+            (y,) = stages.product([x], w.t(), b, relu=True)
+            stages.product([x], w.t(), b)
+            for back in ([y], [y, y]):
+                stages.product(back, w)
+            stages.product([y], w, mask=x)
+            for scale in (b[0], None):
+                for count in (1, 2, 4):
+                    stages.layer_grads([(y, x), (x, y), (y, y), (x, x)][:count], scale)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Times candidate values of the constants in `kernels/plan.py` and prints the best for each case.
 
-    python -m bench.tune CHANNELS_PER_PARTIAL=128,256,512
+    python -m bench.tune PARTIAL_CHANNELS=64,128,256
     python -m bench.tune "MEANS_TILE=(64,32,8),(64,64,8)" --run fwd_beta --case 128x2048x14x14-bfloat16-nchw
 
 All combinations of the values are tried, in this process alone; what is printed is for a person to weigh

@@ -25,9 +25,7 @@ from torch.autograd import Function
 
 from .checks import compute_dtype, full_precision
 from .contractions import DifferentiableStages, get_stages
-from .stages import CamTerms, Stages, channel_mlp, softmax_grad
-
-aten = torch.ops.aten
+from .stages import CamTerms, Stages, softmax_grad
 
 
 class Options(NamedTuple):
@@ -95,7 +93,7 @@ def attend(stages: Stages, features: Tensor, mlp: ChannelMLP, options: Options) 
 
     if options.uses_channel:
         mean = stages.spatial_sum(features, None, 1.0 / positions)
-        hidden, logits = channel_mlp(mean, *(p for p in mlp if p is not None))
+        hidden, logits = stages.channel_mlp(mean, *(p for p in mlp if p is not None))
     else:
         mean, hidden = empty(), empty()
         logits = features.new_zeros((batch, channels), dtype=dtype)
@@ -148,7 +146,7 @@ def pull_back(
     if pulled.grad_channel is not None:
         de = softmax_grad(pulled.grad_channel, pulled.channel)
         de = de if grad_logits is None else de + grad_logits
-    return pull_back_to_mean(mlp, attended, pulled, de)
+    return pull_back_to_mean(stages, mlp, attended, pulled, de)
 
 
 def pull_back_to_channels(
@@ -219,15 +217,18 @@ def _pull_back_one(
     return Pullback(first_mean, first, s, du, ds)
 
 
-def pull_back_to_mean(mlp: ChannelMLP, attended: Attended, pulled: Pullback, de: Tensor | None) -> Factors:
+def pull_back_to_mean(
+    stages: Stages, mlp: ChannelMLP, attended: Attended, pulled: Pullback, de: Tensor | None
+) -> Factors:
     """From de, the gradient of the channel logits, through the channel MLP to dg; None without one."""
     first_mean, first, s, du, _ = pulled
     if de is None:
         return Factors(first_mean, first, s, du, None, None, None)
     assert mlp.fc1_weight is not None
     assert mlp.fc2_weight is not None
-    dh = _relu_grad(de @ mlp.fc2_weight.to(de.dtype), attended.hidden)
-    return Factors(first_mean, first, s, du, dh @ mlp.fc1_weight.to(de.dtype), de, dh)
+    (dh,) = stages.product([de], mlp.fc2_weight.to(de.dtype), mask=attended.hidden)
+    (dg,) = stages.product([dh], mlp.fc1_weight.to(de.dtype))
+    return Factors(first_mean, first, s, du, dg, de, dh)
 
 
 def cam_terms(f: Factors, spatial: Tensor) -> CamTerms:
@@ -235,11 +236,6 @@ def cam_terms(f: Factors, spatial: Tensor) -> CamTerms:
     if f.first_mean is None:
         return CamTerms(f.first, spatial, f.grad_map, f.grad_mean)
     return CamTerms(f.first_mean, None, f.grad_map, f.grad_mean)
-
-
-def _relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
-    # As for `stages.softmax_grad`.
-    return dh * (hidden > 0) if torch.compiler.is_compiling() else aten.threshold_backward(dh, hidden, 0)
 
 
 def features_grad(
@@ -258,13 +254,12 @@ def features_grad(
     )  # fmt: skip
 
 
-def mlp_grads(mlp: ChannelMLP, attended: Attended, f: Factors) -> list[Tensor | None]:
+def mlp_grads(stages: Stages, attended: Attended, f: Factors) -> list[Tensor | None]:
     """d fc1 and d fc2 in the type of the small tensors; None without channel attention."""
     if f.grad_hidden is None or f.grad_logits is None:
         return [None] * 4
-    dw1 = f.grad_hidden.t() @ attended.mean
-    dw2 = f.grad_logits.t() @ attended.hidden
-    return [dw1, f.grad_hidden.sum(0), dw2, f.grad_logits.sum(0)]
+    factors = [(f.grad_hidden, attended.mean), (f.grad_logits, attended.hidden)]
+    return [x for pair in stages.layer_grads(factors) for x in pair]
 
 
 def like_parameters(grads: Sequence[Tensor | None], mlp: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -338,7 +333,7 @@ def _backward(
     da = None
     if ctx.needs_input_grad[0]:
         da = features_grad(stages, features, options, attended.spatial, attended.peak_index, f)
-    return da, *like_parameters(mlp_grads(mlp, attended, f), mlp), None, None, None, None
+    return da, *like_parameters(mlp_grads(stages, attended, f), mlp), None, None, None, None
 
 
 def _differentiable_backward(

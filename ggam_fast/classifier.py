@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .stages import Stages, product
+
 aten = torch.ops.aten
 
 
@@ -77,18 +79,18 @@ def hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-def run(layers: list[nn.Module], x: Tensor) -> Tensor:
+def run(layers: list[nn.Module], x: Tensor, stages: Stages) -> Tensor:
     """The layers' output, in the type of x whatever the parameters' type."""
     for layer in layers:
-        x, _ = _RULES[type(layer)](layer, x)
+        x, _ = _RULES[type(layer)](layer, x, stages)
     return x
 
 
-def scores(layers: list[nn.Module], x: Tensor, detach: bool) -> Scores:
+def scores(layers: list[nn.Module], x: Tensor, detach: bool, stages: Stages) -> Scores:
     """Run each layer once (batch statistics move once, one dropout mask) and remember its pullback."""
     pullbacks: list[Pullback] = []
     for layer in layers:
-        x, pull = _RULES[type(layer)](layer, x)
+        x, pull = _RULES[type(layer)](layer, x, stages)
         pullbacks.append(pull)
 
     def pull_back(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
@@ -183,35 +185,35 @@ class Anchored(Function):
         return None, None
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Pullback]:
+def _linear(layer: nn.Linear, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
     weight = layer.weight.to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
 
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         held = LayerGradient(layer.weight, layer.bias, rows[-1], x, True)
-        if len(rows) == 1:
-            return [rows[0] @ weight], [held]
-        return (torch.stack(list(rows)) @ weight).unbind(0), [held]
+        return (product if torch.is_grad_enabled() else stages.product)(rows, weight), [held]
 
-    return F.linear(x, weight, bias), pull
+    if torch.is_grad_enabled():
+        return F.linear(x, weight, bias), pull
+    return stages.product([x], weight.t(), bias)[0], pull
 
 
-def _identity(layer: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
+def _identity(layer: nn.Module, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
     return x, lambda rows: (rows, [])
 
 
-def _dropout(layer: nn.Dropout, x: Tensor) -> tuple[Tensor, Pullback]:
+def _dropout(layer: nn.Dropout, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
     if not layer.training or layer.p == 0.0:
-        return _identity(layer, x)
+        return _identity(layer, x, stages)
     mask = F.dropout(torch.ones_like(x), layer.p)
     return x * mask, lambda rows: ([v * mask for v in rows], [])
 
 
-def _relu(layer: nn.ReLU, x: Tensor) -> tuple[Tensor, Pullback]:
+def _relu(layer: nn.ReLU, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
     return torch.relu(x), lambda rows: ([aten.threshold_backward(v, x, 0) for v in rows], [])
 
 
-def _elu(layer: nn.ELU, x: Tensor) -> tuple[Tensor, Pullback]:
+def _elu(layer: nn.ELU, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         if torch.is_grad_enabled():  # as for batch norm
             slope = (layer.alpha * x.clamp(max=0).exp()).masked_fill(x > 0, 1.0)
@@ -221,7 +223,7 @@ def _elu(layer: nn.ELU, x: Tensor) -> tuple[Tensor, Pullback]:
     return F.elu(x, layer.alpha), pull
 
 
-def _batch_norm(layer: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Pullback]:
+def _batch_norm(layer: nn.BatchNorm1d, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
     dtype = x.dtype
     gamma = None if layer.weight is None else layer.weight.to(dtype)
     beta = None if layer.bias is None else layer.bias.to(dtype)

@@ -13,7 +13,7 @@ The loss holds them all, so that its backward only multiplies them out, scaled b
 again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ from .checks import compute_dtype, full_precision
 from .classifier import LayerGradient, Scores, probabilities, score_gradient
 from .contractions import get_stages
 from .losses import cross_entropy, cross_entropy_grad, reduce_batch
-from .stages import CamTerms, scaled, softmax_grad
+from .stages import CamTerms, Stages, scaled, softmax_grad
 
 
 class FusedLoss(NamedTuple):
@@ -67,19 +67,25 @@ def _alone(x: Tensor) -> Tensor:
     return x
 
 
-def _smaller(layer: LayerGradient) -> LayerGradient:
-    """The same, where it has no more elements than its factors as the gradient itself; not where the batch's
-    size is a symbol, which a comparison would bind."""
-    weight, _, left, right, product = layer
-    symbolic = torch.compiler.is_compiling() or not isinstance(left.shape[0], int)
-    asked_for = weight is not None and weight.requires_grad
-    if (
-        symbolic
-        or not (product and asked_for)
-        or left.shape[1] * right.shape[1] > left.numel() + right.numel()
-    ):
-        return layer
-    return layer._replace(left=left.t() @ right, right=left.sum(0), product=False)
+def _smaller(stages: Stages, layers: Sequence[LayerGradient]) -> list[LayerGradient]:
+    """The same, where a layer has no more elements than its factors as the gradients themselves; not where
+    the batch's size is a symbol, which a comparison would bind."""
+
+    def shrinks(layer: LayerGradient) -> bool:
+        weight, _, left, right, product = layer
+        symbolic = torch.compiler.is_compiling() or not isinstance(left.shape[0], int)
+        if symbolic or not product or weight is None or not weight.requires_grad:
+            return False
+        return left.shape[1] * right.shape[1] <= left.numel() + right.numel()
+
+    chosen = [shrinks(layer) for layer in layers]
+    found = iter(
+        stages.layer_grads([(layer.left, layer.right) for layer, c in zip(layers, chosen, strict=True) if c])
+    )
+    return [
+        LayerGradient(layer.weight, layer.bias, *next(found), product=False) if c else layer
+        for layer, c in zip(layers, chosen, strict=True)
+    ]
 
 
 class HeldGradient(Function):
@@ -119,7 +125,7 @@ class HeldGradient(Function):
                 "more: use GGAMLoss()(head(features, target), target)"
             )
         features, first, channel, grad_map, grad_mean, spatial, peak_index, *rows = ctx.saved_tensors
-        count = len(ctx.products)
+        stages, count = get_stages(ctx.backend), len(ctx.products)
         lefts, rights = rows[:count], rows[count:]
         # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
         _ = features.stride()
@@ -127,21 +133,17 @@ class HeldGradient(Function):
         with full_precision(features):
             if ctx.needs_input_grad[2]:
                 f = Factors(None, first, channel, grad_map, grad_mean, None, None)
-                da = features_grad(
-                    get_stages(ctx.backend), features, ctx.options, spatial, peak_index, f, grad
-                )
-            layers = list(zip(lefts, rights, ctx.products, strict=True))
-            # Of a product's factors the narrower one is scaled.
-            by_left = [not product or left.shape[1] <= right.shape[1] for left, right, product in layers]
-            factors = [left if by else right for (left, right, _), by in zip(layers, by_left, strict=True)]
-            biases = [left.sum(0) if product else right for left, right, product in layers]
-            held = scaled([*factors, *biases], grad)
+                da = features_grad(stages, features, ctx.options, spatial, peak_index, f, grad)
+            layers = list(zip(lefts, rights, strict=True))
+            factors = [pair for pair, product in zip(layers, ctx.products, strict=True) if product]
+            rest = [
+                x for pair, product in zip(layers, ctx.products, strict=True) if not product for x in pair
+            ]
+            multiplied, whole = iter(stages.layer_grads(factors, grad)), iter(scaled(rest, grad))
             grads: list[Tensor | None] = []
-            for i, (left, right, product) in enumerate(layers):
-                weight, held[i] = held[i], None
-                if product:
-                    weight = weight.t() @ right if by_left[i] else left.t() @ weight
-                for gradient, dtype in ((weight, ctx.types[i]), (held[count + i], ctx.types[count + i])):
+            for i, product in enumerate(ctx.products):
+                pair = next(multiplied) if product else (next(whole), next(whole))
+                for gradient, dtype in zip(pair, (ctx.types[i], ctx.types[count + i]), strict=True):
                     grads.append(None if dtype is None else gradient.to(dtype))
                 grads += [None, None]
         return grad, None, da, *[None] * 10, *grads
@@ -180,7 +182,7 @@ def fused_loss(
             (pulled_y,) = pulled_v
             ds, s = pulled_y.grad_channel, pulled_y.channel
             de = None if ds is None else softmax_grad(ds, s)
-            beta_terms = cam_terms(pull_back_to_mean(mlp, attended, pulled_y, de), attended.spatial)
+            beta_terms = cam_terms(pull_back_to_mean(stages, mlp, attended, pulled_y, de), attended.spatial)
         else:
             beta_terms = CamTerms(pulled[0] / positions)
         beta, s, per_image, de = stages.guidance(
@@ -189,14 +191,14 @@ def fused_loss(
             mean=terms.guidance_reduction == "mean",
         )  # fmt: skip
         guidance = reduce_batch(per_image, terms.guidance_reduction)
-        f = pull_back_to_mean(mlp, attended, pulled_z, de if options.uses_channel else None)
+        f = pull_back_to_mean(stages, mlp, attended, pulled_z, de if options.uses_channel else None)
         if f.grad_hidden is not None and f.grad_logits is not None:
             layers = [
                 *layers,
                 LayerGradient(mlp.fc1_weight, mlp.fc1_bias, f.grad_hidden, attended.mean, True),
                 LayerGradient(mlp.fc2_weight, mlp.fc2_bias, f.grad_logits, attended.hidden, True),
             ]
-        layers = [_smaller(layer) for layer in layers]
+        layers = _smaller(stages, layers)
     # The guidance has no graph here: the classifier's own gradient is that of the cross entropy.
     loss = HeldGradient.apply(
         entropy, guidance, features, _alone(f.first), f.channel, f.grad_map, f.grad_mean, attended.spatial,

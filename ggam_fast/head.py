@@ -21,6 +21,7 @@ from .classifier import (
     scores,
     scores_by_autograd,
 )
+from .contractions import get_stages
 from .fused_loss import FusedLoss, LossTerms, fused_loss
 from .gradcam import cam_and_guidance, grad_cam_weights
 from .guidance import kl_guidance
@@ -87,11 +88,11 @@ class GGAMHead(GGAMHeadBase):
 
         attended = ggam_attention(x, mlp, options, backend, differentiable=second_order)
         if target is None:
-            return self._classify(attended.pooled, spatial_shape, pre_logits)
+            return self._classify(attended.pooled, spatial_shape, pre_logits, backend)
 
         target = checks.target(target, x.shape[0], self.num_classes)
         layers = closed_form_layers(self.classifier, self.drop)
-        logits, pull_back = self._score(layers, attended.pooled, spatial_shape, detach=not second_order)
+        logits, pull_back = self._score(layers, attended.pooled, spatial_shape, not second_order, backend)
         checks.scores(logits, x.shape[0], self.num_classes)
         (v,), _ = pull_back([score_gradient(logits, target, self.cam_class)])
         terms = (self.cam_norm, self.cam_temperature, self.divergence)
@@ -131,7 +132,7 @@ class GGAMHead(GGAMHeadBase):
                 anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
                 pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
             with torch.set_grad_enabled(not known):  # the gradients of known layers come in closed form
-                result = self._score(layers, pooled, spatial_shape, detach=True)
+                result = self._score(layers, pooled, spatial_shape, True, backend)
             checks.scores(result.logits, x.shape[0], self.num_classes)
             return result
 
@@ -159,12 +160,14 @@ class GGAMHead(GGAMHeadBase):
             mlp = ChannelMLP(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
 
-    def _classify(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool) -> Tensor:
+    def _classify(
+        self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool, backend: str
+    ) -> Tensor:
         layers = closed_form_layers(self.classifier, self.drop)
         if layers is None or self.pool_type == "":
             return self._custom(pooled, spatial_shape, pre_logits)
         with checks.full_precision(pooled):
-            return run(layers[:-1] if pre_logits else layers, pooled.flatten(1))
+            return run(layers[:-1] if pre_logits else layers, pooled.flatten(1), get_stages(backend))
 
     def _custom(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool = False) -> Tensor:
         """Run a classifier of unknown layers in its parameters' type, or under the caller's autocast."""
@@ -188,13 +191,18 @@ class GGAMHead(GGAMHeadBase):
         return x if pre_logits else last(x)
 
     def _score(
-        self, layers: list[nn.Module] | None, pooled: Tensor, spatial_shape: tuple[int, ...], detach: bool
+        self,
+        layers: list[nn.Module] | None,
+        pooled: Tensor,
+        spatial_shape: tuple[int, ...],
+        detach: bool,
+        backend: str,
     ) -> Scores:
         """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
         if layers is None or self.pool_type == "":
             return scores_by_autograd(lambda x: self._custom(x, spatial_shape), pooled, detach)
         with checks.full_precision(pooled):
-            result = scores(layers, pooled.flatten(1), detach)
+            result = scores(layers, pooled.flatten(1), detach, get_stages(backend))
 
         def pull_back(seeds: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
             with checks.full_precision(pooled):

@@ -1,30 +1,31 @@
 """The stages as `torch.library` operators over the Triton kernels: check, allocate, launch.
 
-One private functional operator `ggam_fast::...` per fused stage and direction, with a fake of the same
+One private functional operator `ggam_fast::...` per stage and direction, with a fake of the same
 shapes and strides for `torch.compile` and `torch.export`.  Autograd lives outside, in `attention`.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import _checkout, stages
+from .checks import full_precision
+from .launch import launch
 
 _checkout.load_sibling_kernels()
 
 from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare checkout)
-    attention_backward,
-    attention_forward,
     channel_sum,
     features_grad,
     grad_cam_means,
     guidance,
     hadamard,
+    layer_grads,
     max_pool,
     plan,
     position_scatter,
+    product,
     spatial_norm,
     spatial_sum,
 )
@@ -58,12 +59,12 @@ def _layout(features: Tensor) -> str:
     return plan.POSITIONS_FIRST if features.stride(2) == 1 else plan.CHANNELS_FIRST
 
 
-def _tile(features: Tensor) -> plan.Tile:
+def _tile(features: Tensor, **options: int) -> plan.Tile:
     _, channels, positions = features.shape
-    return plan.tile(channels, positions, _layout(features))
+    return plan.tile(channels, positions, _layout(features), **options)
 
 
-def _geometry(features: Tensor, tile: plan.Tile) -> dict[str, int]:
+def _geometry(features: Tensor, tile: plan.Tile | plan.Sums) -> dict[str, int]:
     """The compile-time constants of a pass over A: sizes, inner strides, tile."""
     return {
         "C": features.shape[1],
@@ -81,6 +82,19 @@ def _small(batch: int, size: int, like: Tensor) -> Tensor:
     return torch.empty((batch, size), dtype=torch.float32, device=like.device)
 
 
+# What a launch does not need is None: Triton compiles it away, and asks the driver about every pointer it is
+# given (4 us each on the machine of `bench/results/h100.md`).
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    first, second = (*tensors, None, None)[:2]
+    return first, second
+
+
 def _like_layout(features: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty (N, C, L) tensor, dense, in the memory order of `features`."""
     batch, channels, positions = features.shape
@@ -90,32 +104,76 @@ def _like_layout(features: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=features.device).transpose(1, 2)
 
 
-def _channel_sum_partials(features: Tensor, weights: Tensor) -> Tensor:
-    """partials (N, P, L) of channel_sum(A, weights)"""
+def _channel_sums(features: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """channel_sum(A, w) for each of one or two w, in parts: (N, R, P, L)"""
     features = _native(features)
     batch, channels, positions = features.shape
-    tile, parts = _tile(features), plan.num_partials(channels)
-    partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=features.device)
+    cut = plan.channel_sum(channels, positions, features.element_size(), _layout(features))
+    parts = plan.blocks(channels, cut.task_c)
+    shape = (batch, len(weights), parts, positions)
+    partials = torch.empty(shape, dtype=torch.float32, device=features.device)
     if batch:
-        grid = (batch * parts * plan.blocks(positions, tile.block_l),)
         with torch.cuda.device_of(features):
-            channel_sum.channel_sum_kernel[grid](
-                features, weights.contiguous(), partials, features.stride(0),
-                PARTIAL_C=min(plan.CHANNELS_PER_PARTIAL, channels), **_geometry(features, tile),
+            launch(
+                channel_sum.channel_sum_kernel, batch * parts * plan.blocks(positions, cut.block_l),
+                features, *_pair([w.contiguous() for w in weights]), partials, features.stride(0),
+                R=len(weights), PARTIAL_C=cut.task_c, STAGES=cut.stages, **_geometry(features, cut),
             )  # fmt: skip
     return partials
 
 
+def _spatial_sums(features: Tensor, weights: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """spatial_sum(A, w) for each of one or two w; without any, the sum"""
+    features = _native(features)
+    batch, channels, positions = features.shape
+    itemsize, layout = features.element_size(), _layout(features)
+    cut = plan.spatial_sum(channels, positions, itemsize, layout, len(weights))
+    out = [_small(batch, channels, features) for _ in range(max(len(weights), 1))]
+    if batch:
+        with torch.cuda.device_of(features):
+            launch(
+                spatial_sum.spatial_sum_kernel, batch * plan.blocks(channels, cut.task_c),
+                features, *_pair([w.contiguous() for w in weights]), *_pair(out), scale, features.stride(0),
+                R=len(weights), TASK_C=cut.task_c, STAGES=cut.stages, **_geometry(features, cut),
+            )  # fmt: skip
+    return out
+
+
 def _normalise(partials: Tensor, norm: int) -> tuple[Tensor, Tensor]:
-    batch, parts, positions = partials.shape
+    """T and sum(U) of U (N, 1, P, L) in parts"""
+    batch, _, parts, positions = partials.shape
     attention = _small(batch, positions, partials)
     total = torch.empty((batch,), dtype=torch.float32, device=partials.device)
     if batch:
         with torch.cuda.device_of(partials):
-            spatial_norm.spatial_norm_kernel[(batch,)](
-                partials, attention, total, P=parts, NORM=norm, **_map_geometry(positions)
+            launch(
+                spatial_norm.spatial_norm_kernel,
+                batch,
+                partials,
+                attention,
+                total,
+                parts,
+                NORM=norm,
+                **_map_geometry(positions),
             )
     return attention, total
+
+
+def _normalise_grads(
+    partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+) -> list[Tensor]:
+    """dU of each of the R dT (N, R, P, L) in parts"""
+    batch, rows, parts, positions = partials.shape
+    grads = [_small(batch, positions, partials) for _ in range(rows)]
+    if batch:
+        with torch.cuda.device_of(partials):
+            launch(
+                spatial_norm.spatial_norm_grad_kernel, batch * rows,
+                partials, _contiguous(extra), t.contiguous(), total.contiguous(), *_pair(grads), scale, parts,
+                R=rows, NORM=norm,
+                **_map_geometry(positions),
+            )  # fmt: skip
+    return grads
 
 
 def _map_geometry(positions: int) -> dict[str, int]:
@@ -129,17 +187,7 @@ def _spatial_sum_fake(features: Tensor, weights: Tensor | None, scale: float) ->
 
 @_register("spatial_sum(Tensor features, Tensor? weights, float scale) -> Tensor", _spatial_sum_fake)
 def _spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
-    features = _native(features)
-    batch, channels, _ = features.shape
-    tile = _tile(features)
-    out = _small(batch, channels, features)
-    if batch:
-        with torch.cuda.device_of(features):
-            spatial_sum.spatial_sum_kernel[(batch * plan.blocks(channels, tile.block_c),)](
-                features, features if weights is None else weights.contiguous(), out, scale,
-                features.stride(0), HAS_WEIGHTS=weights is not None, **_geometry(features, tile),
-            )  # fmt: skip
-    return out
+    return _spatial_sums(features, [] if weights is None else [weights], scale)[0]
 
 
 def _channel_sum_fake(features: Tensor, weights: Tensor) -> Tensor:
@@ -149,7 +197,7 @@ def _channel_sum_fake(features: Tensor, weights: Tensor) -> Tensor:
 @_register("channel_sum(Tensor features, Tensor weights) -> Tensor", _channel_sum_fake)
 def _channel_sum(features: Tensor, weights: Tensor) -> Tensor:
     # Not torch.sum, whose order of addition may depend on the batch.
-    return _normalise(_channel_sum_partials(features, weights), _NORM["none"])[0]
+    return _normalise(_channel_sums(features, [weights]), _NORM["none"])[0]
 
 
 def _spatial_attention_fake(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +210,7 @@ def _spatial_attention_fake(features: Tensor, s: Tensor, norm: int) -> tuple[Ten
     _spatial_attention_fake,
 )
 def _spatial_attention(features: Tensor, s: Tensor, norm: int) -> tuple[Tensor, Tensor]:
-    return _normalise(_channel_sum_partials(features, s), norm)
+    return _normalise(_channel_sums(features, [s]), norm)
 
 
 def _spatial_norm_grad_fake(
@@ -179,16 +227,7 @@ def _spatial_norm_grad_fake(
 def _spatial_norm_grad(
     partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
-    batch, parts, positions = partials.shape
-    grad = _small(batch, positions, partials)
-    if batch:
-        with torch.cuda.device_of(partials):
-            spatial_norm.spatial_norm_grad_kernel[(batch,)](
-                partials.contiguous(), t if extra is None else extra.contiguous(), t.contiguous(),
-                total.contiguous(), grad, scale, P=parts, NORM=norm, HAS_EXTRA=extra is not None,
-                **_map_geometry(positions),
-            )  # fmt: skip
-    return grad
+    return _normalise_grads(partials.contiguous().unsqueeze(1), scale, extra, t, total, norm)[0]
 
 
 def _spatial_attention_grad_fake(
@@ -205,7 +244,7 @@ def _spatial_attention_grad_fake(
 def _spatial_attention_grad(
     features: Tensor, v: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
-    return _spatial_norm_grad(_channel_sum_partials(features, v), scale, extra, t, total, norm)
+    return _normalise_grads(_channel_sums(features, [v]), scale, extra, t, total, norm)[0]
 
 
 def _max_pool_fake(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -222,9 +261,9 @@ def _max_pool(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
     peak, index = _max_pool_fake(features, t)
     if batch:
         with torch.cuda.device_of(features):
-            max_pool.max_pool_kernel[(batch * plan.blocks(channels, tile.block_c),)](
-                features, features if t is None else t.contiguous(), peak, index,
-                features.stride(0), HAS_WEIGHTS=t is not None, **_geometry(features, tile),
+            launch(
+                max_pool.max_pool_kernel, batch * plan.blocks(channels, tile.block_c),
+                features, _contiguous(t), peak, index, features.stride(0), **_geometry(features, tile),
             )  # fmt: skip
     return peak, index
 
@@ -240,7 +279,8 @@ def _position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
     out = _small(batch, positions, values)
     if batch:
         with torch.cuda.device_of(values):
-            position_scatter.position_scatter_kernel[(batch * plan.blocks(positions, tile.block_l),)](
+            launch(
+                position_scatter.position_scatter_kernel, batch * plan.blocks(positions, tile.block_l),
                 values.contiguous(), index.contiguous(), out, C=channels, L=positions,
                 BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps, **_FP_FUSION,
             )  # fmt: skip
@@ -260,9 +300,10 @@ def _hadamard(features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) 
     batch, channels, positions = features.shape
     tile = _tile(features)
     if batch:
-        grid = (batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l),)
+        programs = batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l)
         with torch.cuda.device_of(features):
-            hadamard.hadamard_kernel[grid](
+            launch(
+                hadamard.hadamard_kernel, programs,
                 features, (s if t is None else t).contiguous(), out,
                 features.stride(0), out.stride(0), OUT_STRIDE_C=out.stride(1),
                 OUT_STRIDE_L=out.stride(2), BY_CHANNEL=t is None, **_geometry(features, tile),
@@ -286,11 +327,11 @@ def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[T
     means, dots, partials = _grad_cam_means_fake(features, grad, t)
     if features.shape[0]:
         with torch.cuda.device_of(features):
-            grad_cam_means.grad_cam_means_kernel[(features.shape[0] * partials.shape[1],)](
-                features, grad, features if t is None else t.contiguous(), means, dots, partials,
+            launch(
+                grad_cam_means.grad_cam_means_kernel, features.shape[0] * partials.shape[1],
+                features, grad, _contiguous(t), means, dots, partials,
                 features.stride(0), grad.stride(0), GRAD_STRIDE_C=grad.stride(1),
-                GRAD_STRIDE_L=grad.stride(2), HAS_WEIGHTS=t is not None,
-                **_geometry(features, plan.MEANS_TILE),
+                GRAD_STRIDE_L=grad.stride(2), **_geometry(features, plan.MEANS_TILE),
             )  # fmt: skip
     return means, dots, partials
 
@@ -341,54 +382,16 @@ def _guidance(
     block = plan.channels_block(channels)
     assert block is not None
     if batch:
-        given = [logits if x is None else x.contiguous() for x in (t, du, grad_mean, ds)]
+        given = [_contiguous(x) for x in (t, du, grad_mean, ds)]
         with torch.cuda.device_of(logits):
-            guidance.guidance_kernel[(batch,)](
+            launch(
+                guidance.guidance_kernel, batch,
                 logits.contiguous(), first.contiguous(), *given, beta, s, loss, de,
                 weight / batch if mean else weight, temperature, C=channels, L=positions, CAM_NORM=cam_norm,
-                SYMMETRIC=symmetric, HAS_SPATIAL=t is not None,
-                HAS_MAP=du is not None, HAS_MEAN=grad_mean is not None, HAS_CHANNEL=ds is not None,
+                SYMMETRIC=symmetric,
                 BLOCK_C=block[0], BLOCK_L=plan.norm_block(positions)[0], num_warps=block[1], **_FP_FUSION,
             )  # fmt: skip
     return beta, s, loss, de
-
-
-def _schedule(features: Tensor, resources: plan.Resources, accumulators: int = 1) -> plan.Schedule | None:
-    """How a fused kernel goes through these features; None: pass by pass."""
-    batch, channels, positions = features.shape
-    # AMD's barrier does not wait for the stores of the other waves, which `schedule.finish` counts on.
-    if torch.version.hip is not None or features.device.type not in ("cuda", "cpu"):
-        return None
-    # Tickets are int32; a task has ten at most, as two phases go through the batch and the groups of the lag.
-    if batch * plan.blocks(channels, plan.TASK_CHANNELS[0]) > 2**23:
-        return None
-    itemsize, layout = features.element_size(), _layout(features)
-    return plan.schedule(channels, positions, itemsize, layout, resources, accumulators)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> tuple[int, int]:
-    """How many, and their major compute capability."""
-    if device.type != "cuda":
-        return 1, 9
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.major
-
-
-def _programs(device: torch.device, resources: plan.Resources) -> int:
-    """How many programs of a persistent kernel run at a time; any number gives the same bits."""
-    count, capability = _multiprocessors(device)
-    return count * plan.occupancy(capability, resources)[0]
-
-
-def _persistent(features: Tensor, schedule: plan.Schedule, resources: plan.Resources) -> dict[str, int]:
-    return {
-        **_geometry(features, schedule.tile),
-        "TASK_C": schedule.task_c,
-        "BLOCK_MAP": schedule.block_map,
-        "STAGES": schedule.stages,
-        "maxnreg": plan.occupancy(_multiprocessors(features.device)[1], resources)[1],
-    }
 
 
 def _pooled(features: Tensor, pool: int, for_flatten: bool) -> tuple[Tensor, Tensor]:
@@ -415,33 +418,14 @@ def _attended_fake(
 )
 def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
     """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
-    features, s = _native(features), s.contiguous()
-    average, positions, itemsize = pool == _POOL["avg"], features.shape[2], features.element_size()
-    resources = plan.forward_resources(average, positions, itemsize, _layout(features))
-    schedule = _schedule(features, resources, 2 if pool == _POOL["max"] else 1)
-    if schedule is None:
-        t, total = _spatial_attention(features, s, norm)
-        index = torch.empty(0, dtype=torch.int64, device=features.device)
-        if average:
-            out = _spatial_sum(features, t, 1.0 / positions)
-        elif pool == _POOL["max"]:
-            out, index = _max_pool(features, t)
-        else:
-            out = _hadamard(features, t, s, for_flatten)
-        return out, index, t, total
-    batch, channels, _ = features.shape
-    out, index, t, total = _attended_fake(features, s, norm, pool, for_flatten)
-    parts, device, dense = plan.blocks(channels, schedule.task_c), features.device, pool == _POOL["flatten"]
-    partials = torch.empty((batch, parts, positions), dtype=torch.float32, device=device)
-    counters = torch.zeros(1 + batch, dtype=torch.int32, device=device)
-    if batch:
-        with torch.cuda.device_of(features):
-            attention_forward.attention_forward_kernel[(_programs(device, resources),)](
-                features, s, partials, t, total, out, index, counters, batch, min(schedule.group, batch),
-                features.stride(0), out.stride(0),
-                OUT_STRIDE_C=out.stride(1) if dense else 1, OUT_STRIDE_L=out.stride(2) if dense else 1,
-                NORM=norm, POOL=pool, LAG=plan.REREAD_LAG, **_persistent(features, schedule, resources),
-            )  # fmt: skip
+    t, total = _normalise(_channel_sums(features, [s]), norm)
+    index = torch.empty(0, dtype=torch.int64, device=features.device)
+    if pool == _POOL["avg"]:
+        (out,) = _spatial_sums(features, [t], 1.0 / features.shape[2])
+    elif pool == _POOL["max"]:
+        out, index = _max_pool(features, t)
+    else:
+        out = _hadamard(features, t, s, for_flatten)
     return out, index, t, total
 
 
@@ -480,34 +464,119 @@ def _attention_backward(
 ) -> tuple[Tensor, ...]:
     """dU (N, L) and ds (N, C) of v, which may have an extra if it is alone, and of v_1; empty without"""
     assert extra is None or v_1 is None
-    features = _native(features)
-    batch, channels, positions = features.shape
-    rows = 1 if v_1 is None else 2
-    resources = plan.backward_resources(positions, features.element_size(), _layout(features))
-    schedule = _schedule(features, resources, rows)
-    found = _attention_backward_fake(features, v, v_1, scale, extra, t, total, norm)
-    if schedule is None:
-        du = _spatial_attention_grad(features, v, scale, extra, t, total, norm)
-        pair = (du, _spatial_sum(features, du, 1.0))
-        if v_1 is None:
-            return *pair, *found[2:]
-        du_1 = _spatial_attention_grad(features, v_1, scale, None, t, total, norm)
-        return *pair, du_1, _spatial_sum(features, du_1, 1.0)
-    du, ds, du_1, ds_1 = found
-    parts = plan.blocks(channels, schedule.task_c)
-    device = features.device
-    partials = torch.empty((batch, rows, parts, positions), dtype=torch.float32, device=device)
-    counters = torch.zeros(1 + batch, dtype=torch.int32, device=device)
-    if batch:
-        with torch.cuda.device_of(features):
-            attention_backward.attention_backward_kernel[(_programs(device, resources),)](
-                features, v.contiguous(), v if v_1 is None else v_1.contiguous(),
-                t if extra is None else extra.contiguous(), t.contiguous(), total.contiguous(), partials,
-                du, du_1, ds, ds_1, counters, batch, min(schedule.group, batch), features.stride(0), scale,
-                R=rows, NORM=norm, HAS_EXTRA=extra is not None, LAG=plan.REREAD_LAG,
-                **_persistent(features, schedule, resources),
+    grads = _normalise_grads(
+        _channel_sums(features, [v] if v_1 is None else [v, v_1]), scale, extra, t, total, norm
+    )
+    found = [x for pair in zip(grads, _spatial_sums(features, grads, 1.0), strict=True) for x in pair]
+    if v_1 is None:
+        found += [_small(0, size, features) for size in (features.shape[2], features.shape[1])]
+    return tuple(found)
+
+
+def _precision() -> str:
+    return "tf32x3" if torch.version.hip is None else "ieee"  # AMD's matrix units multiply float32 as it is
+
+
+def _product_fake(
+    x: Tensor, x_1: Tensor | None, matrix: Tensor, bias: Tensor | None, mask: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    (rows, width), (inner, columns) = x.shape, matrix.shape
+    if width != inner:
+        raise RuntimeError(f"a layer takes {inner} features; got {width}, of shape {tuple(x.shape)}")
+    if any(t is not None and t.device != x.device for t in (matrix, bias)):
+        raise RuntimeError(
+            f"a layer's parameters must be on its input's device, {x.device}; got {matrix.device}"
+        )
+    return _small(rows, columns, x), _small(0 if x_1 is None else rows, columns, x)
+
+
+@_register(
+    "product(Tensor x, Tensor? x_1, Tensor matrix, Tensor? bias, Tensor? mask, bool relu)"
+    " -> (Tensor, Tensor)",
+    _product_fake,
+)
+def _product(
+    x: Tensor, x_1: Tensor | None, matrix: Tensor, bias: Tensor | None, mask: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    found = _product_fake(x, x_1, matrix, bias, mask, relu)
+    rows = [y.contiguous() for y in (x, x_1) if y is not None]
+    (m, k), n, count = x.shape, matrix.shape[1], len(rows)
+    # The last of those that share a tile counts on a barrier that waits for the stores of all: not AMD's.
+    may_split = torch.version.hip is None and x.device.type in ("cuda", "cpu")
+    cut = plan.product(count * m, n, k, bias is not None, may_split)
+    if cut is None:
+        with full_precision(x):
+            out = [stages.product([y], matrix, bias, mask, relu)[0] for y in rows]
+        return out[0], found[1] if x_1 is None else out[1]
+    if (k - 1) * matrix.stride(0) + (n - 1) * matrix.stride(1) >= 2**31:
+        matrix = matrix.contiguous()
+    tiles = count * plan.blocks(m, cut.block_m) * plan.blocks(n, cut.block_n)
+    partials = counters = None
+    if cut.split > 1:
+        shape = (count, cut.split, m, n)
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+        counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    if tiles:
+        with torch.cuda.device_of(x):
+            launch(
+                product.product_kernel, tiles * cut.split,
+                *_pair(rows), matrix, _contiguous(bias), _contiguous(mask), *_pair(found[:count]),
+                partials, counters, m, n, k, *rows[0].stride(), *matrix.stride(), R=count, RELU=relu,
+                SPLIT=cut.split, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+                STAGES=cut.stages, PRECISION=_precision(), num_warps=cut.num_warps, **_FP_FUSION,
             )  # fmt: skip
     return found
+
+
+def _layer_grads_fake(*given: Tensor | None) -> tuple[Tensor, ...]:
+    *flat, _ = given
+    first = flat[0]
+    assert first is not None
+    out = []
+    for dy, x in zip(flat[::2], flat[1::2], strict=True):
+        j, c = (0, 0) if dy is None or x is None else (dy.shape[1], x.shape[1])
+        if dy is not None and x is not None and not dy.shape[0] == x.shape[0] == first.shape[0]:
+            shapes = [tuple(t.shape) for t in (dy, x, first)]
+            raise RuntimeError(f"the layers' gradients and inputs must have one batch size; got {shapes}")
+        out += [_small(j, c, first), torch.empty(j, dtype=torch.float32, device=first.device)]
+    return tuple(out)
+
+
+@_register(
+    "layer_grads(Tensor dy, Tensor x, Tensor? dy_1, Tensor? x_1, Tensor? dy_2, Tensor? x_2, Tensor? dy_3, "
+    "Tensor? x_3, Tensor? scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _layer_grads_fake,
+)
+def _layer_grads(*given: Tensor | None) -> tuple[Tensor, ...]:
+    *flat, scale = (_contiguous(x) for x in given)
+    out = list(_layer_grads_fake(*flat, scale))
+    assert flat[0] is not None
+    batch, cut, tiles = flat[0].shape[0], plan.LAYER_GRADS, 0
+    pointers: list[Tensor | None] = []
+    sizes: list[int] = []
+    for i, (dy, x) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
+        j, c = out[2 * i].shape
+        if dy is None or x is None:
+            continue
+        if j * c * batch > plan.LARGEST_PRODUCT:
+            with full_precision(x):
+                out[2 * i : 2 * i + 2] = stages.layer_grad(dy, x, scale)
+            continue
+        tiles += plan.blocks(j, cut.block_m) * plan.blocks(c, cut.block_n)
+        pointers += [dy, x, *out[2 * i : 2 * i + 2]]
+        sizes += [j, c]
+    if tiles:
+        pointers += [None] * (16 - len(pointers))
+        sizes += [0] * (8 - len(sizes))
+        with torch.cuda.device_of(out[0]):
+            launch(
+                layer_grads.layer_grads_kernel, tiles,
+                *pointers, scale, batch, *sizes, BLOCK_J=cut.block_m, BLOCK_C=cut.block_n,
+                BLOCK_N=cut.block_k, STAGES=cut.stages, PRECISION=_precision(), num_warps=cut.num_warps,
+                **_FP_FUSION,
+            )  # fmt: skip
+    return tuple(out)
 
 
 def _features_grad_fake(
@@ -542,28 +611,25 @@ def _features_grad(
 ) -> Tensor:
     out = _like_layout(features, features.dtype)
     batch, channels, positions = out.shape
-    tile = _tile(out)
+    tile = _tile(out, num_warps=1)
     geometry = _geometry(out, tile)
     dense = pool == _POOL["flatten"]
     if t is None or du is None:
-        t = du = s  # not read without HAS_SPATIAL
-        has_spatial = False
-    else:
-        has_spatial = True
+        t = du = None
     if batch:
-        grid = (batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l),)
+        programs = batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l)
         with torch.cuda.device_of(features):
-            features_grad.features_grad_kernel[grid](
-                out, first, s if dense else first.contiguous(), index.contiguous(), t.contiguous(),
-                du.contiguous(), s.contiguous(), s if grad_mean is None else grad_mean.contiguous(),
-                s if scale is None else scale, out.stride(0), first.stride(0) if dense else 0,
-                C=geometry["C"], L=geometry["L"],
+            launch(
+                features_grad.features_grad_kernel, programs,
+                out, first if dense else None, None if dense else first.contiguous(),
+                index.contiguous() if pool == _POOL["max"] else None, _contiguous(t), _contiguous(du),
+                s.contiguous(), _contiguous(grad_mean), scale, out.stride(0),
+                first.stride(0) if dense else 0, C=geometry["C"], L=geometry["L"],
                 OUT_STRIDE_C=geometry["STRIDE_C"], OUT_STRIDE_L=geometry["STRIDE_L"],
                 GRAD_STRIDE_C=first.stride(1) if dense else 0,
                 GRAD_STRIDE_L=first.stride(2) if dense else 0,
-                POOL=pool, HAS_SPATIAL=has_spatial, HAS_MEAN=grad_mean is not None,
-                HAS_SCALE=scale is not None, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l,
-                num_warps=tile.num_warps, **_FP_FUSION,
+                POOL=pool, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps,
+                **_FP_FUSION,
             )  # fmt: skip
     return out
 
@@ -642,6 +708,30 @@ class TritonStages(stages.Stages):
         scale: Tensor | None = None,
     ) -> Tensor:
         return _features_grad(features, _POOL[pool_type], first, index, t, du, s, grad_mean, scale)
+
+    def product(
+        self,
+        rows: Sequence[Tensor],
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        relu: bool = False,
+    ) -> list[Tensor]:
+        if matrix.dtype != torch.float32:
+            return super().product(rows, matrix, bias, mask, relu)
+        x, x_1 = rows if len(rows) == 2 else (rows[0], None)
+        return list(_product(x, x_1, matrix, bias, mask, relu))[: len(rows)]
+
+    def layer_grads(
+        self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        if not factors or any(x.dtype != torch.float32 for pair in factors for x in pair):
+            return super().layer_grads(factors, scale)
+        found: list[Tensor] = []
+        for i in range(0, len(factors), 4):
+            flat = [x for pair in factors[i : i + 4] for x in pair]
+            found += _layer_grads(*flat, *[None] * (8 - len(flat)), scale)[: len(flat)]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def guidance(
         self,

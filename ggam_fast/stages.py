@@ -38,15 +38,6 @@ def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor
     return (centred / total.unsqueeze(-1).masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
 
-def channel_mlp(
-    mean: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """relu(FC1(g)) (N, J) and e = FC2(relu(FC1(g))) (N, C) of g (N, C), in its type."""
-    w1, b1, w2, b2 = (p.to(mean.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
-    hidden = torch.relu(torch.addmm(b1, mean, w1.t()))
-    return hidden, torch.addmm(b2, hidden, w2.t())
-
-
 def softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
     """de = S (dS - <dS, S>) (N, C), for S = softmax(e)."""
     # One launch, but where the compiler fuses it anyway: a compiled backward may run under the caller's
@@ -54,6 +45,42 @@ def softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return s * (ds - (ds * s).sum(-1, keepdim=True))
     return torch.ops.aten._softmax_backward_data(ds, s, -1, ds.dtype)
+
+
+def relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
+    """dh, but 0 where hidden <= 0"""
+    # As for `softmax_grad`.
+    if torch.compiler.is_compiling():
+        return torch.where(hidden <= 0, 0.0, dh)
+    return torch.ops.aten.threshold_backward(dh, hidden, 0)
+
+
+def product(
+    rows: Sequence[Tensor],
+    matrix: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    relu: bool = False,
+) -> list[Tensor]:
+    """Each of one or two (M, K) times (K, N): with a bias (N,) and a ReLU, or where mask > 0"""
+    if len(rows) == 1:
+        out = [rows[0] @ matrix if bias is None else torch.addmm(bias, rows[0], matrix)]
+    else:
+        out = list((torch.stack(list(rows)) @ matrix).unbind(0))
+        out = out if bias is None else [x + bias for x in out]
+    if mask is not None:
+        return [relu_grad(x, mask) for x in out]
+    return [torch.relu(x) for x in out] if relu else out
+
+
+def layer_grad(dy: Tensor, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """scale dy^T x and scale times the sum of dy over the batch, of dy (N, J) and x (N, C)"""
+    bias = dy.sum(0)
+    if scale is None:
+        return dy.t() @ x, bias
+    narrower = dy if dy.shape[1] <= x.shape[1] else x
+    narrower, bias = scaled([narrower, bias], scale)
+    return (narrower.t() @ x if dy.shape[1] <= x.shape[1] else dy.t() @ narrower), bias
 
 
 class CamTerms(NamedTuple):
@@ -118,6 +145,32 @@ class Stages:
             return features.sum(-1, dtype=compute_dtype(features)) * scale
         a = features.to(compute_dtype(features))
         return rows_times(weights.unsqueeze(1), a.transpose(1, 2)).squeeze(1) * scale
+
+    def product(
+        self,
+        rows: Sequence[Tensor],
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        relu: bool = False,
+    ) -> list[Tensor]:
+        """See `product`"""
+        return product(rows, matrix, bias, mask, relu)
+
+    def layer_grads(
+        self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The gradients of weight and bias of layers with dy (N, J) and x (N, C): see `layer_grad`"""
+        return [layer_grad(dy, x, scale) for dy, x in factors]
+
+    def channel_mlp(
+        self, mean: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """relu(FC1(g)) (N, J) and e = FC2(relu(FC1(g))) (N, C) of g (N, C), in its type"""
+        w1, b1, w2, b2 = (p.to(mean.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+        (hidden,) = self.product([mean], w1.t(), b1, relu=True)
+        (logits,) = self.product([hidden], w2.t(), b2)
+        return hidden, logits
 
     def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         """T and sum(U) for U = channel_sum(A, s)"""

@@ -22,14 +22,14 @@ DENSE = tl.constexpr(2)
 @triton.jit
 def features_grad_kernel(
     out_ptr,  # (N, C, L): dA
-    grad_ptr,  # (N, C, L): G, any strides; only when POOL is DENSE
-    x_ptr,  # (N, C) float32; unless POOL is DENSE
-    index_ptr,  # (N, C) int64; only when POOL is MAXIMUM
-    attention_ptr,  # (N, L) float32: T; only with HAS_SPATIAL
-    grad_map_ptr,  # (N, L) float32: dU; only with HAS_SPATIAL
+    grad_ptr,  # (N, C, L): G, any strides; None unless POOL is DENSE
+    x_ptr,  # (N, C) float32; None if POOL is DENSE
+    index_ptr,  # (N, C) int64; None unless POOL is MAXIMUM
+    attention_ptr,  # (N, L) float32: T; None without spatial attention
+    grad_map_ptr,  # (N, L) float32: dU; None without spatial attention
     channel_ptr,  # (N, C) float32: s
-    grad_mean_ptr,  # (N, C) float32: dg; only with HAS_MEAN
-    scale_ptr,  # (), any dtype; only with HAS_SCALE
+    grad_mean_ptr,  # (N, C) float32: dg, or None
+    scale_ptr,  # (), any dtype, or None
     out_stride_n,
     grad_stride_n,
     C: tl.constexpr,
@@ -39,9 +39,6 @@ def features_grad_kernel(
     GRAD_STRIDE_C: tl.constexpr,
     GRAD_STRIDE_L: tl.constexpr,
     POOL: tl.constexpr,
-    HAS_SPATIAL: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -53,7 +50,7 @@ def features_grad_kernel(
     l = tl.program_id(0) % blocks_l * BLOCK_L + tl.arange(0, BLOCK_L)
     mask = (c < C)[:, None] & (l < L)[None, :]
 
-    if HAS_SCALE:
+    if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
     if POOL == DENSE:
         grad_image_ptr = grad_ptr + n * grad_stride_n
@@ -69,9 +66,9 @@ def features_grad_kernel(
 
     s = tl.load(channel_ptr + n * C + c, mask=c < C, other=0.0)
     k = tl.zeros((BLOCK_C,), tl.float32)
-    if HAS_MEAN:
+    if grad_mean_ptr is not None:
         k = tl.load(grad_mean_ptr + n * C + c, mask=c < C, other=0.0) / L
-    if HAS_SPATIAL:
+    if attention_ptr is not None:
         t = tl.load(attention_ptr + n * L + l, mask=l < L, other=0.0)
         du = tl.load(grad_map_ptr + n * L + l, mask=l < L, other=0.0)
         da = first * t[None, :] + s[:, None] * du[None, :] + k[:, None]
@@ -79,7 +76,7 @@ def features_grad_kernel(
         if POOL == DENSE:
             first = first * s[:, None]
         da = tl.broadcast_to(first + k[:, None], (BLOCK_C, BLOCK_L))
-    if HAS_SCALE:
+    if scale_ptr is not None:
         da *= scale
 
     out_image_ptr = out_ptr + n * out_stride_n

@@ -17,7 +17,7 @@ from .offsets import image_offsets
 def grad_cam_means_kernel(
     features_ptr,  # (N, C, L), any dtype
     grad_ptr,  # (N, C, L), any dtype, any strides (0 for an expanded gradient)
-    weights_ptr,  # (N, L) float32, contiguous; ignored without HAS_WEIGHTS
+    weights_ptr,  # (N, L) float32, contiguous; None: all are 1
     means_ptr,  # (N, C) float32
     dots_ptr,  # (N, C) float32
     partials_ptr,  # (N, P, L) float32, P = ceil(C / BLOCK_C)
@@ -29,7 +29,6 @@ def grad_cam_means_kernel(
     STRIDE_L: tl.constexpr,
     GRAD_STRIDE_C: tl.constexpr,
     GRAD_STRIDE_L: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -51,7 +50,7 @@ def grad_cam_means_kernel(
 
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_image_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             means += g * tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)[None, :]
         else:
             means += g

@@ -51,10 +51,10 @@ def _standardized(beta, mask, C: tl.constexpr):
 def guidance_kernel(
     logits_ptr,  # (N, C) float32: e
     first_ptr,  # (N, C) float32
-    attention_ptr,  # (N, L) float32: T; only with HAS_SPATIAL, else beta takes `first` as it is
-    grad_map_ptr,  # (N, L) float32: dU; only with HAS_MAP
-    grad_mean_ptr,  # (N, C) float32: dg; only with HAS_MEAN
-    grad_channel_ptr,  # (N, C) float32: dS; only with HAS_CHANNEL
+    attention_ptr,  # (N, L) float32: T; None: beta takes `first` as it is
+    grad_map_ptr,  # (N, L) float32: dU, or None
+    grad_mean_ptr,  # (N, C) float32: dg, or None
+    grad_channel_ptr,  # (N, C) float32: dS, or None
     beta_ptr,  # (N, C) float32
     channel_ptr,  # (N, C) float32: S
     loss_ptr,  # (N,) float32
@@ -65,10 +65,6 @@ def guidance_kernel(
     L: tl.constexpr,
     CAM_NORM: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    HAS_SPATIAL: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
-    HAS_CHANNEL: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -81,11 +77,11 @@ def guidance_kernel(
     log_s = _log_softmax(tl.load(logits_ptr + row, mask=mask, other=0.0), mask)
     s = tl.exp(log_s)
     beta = tl.load(first_ptr + row, mask=mask, other=0.0)
-    if HAS_SPATIAL:
+    if attention_ptr is not None:
         beta *= _mean(attention_ptr + n * L, L, BLOCK_L) / L
-    if HAS_MAP:
+    if grad_map_ptr is not None:
         beta += s * _mean(grad_map_ptr + n * L, L, BLOCK_L)
-    if HAS_MEAN:
+    if grad_mean_ptr is not None:
         beta += tl.load(grad_mean_ptr + row, mask=mask, other=0.0) / L
     tl.store(beta_ptr + row, beta, mask=mask)
     tl.store(channel_ptr + row, s, mask=mask)
@@ -112,7 +108,7 @@ def guidance_kernel(
     tl.store(loss_ptr + n, loss)
 
     de = scale * (g - s * tl.sum(g, axis=0))
-    if HAS_CHANNEL:
+    if grad_channel_ptr is not None:
         ds = tl.load(grad_channel_ptr + row, mask=mask, other=0.0)
         de += s * (ds - tl.sum(ds * s, axis=0))
     tl.store(grad_logits_ptr + row, de, mask=mask)

@@ -11,60 +11,9 @@ from .offsets import image_offsets
 
 
 @triton.jit
-def store_maxima(
-    image_ptr,
-    weights_ptr,  # (L,) float32 of this image; ignored without HAS_WEIGHTS
-    peak_ptr,  # (C,) float32
-    index_ptr,  # (C,) int64
-    first,  # channel
-    C: tl.constexpr,
-    L: tl.constexpr,
-    STRIDE_C: tl.constexpr,
-    STRIDE_L: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    TASK_C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Store the attended maxima of TASK_C channels of one image, with up to STAGES - 1 tiles under way."""
-    l = tl.arange(0, BLOCK_L)
-    if HAS_WEIGHTS:
-        t = tl.load(weights_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
-    for start in tl.range(0, TASK_C, BLOCK_C, num_stages=STAGES):
-        c = first + start + tl.arange(0, BLOCK_C)
-        best = tl.full((BLOCK_C, BLOCK_L), -float("inf"), tl.float32)
-        where = tl.zeros((BLOCK_C, BLOCK_L), tl.int32) + tl.arange(0, BLOCK_L)[None, :]
-        for at in tl.range(0, L, BLOCK_L, num_stages=STAGES):
-            l = at + tl.arange(0, BLOCK_L)
-            offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
-            mask = (c < C)[:, None] & (l < L)[None, :]
-            d = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHTS:
-                if L > BLOCK_L:
-                    t = tl.load(weights_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
-                d *= t[None, :]
-            d = tl.where(mask, d, -float("inf"))
-            better = (d > best) | ((d != d) & (best == best))
-            best = tl.where(better, d, best)
-            where = tl.where(better, l[None, :], where)
-
-        is_nan = (best != best).to(tl.int32)
-        row_max = tl.max(tl.where(is_nan == 1, -float("inf"), best), axis=1)
-        row_has_nan = tl.max(is_nan, axis=1)
-        candidate = tl.where(row_has_nan[:, None] == 1, is_nan == 1, best == row_max[:, None])
-        index = tl.min(tl.where(candidate, where, L - 1), axis=1)
-
-        peak_offsets = image_offsets(c, index, C, L, STRIDE_C, STRIDE_L)
-        peak = tl.load(image_ptr + peak_offsets, mask=c < C, other=0.0)
-        tl.store(peak_ptr + c, peak.to(tl.float32), mask=c < C)
-        tl.store(index_ptr + c, index.to(tl.int64), mask=c < C)
-
-
-@triton.jit
 def max_pool_kernel(
     features_ptr,  # (N, C, L), any dtype
-    weights_ptr,  # (N, L) float32, contiguous; ignored without HAS_WEIGHTS
+    weights_ptr,  # (N, L) float32, contiguous; None: all are 1
     peak_ptr,  # (N, C) float32, contiguous
     index_ptr,  # (N, C) int64, contiguous
     stride_n,
@@ -72,16 +21,35 @@ def max_pool_kernel(
     L: tl.constexpr,
     STRIDE_C: tl.constexpr,
     STRIDE_L: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     """This program finds the attended maximum of BLOCK_C channels of one image."""
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK_C
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    image_ptr = features_ptr + n * stride_n
+    best = tl.full((BLOCK_C, BLOCK_L), -float("inf"), tl.float32)
+    where = tl.zeros((BLOCK_C, BLOCK_L), tl.int32) + tl.arange(0, BLOCK_L)[None, :]
+    for at in range(0, L, BLOCK_L):
+        l = at + tl.arange(0, BLOCK_L)
+        offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
+        mask = (c < C)[:, None] & (l < L)[None, :]
+        d = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            d *= tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)[None, :]
+        d = tl.where(mask, d, -float("inf"))
+        better = (d > best) | ((d != d) & (best == best))
+        best = tl.where(better, d, best)
+        where = tl.where(better, l[None, :], where)
 
-    store_maxima(
-        features_ptr + n * stride_n, weights_ptr + n * L, peak_ptr + n * C, index_ptr + n * C, first,
-        C, L, STRIDE_C, STRIDE_L, HAS_WEIGHTS, BLOCK_C, BLOCK_C, BLOCK_L, 1,
-    )  # fmt: skip
+    is_nan = (best != best).to(tl.int32)
+    row_max = tl.max(tl.where(is_nan == 1, -float("inf"), best), axis=1)
+    row_has_nan = tl.max(is_nan, axis=1)
+    candidate = tl.where(row_has_nan[:, None] == 1, is_nan == 1, best == row_max[:, None])
+    index = tl.min(tl.where(candidate, where, L - 1), axis=1)
+
+    peak_offsets = image_offsets(c, index, C, L, STRIDE_C, STRIDE_L)
+    peak = tl.load(image_ptr + peak_offsets, mask=c < C, other=0.0)
+    tl.store(peak_ptr + n * C + c, peak.to(tl.float32), mask=c < C)
+    tl.store(index_ptr + n * C + c, index.to(tl.int64), mask=c < C)

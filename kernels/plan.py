@@ -14,12 +14,26 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# (largest L, positions in a tile).  The tile always holds 2,048 elements, 16 a thread: four 8-byte
-# loads in flight a thread for two-byte types, and few enough registers for several resident programs.
-_POSITIONS_TILE = ((16, 16), (32, 32), (64, 64), (128, 128), (None, 256))
-# (largest C, channels in a tile), for channels-last memory.
-_CHANNELS_TILE = ((16, 16), (32, 32), (64, 64), (128, 128), (None, 256))
+class Sums(NamedTuple):
+    """How one program of a pass that adds up A goes through task_c channels of one image: tile by tile,
+    stages - 1 of them on their way to shared memory while one is added up."""
+
+    task_c: int
+    block_c: int
+    block_l: int
+    num_warps: int
+    stages: int
+
+
+# The tile of a pass without sums always holds 2,048 elements, 16 a thread of four warps: four 8-byte loads in
+# flight a thread for two-byte types, and few enough registers for several resident programs.  What only
+# writes has one warp: on an H100, features_grad in bfloat16, N = 128, takes 41.3 us for 41.6 with four
+# (2048 x 14 x 14), in channels-last memory 39.5 for 47.1, and 91 for 116 for 1024 tokens x 1024.
 _TILE_ELEMENTS = 2048
+_SUM_BYTES = 4096
+"""Of a tile of `channel_sum` in NCHW memory."""
+_TILE_LENGTH = (16, 256)
+"""Neighbours in memory that a tile holds at least and at most."""
 
 # (largest L, (positions in a sweep's block at most, warps)).  A program holds a whole image's block: 8
 # values a thread of 32-thread warps, and at most the 1,024 threads that a program may have with AMD's 64.
@@ -33,84 +47,36 @@ SCATTER_TILE = Tile(128, 16, 4)
 """position_scatter compares every channel with every position: narrow in L, so that one image is spread
 over several programs and none of them walks through the channels in many steps."""
 
-CHANNELS_PER_PARTIAL = 256
-"""channel_sum splits C into partial sums of this many channels, so that few images still fill a GPU.
-A multiple of every block_c: no block straddles two parts."""
-
-
-REREAD_LAG = 3
-"""Rounds (`kernels/schedule.py`) after the map of a group that its second read comes, the pool in the forward
-and the sums in the backward.  With more, less is waited for, and more of A is read before a group is read
-again."""
-
-GROUP_BYTES = 4 << 20
-"""A fused kernel takes as many images as a group as fit this many bytes of A.  From the first read of an
-image to the second, seven groups are read at most (one and twice the lag), 28 MiB: about half of an H100's
-50 MiB of L2 cache, the other half of which may hold copies."""
-
-LARGEST_GROUP = 16
-"""Images of a group at most, so that small images are several groups and one's map goes on beside another's
-pool."""
-
-TASK_BYTES = 65536
-"""A task's tiles of A, with their padding: 50 KB of a 14 x 14 map.  One phase of 32 images of 2,048 channels
-has about as many tasks as programs of the forward run at a time on an H100 (512 and 528)."""
-
-TASK_CHANNELS = (32, 128)
-"""Channels of a task at least, as each task stores one partial sum, in float32, for every position; and at
-most, so that few images of small maps still fill a GPU."""
-
-LINE_BYTES = 128
-"""Neighbouring channels that a task reads of channels-last memory: a whole cache line at all positions."""
-
-LONG_BLOCK = 512
-"""Positions of a tile of a map that has more than MAP_BLOCK: their weights are copied beside it.  With 256,
-513 x 1025 in float32 spills (Triton 3.6)."""
-
-MAP_BLOCK = 1024
-"""Positions that a fused kernel normalises at a time."""
-
+PARTIAL_CHANNELS = 128
+"""Channels of one partial sum of `channel_sum`: few images still fill a GPU, and few partial sums are left to
+add up.  On an H100, 2048 x 14 x 14, bfloat16, N = 128 and 32: 40.6 and 12.2 us with 128; 41.0 and 11.4 with
+64, which leave twice as many to `spatial_norm` (0.7 us more); with 256 39.9 and 15.8."""
 
 LARGEST_CHANNELS = 8192
 """Channels of an image at most that one program of `guidance` holds."""
 
 
-class Resources(NamedTuple):
-    """What a program of a persistent kernel has.
+class Product(NamedTuple):
+    """How a small product of matrices is cut up, and how many programs share the sum of one tile."""
 
-    Too many registers for `programs` of them on a multiprocessor, and some start when others have ended, find
-    no ticket and end; too few, and the compiler spills: `tests/test_codegen.py` checks small shapes,
-    `python -m bench.codegen` prints real ones."""
-
-    warps: int
-    tile_elements: int  # of a tile of A at most, over the accumulators kept for each
-    tile_bytes: int  # at most
-    copy_bytes: int  # tiles on their way to shared memory at a time
-    occupancy: tuple  # (largest major compute capability, (programs a multiprocessor, registers a thread))
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    stages: int
+    split: int
 
 
-FORWARD = Resources(4, 4096, 8192, 16384, ((9, (4, 128)), (None, (2, 255))))
-ROOMY = Resources(4, 4096, 8192, 32768, ((None, (2, 255)),))
-"""The forward with maximum and dense pooling, and of rows that cannot be copied ahead, which spill with fewer
-registers in some shapes (maximum, 512 x 56 x 56; 2048 x 7 x 7)."""
-BACKWARD = Resources(1, 2048, 4096, 8192, ((None, (8, 255)),))
-"""One warp, whose sums over positions need no other.  On an H100, 2048 x 14 x 14, bfloat16, two gradients,
-N = 128 and 32: 97 and 36 us; with twelve programs of 168 registers 103 and 42, with two warps 119 and 43,
-with four 129 and 41 (`bench/results/h100.md`; before the parts of a map were loaded a few at a time)."""
-BACKWARD_WIDE = Resources(4, 4096, 8192, 16384, ((9, (3, 168)), (None, (2, 255))))
-"""For more positions than SMALL_MAP, where one warp is slower (512 x 28 x 28, N = 128: 107 us, with four 96)
-or spills, and for rows that cannot be copied ahead."""
-SMALL_MAP = 256
+LARGE_PRODUCT = Product(32, 64, 32, 2, 4, 1)
+"""Of so many elements that tiles fill a GPU."""
 
+LAYER_GRADS = Product(16, 32, 64, 4, 3, 1)
+"""Of weights' gradients, whose sums are over a batch.  With fewer warps four layers in one launch spill
+(Triton 3.8)."""
 
-class Schedule(NamedTuple):
-    """How a fused kernel cuts up its passes over A."""
-
-    group: int  # images whose phases follow one another
-    task_c: int  # channels of a task, a multiple of tile.block_c
-    tile: Tile
-    stages: int  # tiles under way, and the one that is added up
-    block_map: int
+LARGEST_PRODUCT = 1 << 28
+"""Multiply-adds of a product at most: as many as were measured to be faster than cuBLAS in float32, the
+twelve of a step at 2048 channels taking 91 us for 152 at N = 128, and 129 for 211 at 256 (H100)."""
 
 
 def _row(table: tuple, size: int):
@@ -122,24 +88,70 @@ def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def _length(size: int, longest: int = _TILE_LENGTH[1]) -> int:
+    """Of a tile along `size` neighbours in memory."""
+    return min(max(_power_of_2(size), _TILE_LENGTH[0]), longest)
+
+
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)
 
 
-def tile(channels: int, positions: int, layout: str) -> Tile:
+def tile(channels: int, positions: int, layout: str, num_warps: int = 4) -> Tile:
     """The tile for one pass over a (C, L) map: long in the contiguous direction."""
     if layout == POSITIONS_FIRST:
-        block_l = _row(_POSITIONS_TILE, positions)
-        return Tile(_TILE_ELEMENTS // block_l, block_l, 4)
-    block_c = _row(_CHANNELS_TILE, channels)
-    return Tile(block_c, _TILE_ELEMENTS // block_c, 4)
+        block_l = _length(positions)
+        return Tile(_TILE_ELEMENTS // block_l, block_l, num_warps)
+    block_c = _length(channels)
+    return Tile(block_c, _TILE_ELEMENTS // block_c, num_warps)
 
 
-def num_partials(channels: int) -> int:
-    """How many partial sums channel_sum stores for each position; depends on C alone, so that an
-    image's result does not depend on the batch it is in."""
-    return blocks(channels, CHANNELS_PER_PARTIAL)
+# Programs of one warp, many of them, were the fastest for both sums on an H100 (`bench/results/h100.md`).
+
+
+def channel_sum(channels: int, positions: int, itemsize: int, layout: str) -> Sums:
+    """The pass that adds up over channels: a program stores one partial sum, for block_l positions.  Depends
+    on one image alone, so that its result does not depend on the batch it is in."""
+    if layout == CHANNELS_FIRST:
+        block_c = _length(channels, PARTIAL_CHANNELS)
+        return Sums(PARTIAL_CHANNELS, block_c, 1024 // block_c, 1, 1)
+    block_l = _length(positions)
+    block_c = _SUM_BYTES // itemsize // block_l
+    return Sums(PARTIAL_CHANNELS, block_c, block_l, 1, 3 if _copied_ahead(positions, itemsize) else 1)
+
+
+def spatial_sum(channels: int, positions: int, itemsize: int, layout: str, rows: int) -> Sums:
+    """The pass that adds up over positions, with `rows` weights at once: whole rows of NCHW memory, cache
+    lines of channels-last memory."""
+    if layout == CHANNELS_FIRST:
+        block_c = _length(channels, 64)
+        block_l, num_warps = (16, 1) if positions <= 256 else (32, 2)
+        return Sums(block_c, block_c, block_l, num_warps, 3)
+    block_l = _length(positions, 1024) if positions <= 1024 else 256
+    block_c = _TILE_ELEMENTS // block_l
+    if rows == 2 and block_l > 256:
+        return Sums(2 * block_c, block_c, block_l, 1, 3 if _copied_ahead(positions, itemsize) else 1)
+    # Two rows have half as many accumulators each.
+    return Sums(block_c, block_c // max(rows, 1), block_l, 1, 1)
+
+
+def _copied_ahead(positions: int, itemsize: int) -> bool:
+    """Whether rows of NCHW memory can go to shared memory by asynchronous copies, which move four bytes at
+    least."""
+    return positions * itemsize % 4 == 0
+
+
+def product(m: int, n: int, k: int, has_bias: bool, may_split: bool) -> Product | None:
+    """The plan of (m, k) times (k, n), m counting the rows of both where there are two; None where torch's is
+    better.  The sum over k is split by n and k alone, but a row's last bits may change where m asks for
+    larger tiles, or for torch.  Larger tiles with a bias spill for sm_100 (Triton 3.8)."""
+    if m * n * k > LARGEST_PRODUCT:
+        return None
+    if m * n >= 1 << 19 and not has_bias:
+        return LARGE_PRODUCT
+    split = max(1, min(k // 128, 64 // max(blocks(n, 32), 1))) if may_split else 1
+    return Product(16, 32, 64, 2, 4, 1 << (split.bit_length() - 1))
 
 
 def norm_block(positions: int) -> tuple[int, int]:
@@ -155,50 +167,3 @@ def channels_block(channels: int) -> tuple[int, int] | None:
         return None
     block = max(_power_of_2(channels), 128)
     return block, min(max(block // 256, 1), 16)
-
-
-def schedule(
-    channels: int, positions: int, itemsize: int, layout: str, resources: Resources, accumulators: int = 1
-) -> Schedule | None:
-    """The fused kernels' schedule, or None where pass by pass is better: an image as large as a group would
-    have left the cache when it is read again.  Depends on one image alone, as its result does."""
-    image_bytes = channels * positions * itemsize
-    if image_bytes > GROUP_BYTES:
-        return None
-    elements = min(resources.tile_elements // accumulators, resources.tile_bytes // itemsize)
-    if layout == POSITIONS_FIRST:
-        block_l = max(_power_of_2(positions), 16) if positions <= MAP_BLOCK else LONG_BLOCK
-        block_c = elements // block_l
-        least, most = TASK_CHANNELS
-        task_c = max(block_c, least, min(TASK_BYTES // (itemsize * block_l), most))
-    else:
-        task_c = block_c = max(min(_power_of_2(channels), LINE_BYTES // itemsize), 16)
-        block_l = elements // block_c
-    return Schedule(
-        group=min(GROUP_BYTES // image_bytes, LARGEST_GROUP),
-        task_c=task_c,
-        tile=Tile(block_c, block_l, resources.warps),
-        stages=1 + resources.copy_bytes // (elements * itemsize),
-        block_map=min(_power_of_2(positions), MAP_BLOCK),
-    )
-
-
-def _copied_ahead(positions: int, itemsize: int, layout: str) -> bool:
-    """Whether rows can go to shared memory by asynchronous copies, which move four bytes at least."""
-    return layout == CHANNELS_FIRST or positions * itemsize % 4 == 0
-
-
-def forward_resources(average: bool, positions: int, itemsize: int, layout: str) -> Resources:
-    """Of the fused forward, by its pooling and map."""
-    return FORWARD if average and _copied_ahead(positions, itemsize, layout) else ROOMY
-
-
-def backward_resources(positions: int, itemsize: int, layout: str) -> Resources:
-    """Of the fused backward, by its map."""
-    small = positions <= SMALL_MAP and _copied_ahead(positions, itemsize, layout)
-    return BACKWARD if small else BACKWARD_WIDE
-
-
-def occupancy(capability: int, resources: Resources) -> tuple[int, int]:
-    """(programs on each multiprocessor, registers a thread) of a persistent kernel."""
-    return _row(resources.occupancy, capability)

@@ -6,10 +6,9 @@
     sigmoid   T_l = 1 / (1 + exp(-U_l))            dU = dT T (1 - T)
     none      T_l = U_l                            channel_sum, added up in a fixed order
 
-with dT = scale sum_p partials[p] + extra in the backward.  Touches nothing of A's size.  A map of up to
-BLOCK_L positions is added up once and stays in registers; a larger one is added up anew in each sweep.  The
-fused kernels call the same two functions once the last part of an image's map is done; their P is known at
-run time only, as the compiler would load all parts at once, and spill, if it knew how many there are.
+with dT = scale sum_p partials[p] + extra in the backward, of R = 1 or 2 gradients.  Touches nothing of A's
+size.  A map of up to BLOCK_L positions is added up once and stays in registers; a larger one is added up anew
+in each sweep.
 """
 
 import triton
@@ -27,115 +26,21 @@ def _sum_partials(partials_ptr, l, P, L: tl.constexpr, BLOCK_L: tl.constexpr):
     BLOCK_P: tl.constexpr = max(1, min(32, 2048 // BLOCK_L))
     acc = tl.zeros((BLOCK_P, BLOCK_L), tl.float32)
     start = 0
-    while start < P:  # not a range, whose bound Triton 3.6's interpreter does not take from an atomic
+    while start < P:
         p = start + tl.arange(0, BLOCK_P)
         mask = (p < P)[:, None] & (l < L)[None, :]
         offsets = p[:, None] * L + l[None, :]
-        acc += tl.load(partials_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        acc += tl.load(partials_ptr + offsets, mask=mask, other=0.0)
         start += BLOCK_P
     return tl.sum(acc, axis=0)
 
 
 @triton.jit
-def _dt(
-    partials_ptr, extra_ptr, scale, l, P, L: tl.constexpr, HAS_EXTRA: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):  # fmt: skip
+def _dt(partials_ptr, extra_ptr, scale, l, P, L: tl.constexpr, BLOCK_L: tl.constexpr):
     dt = scale * _sum_partials(partials_ptr, l, P, L, BLOCK_L)
-    if HAS_EXTRA:
+    if extra_ptr is not None:
         dt += tl.load(extra_ptr + l, mask=l < L, other=0.0)
     return dt
-
-
-@triton.jit
-def normalise(
-    partials_ptr,  # (P, L) float32
-    attention_ptr,  # (L,) float32: T
-    total_ptr,  # () float32
-    P,  # parts
-    L: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """Store T and sum(U) of one image from the parts of its U."""
-    l = tl.arange(0, BLOCK_L)
-    u = _sum_partials(partials_ptr, l, P, L, BLOCK_L)
-    sums = tl.zeros((BLOCK_L,), tl.float32)
-    peaks = tl.full((BLOCK_L,), -float("inf"), tl.float32)
-    for start in range(0, L, BLOCK_L):
-        if L > BLOCK_L:
-            l = start + tl.arange(0, BLOCK_L)
-            u = _sum_partials(partials_ptr, l, P, L, BLOCK_L)
-        sums += u
-        peaks = tl.maximum(peaks, tl.where(l < L, u, -float("inf")))
-    total, peak = tl.sum(sums, axis=0), tl.max(peaks, axis=0)
-    tl.store(total_ptr, total)
-
-    exponentials = tl.zeros((BLOCK_L,), tl.float32)
-    if NORM == SOFTMAX:
-        for start in range(0, L, BLOCK_L):
-            if L > BLOCK_L:
-                l = start + tl.arange(0, BLOCK_L)
-                u = _sum_partials(partials_ptr, l, P, L, BLOCK_L)
-            exponentials += tl.where(l < L, tl.exp(u - peak), 0.0)
-    denominator = tl.sum(exponentials, axis=0)
-
-    for start in range(0, L, BLOCK_L):
-        if L > BLOCK_L:
-            l = start + tl.arange(0, BLOCK_L)
-            u = _sum_partials(partials_ptr, l, P, L, BLOCK_L)
-        if NORM == SOFTMAX:
-            t = tl.exp(u - peak) / denominator
-        elif NORM == SUM:
-            t = tl.where(total == 0.0, 1.0 / L, u / tl.where(total == 0.0, 1.0, total))
-        elif NORM == SIGMOID:
-            t = 1.0 / (1.0 + tl.exp(-u))
-        else:
-            t = u
-        tl.store(attention_ptr + l, t, mask=l < L)
-
-
-@triton.jit
-def normalise_grad(
-    partials_ptr,  # (P, L) float32: dT in parts
-    extra_ptr,  # (L,) float32: the part of dT that does not come from the pooled features
-    attention_ptr,  # (L,) float32: T
-    total_ptr,  # () float32
-    grad_ptr,  # (L,) float32: dU
-    scale,
-    P,  # parts
-    L: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_EXTRA: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """Store dU of one image from the parts of its dT."""
-    l = tl.arange(0, BLOCK_L)
-    dt = _dt(partials_ptr, extra_ptr, scale, l, P, L, HAS_EXTRA, BLOCK_L)
-    t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
-    dots = tl.zeros((BLOCK_L,), tl.float32)
-    if NORM != SIGMOID:
-        for start in range(0, L, BLOCK_L):
-            if L > BLOCK_L:
-                l = start + tl.arange(0, BLOCK_L)
-                dt = _dt(partials_ptr, extra_ptr, scale, l, P, L, HAS_EXTRA, BLOCK_L)
-                t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
-            dots += dt * t
-    dot = tl.sum(dots, axis=0)
-
-    for start in range(0, L, BLOCK_L):
-        if L > BLOCK_L:
-            l = start + tl.arange(0, BLOCK_L)
-            dt = _dt(partials_ptr, extra_ptr, scale, l, P, L, HAS_EXTRA, BLOCK_L)
-            t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
-        if NORM == SOFTMAX:
-            du = t * (dt - dot)
-        elif NORM == SUM:
-            total = tl.load(total_ptr)
-            du = tl.where(total == 0.0, 0.0, (dt - dot) / tl.where(total == 0.0, 1.0, total))
-        else:
-            du = dt * t * (1.0 - t)
-        tl.store(grad_ptr + l, du, mask=l < L)
 
 
 @triton.jit
@@ -143,35 +48,101 @@ def spatial_norm_kernel(
     partials_ptr,  # (N, P, L) float32
     attention_ptr,  # (N, L) float32: T
     total_ptr,  # (N,) float32
-    P: tl.constexpr,
+    P,
     L: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     """This program normalises the map of one image over its positions."""
     n = tl.program_id(0).to(tl.int64)
-    normalise(
-        partials_ptr + n * P * L, attention_ptr + n * L, total_ptr + n, P, L, NORM, BLOCK_L
-    )  # fmt: skip
+    image_ptr = partials_ptr + n * P * L
+    l = tl.arange(0, BLOCK_L)
+    u = _sum_partials(image_ptr, l, P, L, BLOCK_L)
+    sums = tl.zeros((BLOCK_L,), tl.float32)
+    peaks = tl.full((BLOCK_L,), -float("inf"), tl.float32)
+    for start in range(0, L, BLOCK_L):
+        if L > BLOCK_L:
+            l = start + tl.arange(0, BLOCK_L)
+            u = _sum_partials(image_ptr, l, P, L, BLOCK_L)
+        sums += u
+        peaks = tl.maximum(peaks, tl.where(l < L, u, -float("inf")))
+    total, peak = tl.sum(sums, axis=0), tl.max(peaks, axis=0)
+    tl.store(total_ptr + n, total)
+
+    exponentials = tl.zeros((BLOCK_L,), tl.float32)
+    if NORM == SOFTMAX:
+        for start in range(0, L, BLOCK_L):
+            if L > BLOCK_L:
+                l = start + tl.arange(0, BLOCK_L)
+                u = _sum_partials(image_ptr, l, P, L, BLOCK_L)
+            exponentials += tl.where(l < L, tl.exp(u - peak), 0.0)
+    denominator = tl.sum(exponentials, axis=0)
+
+    for start in range(0, L, BLOCK_L):
+        if L > BLOCK_L:
+            l = start + tl.arange(0, BLOCK_L)
+            u = _sum_partials(image_ptr, l, P, L, BLOCK_L)
+        if NORM == SOFTMAX:
+            t = tl.exp(u - peak) / denominator
+        elif NORM == SUM:
+            t = tl.where(total == 0.0, 1.0 / L, u / tl.where(total == 0.0, 1.0, total))
+        elif NORM == SIGMOID:
+            t = 1.0 / (1.0 + tl.exp(-u))
+        else:
+            tl.static_assert(NORM == NONE)
+            t = u
+        tl.store(attention_ptr + n * L + l, t, mask=l < L)
 
 
 @triton.jit
 def spatial_norm_grad_kernel(
-    partials_ptr,  # (N, P, L) float32: dT in parts
-    extra_ptr,  # (N, L) float32; ignored without HAS_EXTRA
+    partials_ptr,  # (N, R, P, L) float32: dT in parts
+    extra_ptr,  # (N, L) float32: the part of dT that does not come from A; None without
     attention_ptr,  # (N, L) float32: T
     total_ptr,  # (N,) float32
-    grad_ptr,  # (N, L) float32: dU
+    grad_ptr, grad_1_ptr,  # (N, L) float32: dU; what ends in _1 is None for R = 1
     scale,
-    P: tl.constexpr,
+    P,
     L: tl.constexpr,
+    R: tl.constexpr,
     NORM: tl.constexpr,
-    HAS_EXTRA: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):
-    """This program turns dT of one image into dU."""
-    n = tl.program_id(0).to(tl.int64)
-    normalise_grad(
-        partials_ptr + n * P * L, extra_ptr + n * L, attention_ptr + n * L, total_ptr + n, grad_ptr + n * L,
-        scale, P, L, NORM, HAS_EXTRA, BLOCK_L,
-    )  # fmt: skip
+):  # fmt: skip
+    """This program turns one dT of one image into dU."""
+    n = (tl.program_id(0) // R).to(tl.int64)
+    map_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * P * L
+    if extra_ptr is not None:
+        extra_ptr += n * L
+    attention_ptr += n * L
+    out_ptr = grad_ptr + n * L
+    if R > 1:
+        second = tl.program_id(0) % R == 1
+        if second:
+            out_ptr = grad_1_ptr + n * L
+    l = tl.arange(0, BLOCK_L)
+    dt = _dt(map_ptr, extra_ptr, scale, l, P, L, BLOCK_L)
+    t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
+    dots = tl.zeros((BLOCK_L,), tl.float32)
+    if NORM != SIGMOID:
+        for start in range(0, L, BLOCK_L):
+            if L > BLOCK_L:
+                l = start + tl.arange(0, BLOCK_L)
+                dt = _dt(map_ptr, extra_ptr, scale, l, P, L, BLOCK_L)
+                t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
+            dots += dt * t
+    dot = tl.sum(dots, axis=0)
+
+    for start in range(0, L, BLOCK_L):
+        if L > BLOCK_L:
+            l = start + tl.arange(0, BLOCK_L)
+            dt = _dt(map_ptr, extra_ptr, scale, l, P, L, BLOCK_L)
+            t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
+        if NORM == SOFTMAX:
+            du = t * (dt - dot)
+        elif NORM == SUM:
+            total = tl.load(total_ptr + n)
+            du = tl.where(total == 0.0, 0.0, (dt - dot) / tl.where(total == 0.0, 1.0, total))
+        else:
+            tl.static_assert(NORM == SIGMOID)
+            du = dt * t * (1.0 - t)
+        tl.store(out_ptr + l, du, mask=l < L)

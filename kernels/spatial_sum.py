@@ -11,14 +11,12 @@ from .offsets import image_offsets
 
 
 @triton.jit
-def store_spatial_sums(
-    image_ptr,
-    weights_ptr,  # (L,) float32 of this image; ignored for R = 0
-    weights_1_ptr,  # the same for R = 2
-    out_ptr,  # (C,) float32 of this image
-    out_1_ptr,  # the same for R = 2
-    first,  # channel
+def spatial_sum_kernel(
+    features_ptr,  # (N, C, L), any dtype
+    weights_ptr, weights_1_ptr,  # (N, L) float32, contiguous; None but for the R first
+    out_ptr, out_1_ptr,  # (N, C) float32, contiguous; the second is None unless R = 2
     scale,
+    stride_n,
     C: tl.constexpr,
     L: tl.constexpr,
     STRIDE_C: tl.constexpr,
@@ -28,13 +26,18 @@ def store_spatial_sums(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
-):
-    """Store the sums of TASK_C channels of one image, with up to STAGES - 1 tiles under way."""
+):  # fmt: skip
+    """This program sums TASK_C channels of one image over all positions, with up to STAGES - 1 tiles on their
+    way to shared memory."""
+    tasks: tl.constexpr = (C + TASK_C - 1) // TASK_C
+    n = (tl.program_id(0) // tasks).to(tl.int64)
+    first = tl.program_id(0) % tasks * TASK_C
+    image_ptr = features_ptr + n * stride_n
     l = tl.arange(0, BLOCK_L)
     if R > 0:
-        t = tl.load(weights_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
+        w = tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)
     if R > 1:
-        t_1 = tl.load(weights_1_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
+        w_1 = tl.load(weights_1_ptr + n * L + l, mask=l < L, other=0.0)
     for start in tl.range(0, TASK_C, BLOCK_C, num_stages=STAGES):
         c = first + start + tl.arange(0, BLOCK_C)
         acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
@@ -48,37 +51,12 @@ def store_spatial_sums(
                 acc += a
             if R > 0:
                 if L > BLOCK_L:
-                    t = tl.load(weights_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
-                acc += a * t[None, :]
+                    w = tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)
+                acc += a * w[None, :]
             if R > 1:
                 if L > BLOCK_L:
-                    t_1 = tl.load(weights_1_ptr + l, mask=l < L, other=0.0, cache_modifier=".cg")
-                acc_1 += a * t_1[None, :]
-        tl.store(out_ptr + c, tl.sum(acc, axis=1) * scale, mask=c < C)
+                    w_1 = tl.load(weights_1_ptr + n * L + l, mask=l < L, other=0.0)
+                acc_1 += a * w_1[None, :]
+        tl.store(out_ptr + n * C + c, tl.sum(acc, axis=1) * scale, mask=c < C)
         if R > 1:
-            tl.store(out_1_ptr + c, tl.sum(acc_1, axis=1) * scale, mask=c < C)
-
-
-@triton.jit
-def spatial_sum_kernel(
-    features_ptr,  # (N, C, L), any dtype
-    weights_ptr,  # (N, L) float32, contiguous; ignored without HAS_WEIGHTS
-    out_ptr,  # (N, C) float32, contiguous
-    scale,
-    stride_n,
-    C: tl.constexpr,
-    L: tl.constexpr,
-    STRIDE_C: tl.constexpr,
-    STRIDE_L: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """This program sums BLOCK_C channels of one image over all positions."""
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK_C
-    store_spatial_sums(
-        features_ptr + n * stride_n, weights_ptr + n * L, weights_ptr, out_ptr + n * C, out_ptr, first, scale,
-        C, L, STRIDE_C, STRIDE_L, 1 if HAS_WEIGHTS else 0, BLOCK_C, BLOCK_C, BLOCK_L, 1,
-    )  # fmt: skip
+            tl.store(out_1_ptr + n * C + c, tl.sum(acc_1, axis=1) * scale, mask=c < C)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS = ROOT / "ggam_fast", ROOT / "kernels"
 
 LAYERS = (
-    ("checks", "_checkout", "guidance"),
+    ("checks", "_checkout", "guidance", "launch"),
     ("base", "stages"),
     ("ops",),
     ("contractions",),

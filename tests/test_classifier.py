@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ggam_fast import GGAMHead
 from ggam_fast.classifier import closed_form_layers, run, scores, scores_by_autograd
+from ggam_fast.stages import Stages
 from tests.parity import C, K, N, features, hard_target, relative_error
 
 WIDTH = 7
@@ -66,7 +67,7 @@ def test_rule_is_torchs_layer(name: str, training: bool, device: torch.device) -
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
 
     torch.manual_seed(1)
-    found = scores(layers, x, detach=False)
+    found = scores(layers, x, False, Stages())
     torch.manual_seed(1)
     expected = theirs(x.clone())
     assert relative_error(found.logits, expected) < 1e-12
@@ -97,7 +98,7 @@ def test_two_gradients_at_once(name: str, training: bool, device: torch.device) 
     layers = closed_form_layers(module, nn.Dropout(0.0))
     assert layers is not None
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
-    found = scores(layers, x, detach=True)
+    found = scores(layers, x, True, Stages())
     seeds = [torch.randn_like(found.logits) for _ in range(2)]
     v, gradients = found.pull_back(seeds)
     for one, seed in zip(v, seeds, strict=True):
@@ -122,7 +123,7 @@ def test_second_derivatives_of_v(name: str, device: torch.device) -> None:
     x, seed = (torch.randn(3, WIDTH, dtype=torch.float64, device=device) for _ in range(2))
 
     def v(z: Tensor) -> Tensor:
-        return scores([layer], z, detach=False).pull_back([seed])[0]
+        return scores([layer], z, False, Stages()).pull_back([seed])[0]
 
     assert torch.autograd.gradgradcheck(v, x.requires_grad_())
 
@@ -131,7 +132,7 @@ def test_detached_v_carries_no_graph(device: torch.device) -> None:
     layers = closed_form_layers(shaken(LAYERS["chain"]()).to(device), nn.Dropout(0.0))
     assert layers is not None
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device, requires_grad=True)
-    result = scores(layers, x, detach=True)
+    result = scores(layers, x, True, Stages())
     assert result.logits.requires_grad
     assert not result.pull_back([torch.randn_like(result.logits)])[0][0].requires_grad
 
@@ -140,7 +141,7 @@ def test_run_is_scores_without_pullbacks(device: torch.device) -> None:
     layers = closed_form_layers(shaken(LAYERS["chain"]()).to(device).eval(), nn.Dropout(0.0).eval())
     assert layers is not None
     x = torch.randn(N, WIDTH, dtype=torch.float64, device=device)
-    assert torch.equal(run(layers, x), scores(layers, x, detach=True).logits)
+    assert torch.equal(run(layers, x, Stages()), scores(layers, x, True, Stages()).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -149,7 +150,7 @@ def test_half_statistics_move_too(dtype: torch.dtype, device: torch.device) -> N
     layer = nn.BatchNorm1d(WIDTH).to(device, dtype)
     twin = copy.deepcopy(layer).float()
     x = torch.randn(N, WIDTH, device=device)
-    assert relative_error(run([layer], x), twin(x)) < 1e-6
+    assert relative_error(run([layer], x, Stages()), twin(x)) < 1e-6
     assert layer.running_mean is not None
     assert twin.running_mean is not None
     assert layer.running_mean.dtype == dtype

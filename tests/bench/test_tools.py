@@ -34,12 +34,15 @@ def test_no_counters(text: str, message: str) -> None:
 
 
 def test_tuned_constants_are_put_back() -> None:
-    before = tune.plan.CHANNELS_PER_PARTIAL, tune.plan.num_partials(1024)
-    name, values = tune.candidates("CHANNELS_PER_PARTIAL=128,512")
-    assert (name, values) == ("CHANNELS_PER_PARTIAL", [128, 512])
-    with tune.patched({name: 128}):
-        assert tune.plan.num_partials(1024) == 8
-    assert (tune.plan.CHANNELS_PER_PARTIAL, tune.plan.num_partials(1024)) == before
+    def cut() -> tuple[int, ...]:
+        return tune.plan.channel_sum(1024, 196, 2, tune.plan.POSITIONS_FIRST)
+
+    before = tune.plan.PARTIAL_CHANNELS, cut()
+    name, values = tune.candidates("PARTIAL_CHANNELS=64,512")
+    assert (name, values) == ("PARTIAL_CHANNELS", [64, 512])
+    with tune.patched({name: 64}):
+        assert cut()[0] == 64
+    assert (tune.plan.PARTIAL_CHANNELS, cut()) == before
 
 
 def test_a_constant_of_several_numbers() -> None:
@@ -47,7 +50,7 @@ def test_a_constant_of_several_numbers() -> None:
     assert values == [tune.plan.Tile(64, 32, 8), tune.plan.Tile(32, 32, 4)]
 
 
-@pytest.mark.parametrize("text", ["NOTHING=1", "blocks=1", "CHANNELS_PER_PARTIAL=x y"])
+@pytest.mark.parametrize("text", ["NOTHING=1", "blocks=1", "PARTIAL_CHANNELS=x y"])
 def test_what_cannot_be_tuned(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         tune.candidates(text)
@@ -56,7 +59,7 @@ def test_what_cannot_be_tuned(text: str) -> None:
 def test_a_tuned_pass_is_timed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "CPU_ROUNDS", (2, 3))
     work = Workload(Case(2, 32, 4, 4, torch.float32), device)
-    with tune.patched({"CHANNELS_PER_PARTIAL": 256}):
+    with tune.patched({"PARTIAL_CHANNELS": 256}):
         assert tune.median(work, "fwd") > 0
 
 

@@ -50,18 +50,17 @@ def test_loads(strides: tuple[int, int, int]) -> None:
     tile = {"BLOCK_C": 32, "BLOCK_L": 64}
     launches = {
         "spatial_sum": lambda: spatial_sum.spatial_sum_kernel[(2 * N,)](
-            a, t, out, 1.0, strides[0], HAS_WEIGHTS=True, **geometry, **tile),
+            a, t, t, out, out, 1.0, strides[0], R=2, TASK_C=32, STAGES=1, **geometry, **tile),
         "channel_sum": lambda: channel_sum.channel_sum_kernel[(N,)](
-            a, s, out, strides[0], PARTIAL_C=64, **geometry, **tile),
+            a, s, s, out, strides[0], R=2, PARTIAL_C=64, STAGES=1, **geometry, **tile),
         "hadamard": lambda: hadamard.hadamard_kernel[(2 * N,)](
             a, t, out, strides[0], C * L, OUT_STRIDE_C=L, OUT_STRIDE_L=1, BY_CHANNEL=False,
             **geometry, **tile),
         "max_pool": lambda: max_pool.max_pool_kernel[(2 * N,)](
-            a, t, out, index, strides[0], HAS_WEIGHTS=True, **geometry, **tile),
+            a, t, out, index, strides[0], **geometry, **tile),
         "features_grad": lambda: features_grad.features_grad_kernel[(2 * N,)](
-            out, a, s, index, t, t, s, s, s, C * L, strides[0], C=C, L=L, OUT_STRIDE_C=L, OUT_STRIDE_L=1,
-            GRAD_STRIDE_C=strides[1], GRAD_STRIDE_L=strides[2], POOL=2, HAS_SPATIAL=True, HAS_MEAN=True,
-            HAS_SCALE=False, **tile),
+            out, a, None, None, t, t, s, s, None, C * L, strides[0], C=C, L=L, OUT_STRIDE_C=L,
+            OUT_STRIDE_L=1, GRAD_STRIDE_C=strides[1], GRAD_STRIDE_L=strides[2], POOL=2, **tile),
     }  # fmt: skip
     for name, launch in launches.items():
         with traced(execute=False) as trace:
@@ -80,8 +79,7 @@ def test_two_maps(strides: tuple[int, int, int]) -> None:
     with traced(execute=False) as trace:
         grad_cam_means.grad_cam_means_kernel[(2 * N,)](
             a, g, t, out, out, out, strides[0], strides[0], C=C, L=L, STRIDE_C=strides[1],
-            STRIDE_L=strides[2], GRAD_STRIDE_C=strides[1], GRAD_STRIDE_L=strides[2], HAS_WEIGHTS=True,
-            BLOCK_C=32, BLOCK_L=64,
+            STRIDE_L=strides[2], GRAD_STRIDE_C=strides[1], GRAD_STRIDE_L=strides[2], BLOCK_C=32, BLOCK_L=64,
         )  # fmt: skip
     both = np.sort(np.concatenate([expected(strides, a), expected(strides, g)]))
     assert np.array_equal(apart(trace.loads, [t]), both)
@@ -90,7 +88,7 @@ def test_two_maps(strides: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("strides", list(STRIDES.values()), ids=list(STRIDES))
 def test_stores(strides: tuple[int, int, int]) -> None:
     out, a = torch.zeros(N * C * L), torch.zeros(N, C, L)
-    t, s, index = torch.zeros(N, L), torch.zeros(N, C), torch.zeros(N, C, dtype=torch.int64)
+    t, s = torch.zeros(N, L), torch.zeros(N, C)
     tile = {
         "C": C,
         "L": L,
@@ -106,7 +104,7 @@ def test_stores(strides: tuple[int, int, int]) -> None:
     assert np.array_equal(apart(trace.stores, [a]), expected(strides, out))
     with traced(execute=False) as trace:
         features_grad.features_grad_kernel[(2 * N,)](
-            out, a, s, index, t, t, s, s, s, strides[0], 0, GRAD_STRIDE_C=0, GRAD_STRIDE_L=0, POOL=0,
-            HAS_SPATIAL=True, HAS_MEAN=True, HAS_SCALE=False, **tile,
+            out, None, s, None, t, t, s, s, None, strides[0], 0, GRAD_STRIDE_C=0, GRAD_STRIDE_L=0, POOL=0,
+            **tile,
         )  # fmt: skip
     assert np.array_equal(apart(trace.stores, [a]), expected(strides, out))

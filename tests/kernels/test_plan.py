@@ -1,7 +1,5 @@
 """Launch plans are integer functions: checked as such, every row of every table."""
 
-import itertools
-
 import pytest
 
 import ggam_fast  # noqa: F401  (makes the checkout's kernels/ importable)
@@ -26,25 +24,38 @@ def test_a_tile_is_long_in_the_contiguous_direction_and_no_longer_than_needed(si
     assert tile.num_warps == 4
 
 
-def test_every_row_of_the_tables_is_reached() -> None:
-    rows = {plan.tile(1, size, plan.POSITIONS_FIRST).block_l for size in SIZES}
-    assert rows == {block for _, block in plan._POSITIONS_TILE}
-    rows = {plan.tile(size, 1, plan.CHANNELS_FIRST).block_c for size in SIZES}
-    assert rows == {block for _, block in plan._CHANNELS_TILE}
+def test_every_row_of_the_norm_is_reached() -> None:
     rows = {plan.norm_block(size)[1] for size in SIZES}
     assert rows == {warps for _, (_, warps) in plan._NORM_BLOCK}
 
 
-@pytest.mark.parametrize("channels", SIZES)
-def test_partial_sums_cover_all_channels_once(channels: int) -> None:
-    parts = plan.num_partials(channels)
-    assert (parts - 1) * plan.CHANNELS_PER_PARTIAL < channels <= parts * plan.CHANNELS_PER_PARTIAL
+LAYOUTS = (plan.POSITIONS_FIRST, plan.CHANNELS_FIRST)
+SUMS = [
+    (f"{name} {c}x{l} {itemsize} {layout} {rows}", cut, c, l, itemsize, layout)
+    for c, l in ((7, size) for size in SIZES)
+    for c, l in ((c, l), (l, c))
+    for itemsize in (2, 4)
+    for layout in LAYOUTS
+    for rows in (0, 1, 2)
+    for name, cut in (
+        ("channel_sum", plan.channel_sum(c, l, itemsize, layout)),
+        ("spatial_sum", plan.spatial_sum(c, l, itemsize, layout, rows)),
+    )
+]
 
 
-def test_no_block_straddles_two_partial_sums() -> None:
-    for layout in (plan.POSITIONS_FIRST, plan.CHANNELS_FIRST):
-        for size in SIZES:
-            assert plan.CHANNELS_PER_PARTIAL % plan.tile(size, size, layout).block_c == 0
+def test_sums_go_through_whole_tiles_of_whole_rows() -> None:
+    for name, cut, c, l, itemsize, layout in SUMS:
+        assert cut.task_c % cut.block_c == 0, name
+        along, size = (cut.block_l, l) if layout == plan.POSITIONS_FIRST else (cut.block_c, c)
+        longest = 1024 if name.startswith("spatial") else 256
+        # A cache line of channels, or the row; a row of more than a tile in pieces.
+        assert along == 16 or along // 2 < size <= along or size > along in (64, 128, 256), name
+        assert along <= longest, name
+        # Tiles on their way fit the shared memory of many programs; accumulators fit a thread's registers.
+        assert cut.stages * cut.block_c * cut.block_l * itemsize <= 48 << 10, name
+        assert cut.block_c * cut.block_l <= 64 * 32 * cut.num_warps, name
+        assert cut.stages == 1 or layout == plan.CHANNELS_FIRST or l * itemsize % 4 == 0, name
 
 
 @pytest.mark.parametrize("positions", SIZES)
@@ -59,86 +70,10 @@ def test_no_program_has_more_threads_than_amd_allows() -> None:
     """1,024 a program, in warps of 64; 32 warps were launched there for large maps once."""
     tiles = [plan.tile(c, l, layout) for c in SIZES for l in SIZES
              for layout in (plan.POSITIONS_FIRST, plan.CHANNELS_FIRST)]  # fmt: skip
-    warps = [t.num_warps for t in (*tiles, plan.MEANS_TILE, plan.SCATTER_TILE)]
+    warps = [t.num_warps for t in (*tiles, plan.MEANS_TILE, plan.SCATTER_TILE, *(cut for _, cut, *_ in SUMS))]
     assert max(*warps, *(plan.norm_block(size)[1] for size in SIZES)) <= 16
 
 
 @pytest.mark.parametrize(("size", "block", "expected"), [(0, 8, 0), (1, 8, 1), (8, 8, 1), (9, 8, 2)])
 def test_blocks(size: int, block: int, expected: int) -> None:
     assert plan.blocks(size, block) == expected
-
-
-RESOURCES = (plan.FORWARD, plan.ROOMY, plan.BACKWARD, plan.BACKWARD_WIDE)
-MAPS = [
-    (2048, 196),
-    (512, 784),
-    (512, 196),
-    (1280, 196),
-    (1280, 49),
-    (1024, 1024),
-    (1, 1),
-    (17, 3),
-    (64, 4096),
-]
-
-
-@pytest.mark.parametrize("layout", [plan.POSITIONS_FIRST, plan.CHANNELS_FIRST])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("accumulators", [1, 2])
-@pytest.mark.parametrize("resources", RESOURCES)
-@pytest.mark.parametrize(("channels", "positions"), MAPS)
-def test_a_schedule_fits_the_cache_and_its_tasks_whole_tiles(
-    channels: int,
-    positions: int,
-    accumulators: int,
-    itemsize: int,
-    layout: str,
-    resources: plan.Resources,
-) -> None:
-    found = plan.schedule(channels, positions, itemsize, layout, resources, accumulators)
-    assert found is not None
-    group, task_c, tile, stages, block_map = found
-    image_bytes = channels * positions * itemsize
-    assert 1 <= group <= plan.LARGEST_GROUP
-    assert group * image_bytes <= plan.GROUP_BYTES
-    assert group == plan.LARGEST_GROUP or (group + 1) * image_bytes > plan.GROUP_BYTES
-    assert task_c % tile.block_c == 0
-    elements = tile.block_c * tile.block_l
-    most, most_bytes = resources.tile_elements, resources.tile_bytes
-    assert elements * accumulators == most or elements * itemsize == most_bytes
-    assert elements * accumulators <= most
-    assert elements * itemsize <= most_bytes
-    assert (stages - 1) * tile.block_c * tile.block_l * itemsize == resources.copy_bytes
-    assert tile.num_warps == resources.warps
-    if layout == plan.POSITIONS_FIRST:
-        assert tile.block_l in (16, plan.LONG_BLOCK) or tile.block_l // 2 < positions <= tile.block_l
-        assert (tile.block_l < positions) == (positions > plan.MAP_BLOCK)
-        assert plan.TASK_CHANNELS[0] <= task_c <= max(plan.TASK_CHANNELS[1], tile.block_c)
-    else:
-        assert tile.block_c in (16, plan.LINE_BYTES // itemsize) or tile.block_c // 2 < channels
-    assert block_map & (block_map - 1) == 0
-    assert block_map == plan.MAP_BLOCK or positions <= block_map < 2 * positions
-
-
-def test_resources_by_pooling_and_map() -> None:
-    nchw, channels_last = plan.POSITIONS_FIRST, plan.CHANNELS_FIRST
-    assert plan.forward_resources(True, 196, 2, nchw) is plan.FORWARD
-    assert plan.forward_resources(True, 49, 4, nchw) is plan.FORWARD
-    assert plan.forward_resources(True, 49, 2, channels_last) is plan.FORWARD
-    assert plan.forward_resources(True, 49, 2, nchw) is plan.ROOMY
-    assert plan.forward_resources(False, 196, 2, nchw) is plan.ROOMY
-    assert plan.backward_resources(256, 2, nchw) is plan.BACKWARD
-    assert plan.backward_resources(257, 4, nchw) is plan.BACKWARD_WIDE
-    assert plan.backward_resources(49, 2, nchw) is plan.BACKWARD_WIDE
-
-
-def test_an_image_larger_than_a_group_goes_pass_by_pass() -> None:
-    limit = plan.GROUP_BYTES // (2 * 1024)
-    assert plan.schedule(1024, limit, 2, plan.POSITIONS_FIRST, plan.FORWARD) is not None
-    assert plan.schedule(1024, limit + 1, 2, plan.POSITIONS_FIRST, plan.FORWARD) is None
-
-
-def test_registers_of_the_programs_that_share_a_multiprocessor() -> None:
-    for capability, resources in itertools.product((8, 9, 10, 12), RESOURCES):
-        programs, registers = plan.occupancy(capability, resources)
-        assert programs * 32 * resources.warps * -(-registers // 8) * 8 <= 65536

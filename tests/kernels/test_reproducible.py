@@ -49,6 +49,9 @@ OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "attention_backward": lambda x: sum(
         S.attention_backward(x.a, [x.v, x.s], 0.5, None, x.t, x.total, "softmax"), ()
     ),
+    "product": lambda x: S.product(
+        [x.a[:, :, 0].float()], torch.linspace(-1, 1, 20 * C, device=x.a.device).view(C, 20)
+    )[0],
     "guidance": lambda x: S.guidance(x.a[:, :, 0].float(), CamTerms(x.s, x.t, x.extra, x.v), x.v, L, *CAM),
     "features_grad": lambda x: S.features_grad(x.a, "max", x.a[:, :, 0].float(), x.index, x.t, x.t, x.s, x.v),
     "features_grad dense": lambda x: S.features_grad(x.a, "", x.a, x.index, x.t, x.t, x.s, x.v),

@@ -1,0 +1,80 @@
+"""A linear layer, or the way back through one, for the few rows that a head has:
+
+    out_mn = sum_k x_mk w_kn  (+ b_n, ReLU | 0 where h_mn <= 0)
+
+of R = 1 or 2 matrices x at once.  Tensor cores multiply each float32 number as parts in TF32, three products
+for one (PRECISION): the error is that of float32.  Few rows leave a GPU idle, so SPLIT programs share a tile,
+each with its part of the sum over k; who is last adds the parts up, in their order: the same bits every run.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["M"])  # batches come in all sizes
+def product_kernel(
+    x_ptr, x_1_ptr,  # (M, K) float32; the second for R = 2 only, else None, as all that is not asked for
+    w_ptr,  # (K, N) float32
+    bias_ptr,  # (N,) float32
+    mask_ptr,  # (M, N) float32, contiguous: h
+    out_ptr, out_1_ptr,  # (M, N) float32, contiguous
+    partials_ptr,  # (R, SPLIT, M, N) float32
+    counters_ptr,  # (R * tiles,) int32 zeros: parts of each tile that are stored
+    M, N, K,
+    stride_xm, stride_xk, stride_wk, stride_wn,
+    R: tl.constexpr,
+    RELU: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """This program adds up one of SPLIT parts of a BLOCK_M x BLOCK_N tile."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    part = tl.program_id(0) % SPLIT
+    tile = tl.program_id(0) // SPLIT  # of all R matrices
+    r = tile % R
+    if R > 1:
+        second = r == 1
+        if second:
+            x_ptr, out_ptr = x_1_ptr, out_1_ptr
+    m = tile // R // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile // R % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    share = tl.cdiv(tl.cdiv(K, SPLIT), BLOCK_K) * BLOCK_K
+    first, last = part * share, min((part + 1) * share, K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk,
+            mask=(m < M)[:, None] & (k < last)[None, :], other=0.0,
+        )  # fmt: skip
+        w = tl.load(
+            w_ptr + k[:, None] * stride_wk + n[None, :] * stride_wn,
+            mask=(k < last)[:, None] & (n < N)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    offsets = m[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    is_last = True
+    if SPLIT > 1:
+        partials_ptr += r * SPLIT * M * N
+        tl.store(partials_ptr + part * M * N + offsets, acc, mask=mask)
+        tl.debug_barrier()  # the stores of all threads, before the one thread that counts
+        is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
+        if is_last:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for p in range(SPLIT):  # what others stored, past the L1 cache
+                acc += tl.load(partials_ptr + p * M * N + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+    if is_last:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
+        if RELU:
+            acc = tl.where(acc < 0.0, 0.0, acc)  # NaN stays
+        if mask_ptr is not None:
+            acc = tl.where(tl.load(mask_ptr + offsets, mask=mask, other=0.0) <= 0.0, 0.0, acc)
+        tl.store(out_ptr + offsets, acc, mask=mask)

@@ -1,0 +1,168 @@
+"""The small products against float64: sizes around tiles, sums over k that several programs share, and what
+comes with them."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from ggam_fast import checks
+from ggam_fast.stages import Stages
+from tests.kernels.trace import needs_interpreter
+from tests.parity import relative_error
+
+if not checks.TRITON_AVAILABLE:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from triton.runtime import interpreter
+
+from ggam_fast import ops
+
+S = ops.TRITON
+SIZES = [(1, 1, 1), (3, 5, 7), (16, 32, 64), (17, 33, 65), (40, 200, 130), (2, 20, 700), (33, 64, 515)]
+TOLERANCE = 1e-6  # relative, of the whole matrix: cuBLAS in float32 has 3e-7 on an H100, one TF32 part 3e-4
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-(2**30))
+
+    monkeypatch.setattr(ops.torch, "empty", poisoned)
+
+
+@pytest.fixture(params=["planned", "large tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "large tiles":
+        monkeypatch.setattr(ops.plan, "product", lambda *_, **__: ops.plan.LARGE_PRODUCT)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_times_a_matrix(m: int, n: int, k: int, rows: int, device: torch.device) -> None:
+    x = [torch.randn(m, k, device=device) for _ in range(rows)]
+    w, b = torch.randn(n, k, device=device), torch.randn(n, device=device)
+    mask = torch.randn(m, n, device=device)
+    exact = [y.double() @ w.double().t() for y in x]
+    for found, e in zip(S.product(x, w.t()), exact, strict=True):
+        close(found, e)
+    for found, e in zip(S.product(x, w.t().contiguous(), b), exact, strict=True):
+        close(found, e + b.double())
+    for found, e in zip(S.product(x, w.t(), b, relu=True), exact, strict=True):
+        close(found, (e + b.double()).relu())
+    for found, e in zip(S.product(x, w.t(), mask=mask), exact, strict=True):
+        close(found, e * (mask > 0))
+
+
+@pytest.mark.parametrize("n", [1, 7, 70])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("scale", [None, -0.3])
+def test_gradients_of_layers(n: int, count: int, scale: float | None, device: torch.device) -> None:
+    sizes = [(33, 65), (4, 6), (70, 20), (32, 64), (5, 200)][:count]
+    factors = [(torch.randn(n, j, device=device), torch.randn(n, c, device=device)) for j, c in sizes]
+    given = None if scale is None else torch.tensor(scale, device=device)
+    found = S.layer_grads(factors, given)
+    assert len(found) == count
+    for (weight, bias), (dy, x) in zip(found, factors, strict=True):
+        close(weight, (scale or 1.0) * (dy.double().t() @ x.double()))
+        close(bias, (scale or 1.0) * dy.double().sum(0))
+
+
+def test_sums_are_shared_where_there_are_few_tiles(device: torch.device) -> None:
+    plan = ops.plan.product
+    assert plan(32, 128, 2048, False, True).split == 16
+    assert plan(32, 128, 2048, False, False).split == 1
+    assert plan(32, 2048, 512, False, True).split == 1
+    assert plan(256, 2048, 512, False, True).block_m == 32
+    assert plan(256, 2048, 512, True, True).block_m == 16
+    assert plan(513, 512, 2048, False, True) is None
+    assert plan(5, 10, 700, False, True).split == 4
+    x, w = torch.randn(5, 700, device=device), torch.randn(700, 10, device=device)
+    whole = S.product([x], w)[0]
+    for _ in range(3):
+        assert torch.equal(S.product([x], w)[0], whole)
+    for rows in (slice(2, 3), slice(1, None)):
+        assert torch.equal(S.product([x[rows]], w)[0], whole[rows])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("order", ["last first", "shuffled"])
+def test_whoever_is_last_adds_up_all_parts(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits in any order of programs; the interpreter runs them in theirs, part by part."""
+    x, w, b = torch.randn(20, 1030), torch.randn(1030, 40), torch.randn(40)
+    expected = S.product([x, -x], w, b, relu=True)
+    builder = interpreter.interpreter_builder
+    set_grid_idx = builder.set_grid_idx
+    programs = 2 * 2 * 2 * ops.plan.product(40, 40, 1030, True, True).split
+    order_of = torch.arange(programs).flip(0) if order == "last first" else torch.randperm(programs)
+    seen = []
+
+    def permuted(i: int, j: int, k: int) -> None:
+        seen.append(int(order_of[i]))
+        set_grid_idx(seen[-1], j, k)
+
+    monkeypatch.setattr(builder, "set_grid_idx", permuted)
+    found = S.product([x, -x], w, b, relu=True)
+    assert sorted(seen) == list(range(programs))
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+
+
+def test_layers_that_do_not_fit_are_refused(device: torch.device) -> None:
+    x, w = torch.randn(4, 6, device=device), torch.randn(5, 7, device=device)
+    with pytest.raises(RuntimeError, match="takes 5 features; got 6"):
+        S.product([x], w)
+    with pytest.raises(RuntimeError, match="one batch size"):
+        S.layer_grads([(x, torch.randn(3, 5, device=device))])
+
+
+def test_nan_and_infinity(device: torch.device) -> None:
+    """As torch's: NaN passes a ReLU, and a gradient passes where a NaN went in."""
+    x = torch.randn(4, 6, device=device)
+    x[1, 2], x[2, 3] = float("nan"), float("inf")
+    w, b = torch.randn(6, 5, device=device).abs(), torch.zeros(5, device=device)
+    mask = torch.randn(4, 5, device=device)
+    mask[0, 0] = float("nan")
+    found, expected = S.product([x], w, b, relu=True)[0], Stages().product([x], w, b, relu=True)[0]
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+    close(S.product([x[:1]], w, mask=mask[:1])[0], Stages().product([x[:1]], w, mask=mask[:1])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_torchs(dtype: torch.dtype, device: torch.device) -> None:
+    x, w = torch.randn(4, 6, device=device, dtype=dtype), torch.randn(6, 5, device=device, dtype=dtype)
+    assert torch.equal(S.product([x], w)[0], x @ w)
+    assert torch.equal(S.layer_grads([(x, x)])[0][0], x.t() @ x)
+
+
+def test_empty(device: torch.device) -> None:
+    x, w = torch.zeros(0, 6, device=device), torch.randn(6, 5, device=device)
+    assert S.product([x, x], w)[1].shape == (0, 5)
+    ((weight, bias),) = S.layer_grads([(x, x)])
+    assert weight.shape == (6, 6)
+    assert not weight.any()
+    assert not bias.any()
+
+
+def test_large_products_are_torchs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.plan, "LARGEST_PRODUCT", 5)
+    x, w = torch.randn(4, 6, device=device), torch.randn(6, 5, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        both = S.product([x, x + 1], w)
+    for found, expected in zip(both, (x @ w, (x + 1) @ w), strict=True):
+        torch.testing.assert_close(found, expected)
+    opcheck(ops._product, (x, x + 1, w, None, None, False))
+    opcheck(ops._layer_grads, (x, x, *[None] * 7))
+    torch.testing.assert_close(S.layer_grads([(x, x)])[0][0], x.t() @ x)
+    assert not S.layer_grads([])

@@ -1,0 +1,132 @@
+"""A kernel's compiled form is used again for the same kinds of arguments, and for no others."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ggam_fast import checks
+
+if not checks.TRITON_AVAILABLE:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from ggam_fast import launch, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Kernel:
+    """Keeps what it is asked for."""
+
+    arg_names = ("x_ptr", "y_ptr", "scale", "n", "A", "B")
+
+    def __init__(self) -> None:
+        self.compilations: list[Any] = []
+        self.launches: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **constants: Any) -> Any:
+            self.compilations.append((grid, arguments, constants))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.kernel.launches.append((grid, arguments))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch.triton, "JITFunction", Kernel)
+    return Kernel()
+
+
+def test_the_second_launch_is_of_addresses_in_the_kernels_order(kernel: Kernel) -> None:
+    x, y = torch.zeros(8), torch.zeros(8)
+    for programs in (3, 5):
+        launch.launch(kernel, programs, x, None, 0.5, 7, B=2, num_warps=4, A=1)
+    launch.launch(kernel, 6, y, None, 0.25, 9, B=2, num_warps=4, A=1)
+    assert len(kernel.compilations) == 1
+    assert kernel.compilations[0][0] == (3,)
+    assert kernel.compilations[0][1][0] is x
+    assert kernel.launches == [
+        ((5, 1, 1), (x.data_ptr(), None, 0.5, 7, 1, 2)),
+        ((6, 1, 1), (y.data_ptr(), None, 0.25, 9, 1, 2)),
+    ]
+
+
+def test_what_is_compiled_anew(kernel: Kernel) -> None:
+    memory = torch.zeros(64)
+    base: list[Any] = [memory[:8], memory[:8], 0.5, 7]
+    constants = {"A": 1, "B": 2, "num_warps": 4}
+    launch.launch(kernel, 1, *base, **constants)
+    changes: list[tuple[list[Any], dict[str, int]]] = [
+        ([memory[:8].half(), *base[1:]], {}),
+        ([memory[1:9], *base[1:]], {}),  # not aligned to 16 bytes
+        ([None, *base[1:]], {}),
+        ([*base[:3], 1], {}),
+        ([*base[:3], 16], {}),
+        ([*base[:3], 2**31], {}),
+        (base, {"A": 3}),
+        (base, {"num_warps": 8}),
+    ]
+    for arguments, changed in changes:
+        launch.launch(kernel, 1, *arguments, **{**constants, **changed})
+    assert len(kernel.compilations) == 1 + len(changes)
+    assert not kernel.launches
+
+
+PROGRAM = """
+import itertools
+from ggam_fast import launch, ops
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+kernel = ops.product.product_kernel
+backend = make_backend(GPUTarget("cuda", 90, 32))
+bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+numbers = [0, 1, 2, 8, 15, 16, 17, 48, 2**31 - 1, 2**31 - 16, 2**31, 2**31 + 1, 2**33, -1, -16]
+constants = dict.fromkeys([p.name for p in kernel.params if p.is_constexpr], 1)
+found = {}
+for m, n in itertools.product(numbers, repeat=2):
+    _, specialization, _ = bind(*[None] * 9, m, n, *[3] * 5, **constants)
+    found.setdefault((launch.kind(m), launch.kind(n)), set()).add(str(specialization))
+assert len(found) == 25
+assert all(len(s) == 1 for s in found.values()), found
+"""
+
+
+def test_kinds_are_as_fine_as_what_triton_specialises_for() -> None:
+    """In a process without the interpreter, which specialises for nothing."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(device: torch.device) -> None:
+    """Aligned and not, again and again; a tensor left on the CPU is refused every time."""
+    memory = torch.randn(64, 130, device=device)
+
+    def rows(first: int) -> Tensor:
+        return memory.flatten()[first : first + 64 * 128].view(64, 128)
+
+    w = torch.randn(128, 32, device=device)
+    for first in (0, 1, 0, 16, 3, 1):
+        torch.testing.assert_close(ops.TRITON.product([rows(first)], w)[0], rows(first) @ w)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be accessed"):
+            ops.TRITON.product([rows(0)], w.cpu())

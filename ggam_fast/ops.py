@@ -473,8 +473,10 @@ def _attention_backward(
     return tuple(found)
 
 
-def _precision() -> str:
-    return "tf32x3" if torch.version.hip is None else "ieee"  # AMD's matrix units multiply float32 as it is
+def _dot_options() -> dict[str, str | int]:
+    if torch.version.hip is not None:
+        return {"PRECISION": "ieee"}  # AMD's matrix units multiply float32 as it is
+    return {"PRECISION": "tf32x3", "maxnreg": 255}  # without a limit Triton 3.9 spills at 168 registers
 
 
 def _product_fake(
@@ -522,8 +524,9 @@ def _product(
                 product.product_kernel, tiles * cut.split,
                 *_pair(rows), matrix, _contiguous(bias), _contiguous(mask), *_pair(found[:count]),
                 partials, counters, m, n, k, *rows[0].stride(), *matrix.stride(), R=count, RELU=relu,
-                SPLIT=cut.split, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-                STAGES=cut.stages, PRECISION=_precision(), num_warps=cut.num_warps, **_FP_FUSION,
+                SPLIT=cut.split, STEPS=plan.blocks(plan.blocks(k, cut.split), cut.block_k),
+                BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+                STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(), **_FP_FUSION,
             )  # fmt: skip
     return found
 
@@ -572,8 +575,9 @@ def _layer_grads(*given: Tensor | None) -> tuple[Tensor, ...]:
         with torch.cuda.device_of(out[0]):
             launch(
                 layer_grads.layer_grads_kernel, tiles,
-                *pointers, scale, batch, *sizes, BLOCK_J=cut.block_m, BLOCK_C=cut.block_n,
-                BLOCK_N=cut.block_k, STAGES=cut.stages, PRECISION=_precision(), num_warps=cut.num_warps,
+                *pointers, scale, batch, *sizes, STEPS=plan.power_of_2(plan.blocks(batch, cut.block_k)),
+                BLOCK_J=cut.block_m, BLOCK_C=cut.block_n,
+                BLOCK_N=cut.block_k, STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(),
                 **_FP_FUSION,
             )  # fmt: skip
     return tuple(out)

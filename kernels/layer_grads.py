@@ -13,8 +13,8 @@ import triton.language as tl
 def _layer(
     tile,  # of this layer; others' tiles are left alone
     dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, N, J, C,
-    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store a BLOCK_J x BLOCK_C tile of dW, and its part of db with the first tile of a row of tiles."""
     tiles_c = tl.cdiv(C, BLOCK_C)
@@ -22,8 +22,8 @@ def _layer(
         j = tile // tiles_c * BLOCK_J + tl.arange(0, BLOCK_J)
         c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
         acc = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
-        for start in tl.range(0, N, BLOCK_N, num_stages=STAGES):
-            n = start + tl.arange(0, BLOCK_N)
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            n = step * BLOCK_N + tl.arange(0, BLOCK_N)
             dy = tl.load(
                 dy_ptr + j[:, None] + n[None, :] * J, mask=(j < J)[:, None] & (n < N)[None, :], other=0.0
             )
@@ -37,8 +37,8 @@ def _layer(
 
         if tile % tiles_c == 0:
             sums = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
-            for start in range(0, N, BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N)
+            for step in range(STEPS):
+                n = step * BLOCK_N + tl.arange(0, BLOCK_N)
                 sums += tl.load(
                     dy_ptr + j[:, None] + n[None, :] * J, mask=(j < J)[:, None] & (n < N)[None, :], other=0.0
                 )
@@ -59,6 +59,7 @@ def layer_grads_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,  # blocks of N, or more: a power of two, so that few batches are compiled for
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,23 +67,23 @@ def layer_grads_kernel(
     tile = tl.program_id(0)
     _layer(
         tile, dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, N, J, C,
-        BLOCK_J, BLOCK_C, BLOCK_N, STAGES, PRECISION,
+        BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
     )  # fmt: skip
     if dy_1_ptr is not None:
         tile -= tl.cdiv(J, BLOCK_J) * tl.cdiv(C, BLOCK_C)
         _layer(
             tile, dy_1_ptr, x_1_ptr, weight_1_ptr, bias_1_ptr, scale_ptr, N, J_1, C_1,
-            BLOCK_J, BLOCK_C, BLOCK_N, STAGES, PRECISION,
+            BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
         )  # fmt: skip
     if dy_2_ptr is not None:
         tile -= tl.cdiv(J_1, BLOCK_J) * tl.cdiv(C_1, BLOCK_C)
         _layer(
             tile, dy_2_ptr, x_2_ptr, weight_2_ptr, bias_2_ptr, scale_ptr, N, J_2, C_2,
-            BLOCK_J, BLOCK_C, BLOCK_N, STAGES, PRECISION,
+            BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
         )  # fmt: skip
     if dy_3_ptr is not None:
         tile -= tl.cdiv(J_2, BLOCK_J) * tl.cdiv(C_2, BLOCK_C)
         _layer(
             tile, dy_3_ptr, x_3_ptr, weight_3_ptr, bias_3_ptr, scale_ptr, N, J_3, C_3,
-            BLOCK_J, BLOCK_C, BLOCK_N, STAGES, PRECISION,
+            BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
         )  # fmt: skip

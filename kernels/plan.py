@@ -83,14 +83,14 @@ def _row(table: tuple, size: int):
     return next(value for limit, value in table if limit is None or size <= limit)
 
 
-def _power_of_2(size: int) -> int:
+def power_of_2(size: int) -> int:
     """The smallest that is not below `size`."""
-    return 1 << (size - 1).bit_length()
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _length(size: int, longest: int = _TILE_LENGTH[1]) -> int:
     """Of a tile along `size` neighbours in memory."""
-    return min(max(_power_of_2(size), _TILE_LENGTH[0]), longest)
+    return min(max(power_of_2(size), _TILE_LENGTH[0]), longest)
 
 
 def blocks(size: int, block: int) -> int:
@@ -157,7 +157,7 @@ def product(m: int, n: int, k: int, has_bias: bool, may_split: bool) -> Product 
 def norm_block(positions: int) -> tuple[int, int]:
     """(BLOCK_L, warps) of a program that normalises one image over its L positions."""
     largest, num_warps = _row(_NORM_BLOCK, positions)
-    return min(_power_of_2(positions), largest), num_warps
+    return min(power_of_2(positions), largest), num_warps
 
 
 def channels_block(channels: int) -> tuple[int, int] | None:
@@ -165,5 +165,5 @@ def channels_block(channels: int) -> tuple[int, int] | None:
     where there are many; None where there are too many."""
     if channels > LARGEST_CHANNELS:
         return None
-    block = max(_power_of_2(channels), 128)
+    block = max(power_of_2(channels), 128)
     return block, min(max(block // 256, 1), 16)

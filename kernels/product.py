@@ -25,6 +25,7 @@ def product_kernel(
     R: tl.constexpr,
     RELU: tl.constexpr,
     SPLIT: tl.constexpr,
+    STEPS: tl.constexpr,  # blocks of k in a part
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -42,19 +43,17 @@ def product_kernel(
             x_ptr, out_ptr = x_1_ptr, out_1_ptr
     m = tile // R // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile // R % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    share = tl.cdiv(tl.cdiv(K, SPLIT), BLOCK_K) * BLOCK_K
-    first, last = part * share, min((part + 1) * share, K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        k = (part * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(
             x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk,
-            mask=(m < M)[:, None] & (k < last)[None, :], other=0.0,
+            mask=(m < M)[:, None] & (k < K)[None, :], other=0.0,
         )  # fmt: skip
         w = tl.load(
             w_ptr + k[:, None] * stride_wk + n[None, :] * stride_wn,
-            mask=(k < last)[:, None] & (n < N)[None, :], other=0.0,
+            mask=(k < K)[:, None] & (n < N)[None, :], other=0.0,
         )  # fmt: skip
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .stages import Stages, product
+from .stages import Stages
 
 aten = torch.ops.aten
 
@@ -191,7 +191,8 @@ def _linear(layer: nn.Linear, x: Tensor, stages: Stages) -> tuple[Tensor, Pullba
 
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         held = LayerGradient(layer.weight, layer.bias, rows[-1], x, True)
-        return (product if torch.is_grad_enabled() else stages.product)(rows, weight), [held]
+        differentiable = Stages() if torch.is_grad_enabled() else stages
+        return differentiable.product(rows, weight), [held]
 
     if torch.is_grad_enabled():
         return F.linear(x, weight, bias), pull

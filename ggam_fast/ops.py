@@ -30,6 +30,7 @@ from ggam_fast.kernels import (  # noqa: E402  (needs the line above in a bare c
     spatial_sum,
 )
 
+_TORCH = stages.Stages()
 _LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
 _NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 _POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
@@ -418,6 +419,7 @@ def _attended_fake(
 )
 def _attended(features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool) -> tuple[Tensor, ...]:
     """T = norm(channel_sum(A, s)) and A pooled under it: (out, index, T, total)"""
+    features = _native(features)  # copied once, if it must be
     t, total = _normalise(_channel_sums(features, [s]), norm)
     index = torch.empty(0, dtype=torch.int64, device=features.device)
     if pool == _POOL["avg"]:
@@ -464,6 +466,7 @@ def _attention_backward(
 ) -> tuple[Tensor, ...]:
     """dU (N, L) and ds (N, C) of v, which may have an extra if it is alone, and of v_1; empty without"""
     assert extra is None or v_1 is None
+    features = _native(features)
     grads = _normalise_grads(
         _channel_sums(features, [v] if v_1 is None else [v, v_1]), scale, extra, t, total, norm
     )
@@ -508,7 +511,7 @@ def _product(
     cut = plan.product(count * m, n, k, bias is not None, may_split)
     if cut is None:
         with full_precision(x):
-            out = [stages.product([y], matrix, bias, mask, relu)[0] for y in rows]
+            out = [_TORCH.product([y], matrix, bias, mask, relu)[0] for y in rows]
         return out[0], found[1] if x_1 is None else out[1]
     if (k - 1) * matrix.stride(0) + (n - 1) * matrix.stride(1) >= 2**31:
         matrix = matrix.contiguous()
@@ -564,7 +567,7 @@ def _layer_grads(*given: Tensor | None) -> tuple[Tensor, ...]:
             continue
         if j * c * batch > plan.LARGEST_PRODUCT:
             with full_precision(x):
-                out[2 * i : 2 * i + 2] = stages.layer_grad(dy, x, scale)
+                ((out[2 * i], out[2 * i + 1]),) = _TORCH.layer_grads([(dy, x)], scale)
             continue
         tiles += plan.blocks(j, cut.block_m) * plan.blocks(c, cut.block_n)
         pointers += [dy, x, *out[2 * i : 2 * i + 2]]

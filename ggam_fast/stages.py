@@ -55,34 +55,6 @@ def relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(dh, hidden, 0)
 
 
-def product(
-    rows: Sequence[Tensor],
-    matrix: Tensor,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    relu: bool = False,
-) -> list[Tensor]:
-    """Each of one or two (M, K) times (K, N): with a bias (N,) and a ReLU, or where mask > 0"""
-    if len(rows) == 1:
-        out = [rows[0] @ matrix if bias is None else torch.addmm(bias, rows[0], matrix)]
-    else:
-        out = list((torch.stack(list(rows)) @ matrix).unbind(0))
-        out = out if bias is None else [x + bias for x in out]
-    if mask is not None:
-        return [relu_grad(x, mask) for x in out]
-    return [torch.relu(x) for x in out] if relu else out
-
-
-def layer_grad(dy: Tensor, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """scale dy^T x and scale times the sum of dy over the batch, of dy (N, J) and x (N, C)"""
-    bias = dy.sum(0)
-    if scale is None:
-        return dy.t() @ x, bias
-    narrower = dy if dy.shape[1] <= x.shape[1] else x
-    narrower, bias = scaled([narrower, bias], scale)
-    return (narrower.t() @ x if dy.shape[1] <= x.shape[1] else dy.t() @ narrower), bias
-
-
 class CamTerms(NamedTuple):
     """beta = first mean_l T / L + S mean_l dU + dg / L, for the gradients dU and dg of the class score."""
 
@@ -159,14 +131,29 @@ class Stages:
         mask: Tensor | None = None,
         relu: bool = False,
     ) -> list[Tensor]:
-        """See `product`"""
-        return product(rows, matrix, bias, mask, relu)
+        """Each of one or two (M, K) times (K, N): with a bias (N,) and a ReLU, or 0 where mask <= 0"""
+        if len(rows) == 1:
+            out = [rows[0] @ matrix if bias is None else torch.addmm(bias, rows[0], matrix)]
+        else:
+            out = list((torch.stack(list(rows)) @ matrix).unbind(0))
+            out = out if bias is None else [x + bias for x in out]
+        if mask is not None:
+            return [relu_grad(x, mask) for x in out]
+        return [torch.relu(x) for x in out] if relu else out
 
     def layer_grads(
         self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """The gradients of weight and bias of layers with dy (N, J) and x (N, C): see `layer_grad`"""
-        return [layer_grad(dy, x, scale) for dy, x in factors]
+        """scale dy^T x and scale times the sum of dy over the batch, of each layer's dy (N, J), x (N, C)"""
+        found = []
+        for dy, x in factors:
+            # Of the two factors the narrower one is scaled.
+            by_dy, bias = dy.shape[1] <= x.shape[1], dy.sum(0)
+            if scale is not None:
+                narrower, bias = scaled([dy if by_dy else x, bias], scale)
+                dy, x = (narrower, x) if by_dy else (dy, narrower)
+            found.append((dy.t() @ x, bias))
+        return found
 
     def channel_mlp(
         self, mean: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor

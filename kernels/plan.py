@@ -50,7 +50,9 @@ over several programs and none of them walks through the channels in many steps.
 PARTIAL_CHANNELS = 128
 """Channels of one partial sum of `channel_sum`: few images still fill a GPU, and few partial sums are left to
 add up.  On an H100, 2048 x 14 x 14, bfloat16, N = 128 and 32: 40.6 and 12.2 us with 128; 41.0 and 11.4 with
-64, which leave twice as many to `spatial_norm` (0.7 us more); with 256 39.9 and 15.8."""
+64, which leave twice as many to `spatial_norm` (0.7 us more); with 256 39.9 and 15.8.  Times in this file
+are of scripts that are not kept (`bench/results/h100.md`); `python -m bench.tune PARTIAL_CHANNELS=64,128,256`
+times whole steps."""
 
 LARGEST_CHANNELS = 8192
 """Channels of an image at most that one program of `guidance` holds."""

@@ -26,7 +26,7 @@ def _sum_partials(partials_ptr, l, P, L: tl.constexpr, BLOCK_L: tl.constexpr):
     BLOCK_P: tl.constexpr = max(1, min(32, 2048 // BLOCK_L))
     acc = tl.zeros((BLOCK_P, BLOCK_L), tl.float32)
     start = 0
-    while start < P:
+    while start < P:  # not a range, which Triton 3.6's interpreter takes up to constants alone
         p = start + tl.arange(0, BLOCK_P)
         mask = (p < P)[:, None] & (l < L)[None, :]
         offsets = p[:, None] * L + l[None, :]

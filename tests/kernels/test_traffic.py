@@ -133,3 +133,25 @@ def test_passes_of_a_training_step(step: str, layout: str) -> None:
     assert len(maps) == 1, "something besides dA has the size of A"
     assert (counts(backward.stores, maps[0]) == 1).all()
     assert len(of_map_size(guided, x)) == (options["pool_type"] == "flatten")
+
+
+@pytest.mark.parametrize("pool_type", ["avg", "max", ""])
+def test_features_without_a_dense_axis_are_copied_once(
+    pool_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stage of several passes over A: one copy."""
+    a = torch.stack([torch.randn(2, 20, 9)] * 2, -1)[..., 0]
+    s, t = torch.randn(2, 20).softmax(-1), torch.rand(2, 9)
+    copies = []
+    native = ops._native
+
+    def counted(features: Tensor) -> Tensor:
+        found = native(features)
+        copies.extend([found] * (found is not features))
+        return found
+
+    monkeypatch.setattr(ops, "_native", counted)
+    S.attended(a, s, "softmax", pool_type)
+    assert len(copies) == 1
+    S.attention_backward(a, [s, s], 1.0, None, t, t[:, 0], "softmax")
+    assert len(copies) == 2

@@ -195,7 +195,7 @@ def _linear(layer: nn.Linear, x: Tensor, stages: Stages) -> tuple[Tensor, Pullba
         return differentiable.product(rows, weight), [held]
 
     if torch.is_grad_enabled():
-        return F.linear(x, weight, bias), pull
+        return stages.linear(x, weight, bias), pull
     return stages.product([x], weight.t(), bias)[0], pull
 
 

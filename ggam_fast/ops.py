@@ -1,7 +1,8 @@
 """The stages as `torch.library` operators over the Triton kernels: check, allocate, launch.
 
 One private functional operator `ggam_fast::...` per stage and direction, with a fake of the same
-shapes and strides for `torch.compile` and `torch.export`.  Autograd lives outside, in `attention`.
+shapes and strides for `torch.compile` and `torch.export`.  Autograd lives outside, in `attention` and
+`linear`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import _checkout, stages
 from .checks import full_precision
 from .launch import launch
+from .linear import Linear
 
 _checkout.load_sibling_kernels()
 
@@ -728,6 +730,11 @@ class TritonStages(stages.Stages):
             return super().product(rows, matrix, bias, mask, relu)
         x, x_1 = rows if len(rows) == 2 else (rows[0], None)
         return list(_product(x, x_1, matrix, bias, mask, relu))[: len(rows)]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight.dtype != torch.float32:
+            return super().linear(x, weight, bias)
+        return Linear.apply(x, weight, bias, "triton")
 
     def layer_grads(
         self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None

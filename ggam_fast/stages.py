@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import compute_dtype
@@ -140,6 +141,10 @@ class Stages:
         if mask is not None:
             return [relu_grad(x, mask) for x in out]
         return [torch.relu(x) for x in out] if relu else out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b for x (N, C) and W (J, C), which autograd can go through"""
+        return F.linear(x, weight, bias)
 
     def layer_grads(
         self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None

@@ -344,15 +344,25 @@ def _differentiable_backward(
     grads: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
     """The backward under create_graph=True: through the contractions, which have every order."""
+
+    def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+        assert inputs[0] is not None
+        stages = DifferentiableStages(backend)
+        return tuple(attend(stages, inputs[0], ChannelMLP(*inputs[1:]), options)[:3])
+
     given = [x for x in (features, *mlp) if x is not None]
-
-    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        parameters = ChannelMLP(*inputs[1:]) if options.uses_channel else mlp
-        return tuple(attend(DifferentiableStages(backend), inputs[0], parameters, options)[:3])
-
-    pull = torch.func.vjp(forward, *given)[1]
-    found = pull(tuple(grads))
-    return *found, *([None] * (9 - len(found)))
+    if torch._C._are_functorch_transforms_active():
+        absent = [None] * (5 - len(given))  # the channel MLP comes whole or not at all
+        found = torch.func.vjp(lambda *inputs: forward(*inputs, *absent), *given)[1](tuple(grads))
+        return *found, *[None] * (9 - len(found))
+    # Outside of torch.func: vjp refuses to work under saved-tensor hooks, which checkpointing has.
+    inputs = [None if x is None else x.view_as(x) for x in (features, *mlp)]
+    outputs = [(y, dy) for y, dy in zip(forward(*inputs), grads, strict=True) if y.requires_grad]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    ys, dys = zip(*outputs, strict=True)
+    pulled = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    grad = [next(pulled) if x is not None and x.requires_grad else None for x in inputs]
+    return *grad, None, None, None, None
 
 
 def ggam_attention(

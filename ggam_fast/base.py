@@ -27,6 +27,10 @@ class GGAMOutput(NamedTuple):
     """() L_GGAM, non-negative for "symmetric" """
 
 
+# torch.export.save writes its name.
+torch.utils._pytree._register_namedtuple(GGAMOutput, serialized_type_name="ggam_fast.GGAMOutput")
+
+
 class GGAMHeadBase(nn.Module):
     """Constructor, parameters and state of a GGAM head; see `GGAMHead` for what each option does."""
 
@@ -140,10 +144,13 @@ class GGAMHeadBase(nn.Module):
         last = self._last_linear(factory)
         if not self.hidden_size:
             return last
+        norms = [self._norm_layer(width) for width in (self.pooled_features, self.hidden_size)]
+        if any(given is not None for given in factory.values()):
+            norms = [norm.to(**factory) for norm in norms]
         return nn.Sequential(
-            self._norm_layer(self.pooled_features).to(**factory),
+            norms[0],
             nn.Linear(self.pooled_features, self.hidden_size, **factory),
-            self._norm_layer(self.hidden_size).to(**factory),
+            norms[1],
             self._act_layer(),
             last,
         )

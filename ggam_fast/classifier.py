@@ -48,7 +48,7 @@ class Scores(NamedTuple):
 def probabilities(logits: Tensor, target: Tensor) -> Tensor:
     """The target as class probabilities (N, K): one-hot for class indices."""
     if target.is_floating_point():
-        return target.detach().to(logits.dtype)
+        return target.to(logits.dtype)
     return torch.zeros_like(logits, requires_grad=False).scatter(1, target.unsqueeze(1), 1.0)
 
 
@@ -107,6 +107,12 @@ def scores(layers: list[nn.Module], x: Tensor, detach: bool, stages: Stages) -> 
     return Scores(x, detached if detach else pull_back)
 
 
+_IN_PLACE = (
+    "classifier must not change its input in place, where Grad-CAM takes the gradient; "
+    "give its first layer inplace=False"
+)
+
+
 def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
     """The same for any module: its forward runs once, v is autograd's, and so are the parameters' gradients,
     which are not given here.
@@ -132,16 +138,18 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
         if not (needs_graph and x.requires_grad):
             x = x.detach().requires_grad_()
         version = x._version if eager else 0
-        logits = classifier(x)
+        try:
+            logits = classifier(x)
+        except RuntimeError as error:
+            if x.is_leaf and "leaf Variable that requires grad" in str(error):
+                raise ValueError(_IN_PLACE) from error
+            raise
         if eager and x._version != version:
-            raise ValueError(
-                "classifier must not change its input in place, where Grad-CAM takes the gradient; "
-                "give its first layer inplace=False"
-            )
+            raise ValueError(_IN_PLACE)
 
     def pull_one(seed: Tensor) -> Tensor:
         # The module may work in float16, where the cross entropy's small gradients would vanish.
-        scale = power_of_two(seed)
+        scale = power_of_two(seed.detach())
         with graph_allowed(), torch.enable_grad():
             (v,) = torch.autograd.grad(
                 logits,

@@ -224,10 +224,10 @@ def fused_ggam_loss(
     but beta and the backward share their reads of A: with average pooling and both attentions, the backward
     reads nothing of A's size. `features` and `target` as the head takes them; `guidance_weight` >= 0,
     `label_smoothing` in [0, 1]. `loss` is a scalar in float32 (float64 for float64 features); it can be
-    scaled (GradScaler) and differentiated once, not by torch.func.grad; `out` carries no gradient. With
-    `cam_detach=False`, `pool_type="flatten"` or "", or where gradients are disabled, this is the composition
-    above. The head's own forward hooks do not run: under DDP or FSDP call this inside the wrapped module's
-    forward, and let FSDP shard a module around the head.
+    scaled (GradScaler) and differentiated once, not by torch.func, which has no vmap of it either; `out`
+    carries no gradient. With `cam_detach=False`, `pool_type="flatten"` or "", or where gradients are
+    disabled, this is the composition above. The head's own forward hooks do not run: under DDP or FSDP call
+    this inside the wrapped module's forward, and let FSDP shard a module around the head.
 
     Raises:
         TypeError: `head` is no GGAMHead, or is sharded itself; otherwise what the head and GGAMLoss raise.

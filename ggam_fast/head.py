@@ -57,7 +57,8 @@ class GGAMHead(GGAMHeadBase):
             "symmetric", sum for "forward".
         drop_rate: dropout before the classifier's last layer, in [0, 1); a classifier that is not an
             nn.Sequential is one layer.
-        norm_layer, act_layer: layers of the hidden classifier.
+        norm_layer, act_layer: layers of the hidden classifier. Others than BatchNorm1d, ELU, ReLU and
+            Identity, or a hook on the classifier or one of its layers, make it a custom classifier.
         input_fmt: "NCHW" (any memory order; NCHW and channels-last are read in place), "NHWC" or "NLC".
         feat_size: (H, W) for "flatten", whose features are ordered C, H, W for every input format.
         backend: "auto" (Triton on a GPU tensor, torch elsewhere), "triton" or "torch".

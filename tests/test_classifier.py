@@ -184,7 +184,11 @@ def test_working_in_place_on_the_input_is_refused(
     x = features(device).requires_grad_()
     with torch.no_grad():
         head(x)
-    with pytest.raises(ValueError, match="classifier must not change its input in place"):
-        head(x, hard_target(device))
+    for graph in (True, False):
+        with (
+            torch.set_grad_enabled(graph),
+            pytest.raises(ValueError, match="classifier must not change its input in place"),
+        ):
+            head(x, hard_target(device))
     later = nn.Sequential(nn.Identity(), nn.LazyLinear(K), nn.Hardtanh(inplace=True))
     GGAMHead(C, K, classifier=later).to(device, torch.float64)(x, hard_target(device))

@@ -1,6 +1,7 @@
 """torch.compile(fullgraph=True) and torch.export: the same numbers as eager, no graph break."""
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ggam_fast import GGAMHead, GGAMLoss, functional, presets
+from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, functional, presets
 from tests.parity import relative_error
 
 C, K, N, SIZE = 32, 6, 4, 5
@@ -209,3 +210,15 @@ def test_export(backend: str, pool_type: str, device: torch.device) -> None:
         other = torch.rand(N + 3, C, SIZE, SIZE, device=device)
         for given in (x, other):
             torch.testing.assert_close(program.module()(given), head(given))
+
+
+def test_an_exported_guided_head_can_be_saved(device: torch.device) -> None:
+    head = GGAMHead(C, K, hidden_size=16, device=device).eval()
+    given = torch.rand(N, C, SIZE, SIZE, device=device), torch.arange(N, device=device) % K
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(head, given), file)
+        file.seek(0)
+        found = torch.export.load(file).module()(*given)
+        assert isinstance(found, GGAMOutput)
+        torch.testing.assert_close(found, head(*given))

@@ -130,6 +130,24 @@ def test_kernels_match_the_reference(head: str, options: dict[str, Any], device:
     compare(options, device, backend="triton", second=False)
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("cam_detach", [True, False])
+def test_a_soft_target_can_be_learned(cam_detach: bool, own: bool, device: torch.device) -> None:
+    """Through beta, where it is not constant: y is the target's mean of the scores."""
+    build = (lambda: nn.Sequential(nn.Linear(C, 8), nn.GELU(), nn.Linear(8, K))) if own else None
+    heads = pair(
+        device=device, hidden_size=0, cam_detach=cam_detach, cam_norm="standardized", build_classifier=build
+    )
+    x, target = features(device), soft_target(device)
+    found, expected = (
+        torch.autograd.grad(h(x, t).guidance_loss + 0.0 * t.sum(), t)[0]
+        for h in heads
+        for t in [target.clone().requires_grad_()]
+    )
+    assert bool(expected.any()) != cam_detach
+    torch.testing.assert_close(found, expected)
+
+
 BACKENDS = ("torch", "triton")
 POOLS = {
     "avg": {"pool_type": "avg"},

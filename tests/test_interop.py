@@ -40,6 +40,41 @@ def test_activation_checkpointing(reentrant: bool, cam_detach: bool, own: bool, 
     assert_parity(results[1], results[0], 1e-10)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gradient_penalty_inside_a_checkpoint(backend: str, device: torch.device) -> None:
+    """Second derivatives where tensors are saved through hooks; frozen features and parameters too."""
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    head = GGAMHead(C, K, rd_channels=4, hidden_size=0, backend=backend, device=device, dtype=dtype)
+    head.fc1.bias.requires_grad_(False)
+    x, target = features(device).to(dtype).requires_grad_(), hard_target(device)
+
+    def penalised(x: Tensor) -> Tensor:
+        loss = GGAMLoss()(head(x, target), target)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + gradient.square().sum()
+
+    wanted = [x, *(p for p in head.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(checkpoint(penalised, x, use_reentrant=False), wanted)
+    expected = torch.autograd.grad(penalised(x), wanted)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("attention", ["none", "channel", "spatial", "channel_spatial"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_hook_may_change_the_gradient_in_place(
+    attention: str, layout: torch.memory_format, device: torch.device
+) -> None:
+    head = GGAMHead(C, K, attention=attention, device=device, dtype=torch.float64).eval()
+    x = features(device).contiguous(memory_format=layout).requires_grad_()
+    target = hard_target(device)
+    (expected,) = torch.autograd.grad(GGAMLoss()(head(x, target), target), x)
+    y = x * 1
+    y.register_hook(lambda gradient: gradient.mul_(2))
+    GGAMLoss()(head(y, target), target).backward()
+    torch.testing.assert_close(x.grad, 2 * expected)
+
+
 def pooled_classifier() -> nn.Module:
     return nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 10), nn.GELU(), nn.Linear(10, K))
 

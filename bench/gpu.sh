@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Everything a GPU is needed for; no failure stops the rest, and a summary is printed last.
 #
-#   bench/gpu.sh DIR                       all sections, at most 43 minutes
+#   bench/gpu.sh DIR                       all sections, at most 45 minutes
 #   bench/gpu.sh DIR parity                these alone, each below ten minutes
 #
 #   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log
 #   bench       the suite, under nine minutes                                                    bench.log, DEVICE-torch...csv
 #   counters    bytes read from and written to device memory by each kernel (ncu)                counters.log, .csv
 #   sanitizer   memcheck and racecheck on small shapes (compute-sanitizer)                       sanitizer.log
-#   first_call  the first step of a new process, with empty and with warm caches                 first_call.log
+#   first_call  the first step of a new process, with empty and with warm caches; the host's
+#               time to start a step, and each of its operators                                  first_call.log
 #
 # Rows and logs are in DIR as soon as they are written.  DIR holds at most 8 files and 16 MB. A copy without its
 # history takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/: "-k max_autotune", say, for
@@ -92,6 +93,7 @@ sanitizer() {
 first_call() {
     step first_call 120 eager "$python" -m bench.first_call
     step first_call 240 compiled "$python" -m bench.first_call --compile
+    step first_call 120 host "$python" -m bench.host --compile
 }
 
 sections=("$@")

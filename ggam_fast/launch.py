@@ -34,7 +34,8 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
         else:
             kinds.append(kind(x))
             values.append(x)
-    key = (kernel, *kinds, *constants.items())
+    # As a key a JITFunction would be hashed in Python, under its lock.
+    key = (id(kernel), *kinds, *constants.items())
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[(programs,)](*arguments, **constants)

@@ -19,8 +19,9 @@ PACKAGE, KERNELS = ROOT / "ggam_fast", ROOT / "kernels"
 LAYERS = (
     ("checks", "_checkout", "guidance", "launch"),
     ("base", "stages"),
-    ("ops",),
     ("contractions",),
+    ("linear",),
+    ("ops",),
     ("attention",),
     ("gradcam", "classifier", "losses"),
     ("fused_loss",),

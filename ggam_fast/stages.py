@@ -331,7 +331,8 @@ class Stages:
             del x  # so that no third map is held
         if du is not None:
             da = torch.addcmul(da, s.unsqueeze(c), du.unsqueeze(l))
+        da = da.to(features.dtype)
         dense = features.transpose(1, 2).shape if channels_last else features.shape
         if da.shape != dense:
             da = da.expand(dense).contiguous()  # a hook may change it in place
-        return (da.transpose(1, 2) if channels_last else da).to(features.dtype)
+        return da.transpose(1, 2) if channels_last else da

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -797,6 +798,13 @@ def test_meta_device() -> None:
     out = head(torch.empty(2, C, H, W, device="meta"), torch.empty(2, dtype=torch.int64, device="meta"))
     assert out.logits.shape == (2, K)
     assert out.logits.is_meta
+
+
+def test_built_of_fake_tensors() -> None:
+    """As tools do that count parameters without their memory."""
+    with FakeTensorMode():
+        head = GGAMHead(C, K, hidden_size=8)
+        assert head(torch.empty(2, C, 3, 3)).shape == (2, K)
 
 
 def test_device_and_dtype_of_the_parameters(device: torch.device) -> None:

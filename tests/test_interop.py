@@ -42,7 +42,7 @@ def test_activation_checkpointing(reentrant: bool, cam_detach: bool, own: bool, 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_gradient_penalty_inside_a_checkpoint(backend: str, device: torch.device) -> None:
-    """Second derivatives where tensors are saved through hooks; frozen features and parameters too."""
+    """Second derivatives where tensors are saved through hooks; one parameter is frozen."""
     dtype = torch.float64 if backend == "torch" else torch.float32
     head = GGAMHead(C, K, rd_channels=4, hidden_size=0, backend=backend, device=device, dtype=dtype)
     head.fc1.bias.requires_grad_(False)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from .autograd import Function
 from .checks import compute_dtype, full_precision
 from .contractions import DifferentiableStages, get_stages
 from .stages import CamTerms, Stages, softmax_grad

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
+from .autograd import Function
 from .stages import Stages
 
 aten = torch.ops.aten

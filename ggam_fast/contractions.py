@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from .autograd import Function
 from .checks import full_precision
 from .stages import Stages
 

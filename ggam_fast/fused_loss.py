@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .attention import (
     ChannelMLP,
@@ -30,6 +29,7 @@ from .attention import (
     pull_back_to_channels,
     pull_back_to_mean,
 )
+from .autograd import Function
 from .base import GGAMOutput
 from .checks import compute_dtype, full_precision
 from .classifier import LayerGradient, Scores, probabilities, score_gradient

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .attention import Attended, ChannelMLP, Options, cam_terms, pull_back
+from .autograd import Function
 from .checks import full_precision
 from .contractions import DifferentiableStages, get_stages
 from .guidance import kl_guidance_with_grad

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
+from .autograd import Function
 from .checks import full_precision
 from .contractions import get_stages
 from .stages import Stages

@@ -116,12 +116,11 @@ def _channel_sums(features: Tensor, weights: Sequence[Tensor]) -> Tensor:
     shape = (batch, len(weights), parts, positions)
     partials = torch.empty(shape, dtype=torch.float32, device=features.device)
     if batch:
-        with torch.cuda.device_of(features):
-            launch(
-                channel_sum.channel_sum_kernel, batch * parts * plan.blocks(positions, cut.block_l),
-                features, *_pair([w.contiguous() for w in weights]), partials, features.stride(0),
-                R=len(weights), PARTIAL_C=cut.task_c, STAGES=cut.stages, **_geometry(features, cut),
-            )  # fmt: skip
+        launch(
+            channel_sum.channel_sum_kernel, batch * parts * plan.blocks(positions, cut.block_l),
+            features, *_pair([w.contiguous() for w in weights]), partials, features.stride(0),
+            R=len(weights), PARTIAL_C=cut.task_c, STAGES=cut.stages, **_geometry(features, cut),
+        )  # fmt: skip
     return partials
 
 
@@ -133,12 +132,11 @@ def _spatial_sums(features: Tensor, weights: Sequence[Tensor], scale: float) -> 
     cut = plan.spatial_sum(channels, positions, itemsize, layout, len(weights))
     out = [_small(batch, channels, features) for _ in range(max(len(weights), 1))]
     if batch:
-        with torch.cuda.device_of(features):
-            launch(
-                spatial_sum.spatial_sum_kernel, batch * plan.blocks(channels, cut.task_c),
-                features, *_pair([w.contiguous() for w in weights]), *_pair(out), scale, features.stride(0),
-                R=len(weights), TASK_C=cut.task_c, STAGES=cut.stages, **_geometry(features, cut),
-            )  # fmt: skip
+        launch(
+            spatial_sum.spatial_sum_kernel, batch * plan.blocks(channels, cut.task_c),
+            features, *_pair([w.contiguous() for w in weights]), *_pair(out), scale, features.stride(0),
+            R=len(weights), TASK_C=cut.task_c, STAGES=cut.stages, **_geometry(features, cut),
+        )  # fmt: skip
     return out
 
 
@@ -148,17 +146,16 @@ def _normalise(partials: Tensor, norm: int) -> tuple[Tensor, Tensor]:
     attention = _small(batch, positions, partials)
     total = torch.empty((batch,), dtype=torch.float32, device=partials.device)
     if batch:
-        with torch.cuda.device_of(partials):
-            launch(
-                spatial_norm.spatial_norm_kernel,
-                batch,
-                partials,
-                attention,
-                total,
-                parts,
-                NORM=norm,
-                **_map_geometry(positions),
-            )
+        launch(
+            spatial_norm.spatial_norm_kernel,
+            batch,
+            partials,
+            attention,
+            total,
+            parts,
+            NORM=norm,
+            **_map_geometry(positions),
+        )
     return attention, total
 
 
@@ -169,13 +166,12 @@ def _normalise_grads(
     batch, rows, parts, positions = partials.shape
     grads = [_small(batch, positions, partials) for _ in range(rows)]
     if batch:
-        with torch.cuda.device_of(partials):
-            launch(
-                spatial_norm.spatial_norm_grad_kernel, batch * rows,
-                partials, _contiguous(extra), t.contiguous(), total.contiguous(), *_pair(grads), scale, parts,
-                R=rows, NORM=norm,
-                **_map_geometry(positions),
-            )  # fmt: skip
+        launch(
+            spatial_norm.spatial_norm_grad_kernel, batch * rows,
+            partials, _contiguous(extra), t.contiguous(), total.contiguous(), *_pair(grads), scale, parts,
+            R=rows, NORM=norm,
+            **_map_geometry(positions),
+        )  # fmt: skip
     return grads
 
 
@@ -263,11 +259,10 @@ def _max_pool(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
     tile = _tile(features)
     peak, index = _max_pool_fake(features, t)
     if batch:
-        with torch.cuda.device_of(features):
-            launch(
-                max_pool.max_pool_kernel, batch * plan.blocks(channels, tile.block_c),
-                features, _contiguous(t), peak, index, features.stride(0), **_geometry(features, tile),
-            )  # fmt: skip
+        launch(
+            max_pool.max_pool_kernel, batch * plan.blocks(channels, tile.block_c),
+            features, _contiguous(t), peak, index, features.stride(0), **_geometry(features, tile),
+        )  # fmt: skip
     return peak, index
 
 
@@ -281,12 +276,11 @@ def _position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
     tile = plan.SCATTER_TILE
     out = _small(batch, positions, values)
     if batch:
-        with torch.cuda.device_of(values):
-            launch(
-                position_scatter.position_scatter_kernel, batch * plan.blocks(positions, tile.block_l),
-                values.contiguous(), index.contiguous(), out, C=channels, L=positions,
-                BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps, **_FP_FUSION,
-            )  # fmt: skip
+        launch(
+            position_scatter.position_scatter_kernel, batch * plan.blocks(positions, tile.block_l),
+            values.contiguous(), index.contiguous(), out, C=channels, L=positions,
+            BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps, **_FP_FUSION,
+        )  # fmt: skip
     return out
 
 
@@ -304,13 +298,12 @@ def _hadamard(features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) 
     tile = _tile(features)
     if batch:
         programs = batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l)
-        with torch.cuda.device_of(features):
-            launch(
-                hadamard.hadamard_kernel, programs,
-                features, (s if t is None else t).contiguous(), out,
-                features.stride(0), out.stride(0), OUT_STRIDE_C=out.stride(1),
-                OUT_STRIDE_L=out.stride(2), BY_CHANNEL=t is None, **_geometry(features, tile),
-            )  # fmt: skip
+        launch(
+            hadamard.hadamard_kernel, programs,
+            features, (s if t is None else t).contiguous(), out,
+            features.stride(0), out.stride(0), OUT_STRIDE_C=out.stride(1),
+            OUT_STRIDE_L=out.stride(2), BY_CHANNEL=t is None, **_geometry(features, tile),
+        )  # fmt: skip
     return out
 
 
@@ -329,13 +322,12 @@ def _grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[T
     features = _native(features)
     means, dots, partials = _grad_cam_means_fake(features, grad, t)
     if features.shape[0]:
-        with torch.cuda.device_of(features):
-            launch(
-                grad_cam_means.grad_cam_means_kernel, features.shape[0] * partials.shape[1],
-                features, grad, _contiguous(t), means, dots, partials,
-                features.stride(0), grad.stride(0), GRAD_STRIDE_C=grad.stride(1),
-                GRAD_STRIDE_L=grad.stride(2), **_geometry(features, plan.MEANS_TILE),
-            )  # fmt: skip
+        launch(
+            grad_cam_means.grad_cam_means_kernel, features.shape[0] * partials.shape[1],
+            features, grad, _contiguous(t), means, dots, partials,
+            features.stride(0), grad.stride(0), GRAD_STRIDE_C=grad.stride(1),
+            GRAD_STRIDE_L=grad.stride(2), **_geometry(features, plan.MEANS_TILE),
+        )  # fmt: skip
     return means, dots, partials
 
 
@@ -386,14 +378,13 @@ def _guidance(
     assert block is not None
     if batch:
         given = [_contiguous(x) for x in (t, du, grad_mean, ds)]
-        with torch.cuda.device_of(logits):
-            launch(
-                guidance.guidance_kernel, batch,
-                logits.contiguous(), first.contiguous(), *given, beta, s, loss, de,
-                weight / batch if mean else weight, temperature, C=channels, L=positions, CAM_NORM=cam_norm,
-                SYMMETRIC=symmetric,
-                BLOCK_C=block[0], BLOCK_L=plan.norm_block(positions)[0], num_warps=block[1], **_FP_FUSION,
-            )  # fmt: skip
+        launch(
+            guidance.guidance_kernel, batch,
+            logits.contiguous(), first.contiguous(), *given, beta, s, loss, de,
+            weight / batch if mean else weight, temperature, C=channels, L=positions, CAM_NORM=cam_norm,
+            SYMMETRIC=symmetric,
+            BLOCK_C=block[0], BLOCK_L=plan.norm_block(positions)[0], num_warps=block[1], **_FP_FUSION,
+        )  # fmt: skip
     return beta, s, loss, de
 
 
@@ -524,15 +515,14 @@ def _product(
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
         counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     if tiles:
-        with torch.cuda.device_of(x):
-            launch(
-                product.product_kernel, tiles * cut.split,
-                *_pair(rows), matrix, _contiguous(bias), _contiguous(mask), *_pair(found[:count]),
-                partials, counters, m, n, k, *rows[0].stride(), *matrix.stride(), R=count, RELU=relu,
-                SPLIT=cut.split, STEPS=plan.blocks(plan.blocks(k, cut.split), cut.block_k),
-                BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-                STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(), **_FP_FUSION,
-            )  # fmt: skip
+        launch(
+            product.product_kernel, tiles * cut.split,
+            *_pair(rows), matrix, _contiguous(bias), _contiguous(mask), *_pair(found[:count]),
+            partials, counters, m, n, k, *rows[0].stride(), *matrix.stride(), R=count, RELU=relu,
+            SPLIT=cut.split, STEPS=plan.blocks(plan.blocks(k, cut.split), cut.block_k),
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+            STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(), **_FP_FUSION,
+        )  # fmt: skip
     return found
 
 
@@ -577,14 +567,13 @@ def _layer_grads(*given: Tensor | None) -> tuple[Tensor, ...]:
     if tiles:
         pointers += [None] * (16 - len(pointers))
         sizes += [0] * (8 - len(sizes))
-        with torch.cuda.device_of(out[0]):
-            launch(
-                layer_grads.layer_grads_kernel, tiles,
-                *pointers, scale, batch, *sizes, STEPS=plan.power_of_2(plan.blocks(batch, cut.block_k)),
-                BLOCK_J=cut.block_m, BLOCK_C=cut.block_n,
-                BLOCK_N=cut.block_k, STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(),
-                **_FP_FUSION,
-            )  # fmt: skip
+        launch(
+            layer_grads.layer_grads_kernel, tiles,
+            *pointers, scale, batch, *sizes, STEPS=plan.power_of_2(plan.blocks(batch, cut.block_k)),
+            BLOCK_J=cut.block_m, BLOCK_C=cut.block_n,
+            BLOCK_N=cut.block_k, STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(),
+            **_FP_FUSION,
+        )  # fmt: skip
     return tuple(out)
 
 
@@ -627,19 +616,18 @@ def _features_grad(
         t = du = None
     if batch:
         programs = batch * plan.blocks(channels, tile.block_c) * plan.blocks(positions, tile.block_l)
-        with torch.cuda.device_of(features):
-            launch(
-                features_grad.features_grad_kernel, programs,
-                out, first if dense else None, None if dense else first.contiguous(),
-                index.contiguous() if pool == _POOL["max"] else None, _contiguous(t), _contiguous(du),
-                s.contiguous(), _contiguous(grad_mean), scale, out.stride(0),
-                first.stride(0) if dense else 0, C=geometry["C"], L=geometry["L"],
-                OUT_STRIDE_C=geometry["STRIDE_C"], OUT_STRIDE_L=geometry["STRIDE_L"],
-                GRAD_STRIDE_C=first.stride(1) if dense else 0,
-                GRAD_STRIDE_L=first.stride(2) if dense else 0,
-                POOL=pool, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps,
-                **_FP_FUSION,
-            )  # fmt: skip
+        launch(
+            features_grad.features_grad_kernel, programs,
+            out, first if dense else None, None if dense else first.contiguous(),
+            index.contiguous() if pool == _POOL["max"] else None, _contiguous(t), _contiguous(du),
+            s.contiguous(), _contiguous(grad_mean), scale, out.stride(0),
+            first.stride(0) if dense else 0, C=geometry["C"], L=geometry["L"],
+            OUT_STRIDE_C=geometry["STRIDE_C"], OUT_STRIDE_L=geometry["STRIDE_L"],
+            GRAD_STRIDE_C=first.stride(1) if dense else 0,
+            GRAD_STRIDE_L=first.stride(2) if dense else 0,
+            POOL=pool, BLOCK_C=tile.block_c, BLOCK_L=tile.block_l, num_warps=tile.num_warps,
+            **_FP_FUSION,
+        )  # fmt: skip
     return out
 
 

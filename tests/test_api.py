@@ -1,6 +1,8 @@
 """The public surface, the layers and their one-way imports, optional dependencies, the environment."""
 
 import ast
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS = ROOT / "ggam_fast", ROOT / "kernels"
 
 LAYERS = (
-    ("checks", "_checkout", "guidance", "launch"),
+    ("autograd", "checks", "_checkout", "guidance", "launch"),
     ("base", "stages"),
     ("contractions",),
     ("linear",),
@@ -93,6 +95,24 @@ def test_each_layer_imports_downward() -> None:
         for other in own(imports(path)) & rank.keys():
             if (name, other) not in LAZY:
                 assert rank[other] < rank[name], f"{name}.py imports {other}"
+
+
+def test_autograd_nodes_know_their_signature() -> None:
+    """torch looks it up at every call, which takes longer than a launch."""
+    modules = [importlib.import_module(f"ggam_fast.{name}") for row in LAYERS for name in row]
+    nodes = {
+        x
+        for module in modules
+        for x in vars(module).values()
+        if isinstance(x, type) and issubclass(x, torch.autograd.Function) and "forward" in vars(x)
+    }
+    assert {node.__name__ for node in nodes} >= {"Attention", "HeldGradient", "Linear"}
+    for node in nodes:
+        remembered = vars(node.forward).pop("__signature__")
+        try:
+            assert remembered == inspect.signature(node.forward), node
+        finally:
+            vars(node.forward)["__signature__"] = remembered
 
 
 def test_only_ops_sees_the_kernels() -> None:

@@ -3,7 +3,8 @@
     python -m bench.first_call
     python -m bench.first_call --case 32x2048x14x14-bfloat16-nchw --compile
 
-Timed from the call to its end on the device, after imports and after the device's own start.
+Timed from the call to its end on the device, after imports and after the device's own start.  `--compile`
+times the step inside torch.compile, and what torch.compile takes for the smallest of steps, (x * x).sum().
 """
 
 import argparse
@@ -13,48 +14,52 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 from .cases import Case
 from .environment import ROOT
 
 DEFAULT = "32x2048x14x14-bfloat16-nchw"
-CHILD = "--child"
+STEPS = ("fused", "fused_compiled", "smallest")
 
 
-def child(case: Case, compiled: bool) -> dict[str, float]:
+def child(case: Case, step: str) -> dict[str, float]:
     """Seconds of the start of the device, of the first step, and of the second."""
     start = time.perf_counter()
     import torch
 
-    from . import environment, peers
+    from . import environment
     from .workload import Workload
 
     device = environment.device()
     work = Workload(case, device)
-    peer = work.build("fused_compiled" if compiled else "fused", "step")
     x, y = work.leaves[0], work.target
+    if step == "smallest":
+        square = torch.compile(lambda x: (x * x).sum(), fullgraph=True)
+        call: Callable[[], Any] = lambda: square(x).backward()  # noqa: E731
+    else:
+        peer = work.build(step, "step")
+        call = lambda: peer(x, y)  # noqa: E731
     (x.detach() @ x.detach().mT).sum().item()
     found = {"device and inputs": time.perf_counter() - start}
     for name in ("first step", "second step"):
         start = time.perf_counter()
-        peer(x, y)
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         found[name] = time.perf_counter() - start
-    assert isinstance(peer, peers.Step)
     return found
 
 
-def spawn(case: Case, compiled: bool, cache: str) -> dict[str, float]:
+def spawn(case: Case, step: str, cache: str) -> dict[str, float]:
     """`child` in a new process with these caches."""
     environment = os.environ | {
         "TRITON_CACHE_DIR": f"{cache}/triton",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
     }
-    command = [sys.executable, "-m", "bench.first_call", CHILD, "--case", str(case)]
-    done = subprocess.run(
-        command + ["--compile"] * compiled, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "bench.first_call", "--child", step, "--case", str(case)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the first call failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,17 +69,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.first_call", description=__doc__.split("\n")[0])
     parser.add_argument("--case", type=Case.parse, default=Case.parse(DEFAULT))
     parser.add_argument("--compile", action="store_true", help="inside torch.compile")
-    parser.add_argument(CHILD, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=STEPS, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
-        print(json.dumps(child(chosen.case, chosen.compile)))
+        print(json.dumps(child(chosen.case, chosen.child)))
         return
-    with tempfile.TemporaryDirectory() as cache:
-        for name in ("cold caches", "warm caches"):
-            found = spawn(chosen.case, chosen.compile, cache)
-            print(
-                f"{chosen.case}, {name}:", ", ".join(f"{k} {v:.2f} s" for k, v in found.items()), flush=True
-            )
+    for step in STEPS[1:] if chosen.compile else STEPS[:1]:
+        with tempfile.TemporaryDirectory() as cache:
+            for name in ("cold caches", "warm caches"):
+                found = spawn(chosen.case, step, cache)
+                seconds = ", ".join(f"{k} {v:.2f} s" for k, v in found.items())
+                print(f"{step}, {chosen.case}, {name}: {seconds}", flush=True)
 
 
 if __name__ == "__main__":

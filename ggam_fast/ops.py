@@ -570,9 +570,9 @@ def _layer_grads(*given: Tensor | None) -> tuple[Tensor, ...]:
         launch(
             layer_grads.layer_grads_kernel, tiles,
             *pointers, scale, batch, *sizes, STEPS=plan.power_of_2(plan.blocks(batch, cut.block_k)),
-            BLOCK_J=cut.block_m, BLOCK_C=cut.block_n,
-            BLOCK_N=cut.block_k, STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(),
-            **_FP_FUSION,
+            WIDE_J=all(j % 4 == 0 for j in sizes[::2]), WIDE_C=all(c % 4 == 0 for c in sizes[1::2]),
+            BLOCK_J=cut.block_m, BLOCK_C=cut.block_n, BLOCK_N=cut.block_k,
+            STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(), **_FP_FUSION,
         )  # fmt: skip
     return tuple(out)
 

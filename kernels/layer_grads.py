@@ -9,46 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _layer(
-    tile,  # of this layer; others' tiles are left alone
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, N, J, C,
-    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store a BLOCK_J x BLOCK_C tile of dW, and its part of db with the first tile of a row of tiles."""
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    if (tile >= 0) & (tile < tl.cdiv(J, BLOCK_J) * tiles_c):
-        j = tile // tiles_c * BLOCK_J + tl.arange(0, BLOCK_J)
-        c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        acc = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-            dy = tl.load(
-                dy_ptr + j[:, None] + n[None, :] * J, mask=(j < J)[:, None] & (n < N)[None, :], other=0.0
-            )
-            x = tl.load(
-                x_ptr + n[:, None] * C + c[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0
-            )
-            acc = tl.dot(dy, x, acc, input_precision=PRECISION)
-        if scale_ptr is not None:
-            acc *= tl.load(scale_ptr).to(tl.float32)
-        tl.store(weight_ptr + j[:, None] * C + c[None, :], acc, mask=(j < J)[:, None] & (c < C)[None, :])
-
-        if tile % tiles_c == 0:
-            sums = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
-            for step in range(STEPS):
-                n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-                sums += tl.load(
-                    dy_ptr + j[:, None] + n[None, :] * J, mask=(j < J)[:, None] & (n < N)[None, :], other=0.0
-                )
-            total = tl.sum(sums, axis=1)
-            if scale_ptr is not None:
-                total *= tl.load(scale_ptr).to(tl.float32)
-            tl.store(bias_ptr + j, total, mask=j < J)
-
-
-@triton.jit(do_not_specialize=["N"])  # batches come in all sizes
+@triton.jit(do_not_specialize=["N", "J", "C", "J_1", "C_1", "J_2", "C_2", "J_3", "C_3"])
 def layer_grads_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr,  # (N, J), (N, C), (J, C), (J,) float32, contiguous; for each layer
     dy_1_ptr, x_1_ptr, weight_1_ptr, bias_1_ptr,  # or None
@@ -60,30 +21,59 @@ def layer_grads_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,  # blocks of N, or more: a power of two, so that few batches are compiled for
+    WIDE_J: tl.constexpr,  # all J are multiples of four: accesses of 16 bytes
+    WIDE_C: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program does one tile of one layer: tiles are counted from the first layer to the last."""
-    tile = tl.program_id(0)
-    _layer(
-        tile, dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, N, J, C,
-        BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
-    )  # fmt: skip
+    """This program does a BLOCK_J x BLOCK_C tile of a dW; with the first of a row of tiles, BLOCK_J of db."""
+    tile = tl.program_id(0)  # counted from the first layer to the last
     if dy_1_ptr is not None:
-        tile -= tl.cdiv(J, BLOCK_J) * tl.cdiv(C, BLOCK_C)
-        _layer(
-            tile, dy_1_ptr, x_1_ptr, weight_1_ptr, bias_1_ptr, scale_ptr, N, J_1, C_1,
-            BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
-        )  # fmt: skip
+        tiles = tl.cdiv(J, BLOCK_J) * tl.cdiv(C, BLOCK_C)
+        if tile >= tiles:
+            tile -= tiles
+            dy_ptr, x_ptr, weight_ptr, bias_ptr = dy_1_ptr, x_1_ptr, weight_1_ptr, bias_1_ptr
+            J, C = J_1, C_1
     if dy_2_ptr is not None:
-        tile -= tl.cdiv(J_1, BLOCK_J) * tl.cdiv(C_1, BLOCK_C)
-        _layer(
-            tile, dy_2_ptr, x_2_ptr, weight_2_ptr, bias_2_ptr, scale_ptr, N, J_2, C_2,
-            BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
-        )  # fmt: skip
+        tiles = tl.cdiv(J, BLOCK_J) * tl.cdiv(C, BLOCK_C)
+        if tile >= tiles:
+            tile -= tiles
+            dy_ptr, x_ptr, weight_ptr, bias_ptr = dy_2_ptr, x_2_ptr, weight_2_ptr, bias_2_ptr
+            J, C = J_2, C_2
     if dy_3_ptr is not None:
-        tile -= tl.cdiv(J_2, BLOCK_J) * tl.cdiv(C_2, BLOCK_C)
-        _layer(
-            tile, dy_3_ptr, x_3_ptr, weight_3_ptr, bias_3_ptr, scale_ptr, N, J_3, C_3,
-            BLOCK_J, BLOCK_C, BLOCK_N, STEPS, STAGES, PRECISION,
-        )  # fmt: skip
+        tiles = tl.cdiv(J, BLOCK_J) * tl.cdiv(C, BLOCK_C)
+        if tile >= tiles:
+            tile -= tiles
+            dy_ptr, x_ptr, weight_ptr, bias_ptr = dy_3_ptr, x_3_ptr, weight_3_ptr, bias_3_ptr
+            J, C = J_3, C_3
+
+    if WIDE_J:
+        J = J // 4 * 4  # the same, and the compiler knows
+    if WIDE_C:
+        C = C // 4 * 4
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    j = tile // tiles_c * BLOCK_J + tl.arange(0, BLOCK_J)
+    c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        dy = tl.load(
+            dy_ptr + j[:, None] + n[None, :] * J, mask=(j < J)[:, None] & (n < N)[None, :], other=0.0
+        )
+        x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr).to(tl.float32)
+    tl.store(weight_ptr + j[:, None] * C + c[None, :], acc, mask=(j < J)[:, None] & (c < C)[None, :])
+
+    if tile % tiles_c == 0:
+        sums = tl.zeros((BLOCK_J, BLOCK_N), tl.float32)
+        for step in range(STEPS):
+            n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+            sums += tl.load(
+                dy_ptr + j[:, None] + n[None, :] * J, mask=(j < J)[:, None] & (n < N)[None, :], other=0.0
+            )
+        total = tl.sum(sums, axis=1)
+        if scale_ptr is not None:
+            total *= tl.load(scale_ptr).to(tl.float32)
+        tl.store(bias_ptr + j, total, mask=j < J)

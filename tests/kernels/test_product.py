@@ -64,11 +64,21 @@ def test_rows_times_a_matrix(m: int, n: int, k: int, rows: int, device: torch.de
         close(found, e * (mask > 0))
 
 
+SIZES_OF_LAYERS = {
+    "any": [(33, 65), (1, 6), (70, 1), (32, 64), (5, 200)],
+    "of four": [(32, 68), (4, 8), (72, 20), (36, 64), (4, 200)],
+    "odd classes": [(33, 68), (4, 8), (70, 20), (1, 64), (5, 200)],
+}
+
+
+@pytest.mark.parametrize("widths", SIZES_OF_LAYERS)
 @pytest.mark.parametrize("n", [1, 7, 70])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("scale", [None, -0.3])
-def test_gradients_of_layers(n: int, count: int, scale: float | None, device: torch.device) -> None:
-    sizes = [(33, 65), (4, 6), (70, 20), (32, 64), (5, 200)][:count]
+def test_gradients_of_layers(
+    widths: str, n: int, count: int, scale: float | None, device: torch.device
+) -> None:
+    sizes = SIZES_OF_LAYERS[widths][:count]
     factors = [(torch.randn(n, j, device=device), torch.randn(n, c, device=device)) for j, c in sizes]
     given = None if scale is None else torch.tensor(scale, device=device)
     found = S.layer_grads(factors, given)

@@ -92,7 +92,9 @@ sanitizer() {
 
 first_call() {
     step first_call 120 eager "$python" -m bench.first_call
-    step first_call 240 compiled "$python" -m bench.first_call --compile
+    step first_call 200 compiled "$python" -m bench.first_call --compile
+    step first_call 120 "compiled, its graphs cached" env TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1 \
+        "$python" -m bench.first_call --compile
     step first_call 120 host "$python" -m bench.host --compile
 }
 

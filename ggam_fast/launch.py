@@ -1,19 +1,18 @@
 """Launching a kernel again without what Triton works out anew at every call.
 
 `kernel[grid](...)` binds and specialises all arguments and asks the driver about every pointer: 12 us, and 4
-us for each pointer, on the machine of `bench/results/h100.md`.  Here a launch is remembered with all that
-Triton may specialise its kernel for, and takes addresses when it comes again, as in Triton's tutorial on
-fused softmax.
+us for each pointer, on the machine of `bench/results/h100.md`.  Here a kernel's compiled form is remembered
+with what Triton specialised it for; launched as in Triton's tutorial on fused softmax, it takes addresses.
 """
 
-from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-_launches: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, **constants: Any) -> None:
@@ -30,7 +29,7 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
             kernel[(programs,)](*arguments, **constants)
             return
         # As a key a JITFunction would be hashed in Python, under its lock.
-        key: list[Any] = [id(kernel), programs, *constants, *constants.values()]
+        key: list[Any] = [id(kernel), *constants, *constants.values()]
         values: list[Any] = []
         for x in arguments:
             if isinstance(x, Tensor):
@@ -38,13 +37,19 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
                 key += (x.dtype, x.get_device(), address % 16 == 0)
                 values.append(address)
             else:
-                key.append(float if isinstance(x, float) else x)
+                key.append(kind(x) if isinstance(x, int) else type(x))
                 values.append(x)
-        known = _launches.get(found := tuple(key))
+        known = _compiled.get(found := tuple(key))
         if known is None:
             compiled = kernel[(programs,)](*arguments, **constants)
             names = kernel.arg_names[len(arguments) :]
-            _launches[found] = compiled[(programs, 1, 1)], tuple(constants[name] for name in names)
+            _compiled[found] = compiled, tuple(constants[name] for name in names)
             return
-        run, rest = known
-        run(*values, *rest)
+        compiled, rest = known
+        compiled[(programs, 1, 1)](*values, *rest)
+
+
+@lru_cache(1 << 12)
+def kind(x: int) -> tuple[bool, bool, bool]:
+    """What of a number Triton compiles into a kernel."""
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31

@@ -1,5 +1,9 @@
-"""A launch is remembered for arguments that Triton compiles alike, and for no others."""
+"""A kernel's compiled form is used again for the same kinds of arguments, and for no others."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,8 @@ if not checks.TRITON_AVAILABLE:
     pytest.skip("needs triton", allow_module_level=True)
 
 from ggam_fast import launch, ops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Kernel:
@@ -46,50 +52,76 @@ class Elsewhere(Tensor):
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(launch, "_launches", {})
+    monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch.triton, "JITFunction", Kernel)
     return Kernel()
 
 
 def test_the_second_launch_is_of_addresses_in_the_kernels_order(kernel: Kernel) -> None:
     x, y = torch.zeros(8), torch.zeros(8)
-    launch.launch(kernel, 3, x, None, 0.5, 7, B=2, num_warps=4, A=1)
-    launch.launch(kernel, 3, x, None, 0.5, 7, B=2, num_warps=4, A=1)
-    launch.launch(kernel, 3, y, None, 0.25, 7, B=2, num_warps=4, A=1)
-    ((grid, arguments, constants),) = kernel.compilations
-    assert grid == (3,)
-    assert arguments[0] is x
-    assert arguments[1:] == (None, 0.5, 7)
-    assert constants == {"A": 1, "B": 2, "num_warps": 4}
+    for programs in (3, 5):
+        launch.launch(kernel, programs, x, None, 0.5, 7, B=2, num_warps=4, A=1)
+    launch.launch(kernel, 6, y, None, 0.25, 9, B=2, num_warps=4, A=1)
+    assert len(kernel.compilations) == 1
+    assert kernel.compilations[0][0] == (3,)
+    assert kernel.compilations[0][1][0] is x
     assert kernel.launches == [
-        ((3, 1, 1), (x.data_ptr(), None, 0.5, 7, 1, 2)),
-        ((3, 1, 1), (y.data_ptr(), None, 0.25, 7, 1, 2)),
+        ((5, 1, 1), (x.data_ptr(), None, 0.5, 7, 1, 2)),
+        ((6, 1, 1), (y.data_ptr(), None, 0.25, 9, 1, 2)),
     ]
 
 
-def test_what_is_another_launch(kernel: Kernel) -> None:
-    """Triton specialises for types, alignment and numbers: what it made for one is wrong for another."""
+def test_what_is_compiled_anew(kernel: Kernel) -> None:
     memory = torch.zeros(64)
     base: list[Any] = [memory[:8], memory[:8], 0.5, 7]
     constants = {"A": 1, "B": 2, "num_warps": 4}
     launch.launch(kernel, 1, *base, **constants)
-    changes: list[tuple[int, list[Any], dict[str, int]]] = [
-        (2, base, constants),
-        (1, [memory[:8].half(), *base[1:]], constants),
-        (1, [memory[1:9], *base[1:]], constants),  # not aligned to 16 bytes
-        (1, [memory[:8].as_subclass(Elsewhere), *base[1:]], constants),
-        (1, [base[0], None, *base[2:]], constants),
-        (1, [*base[:3], 1], constants),
-        (1, [*base[:3], 2**31], constants),
-        (1, base, constants | {"A": 3}),
-        (1, base, constants | {"num_warps": 8}),
-        (1, base, {"A": 1, "B": 2, "num_stages": 4}),
+    changes: list[tuple[list[Any], dict[str, int]]] = [
+        ([memory[:8].half(), *base[1:]], constants),
+        ([memory[1:9], *base[1:]], constants),  # not aligned to 16 bytes
+        ([memory[:8].as_subclass(Elsewhere), *base[1:]], constants),
+        ([base[0], None, *base[2:]], constants),
+        ([*base[:3], 1], constants),
+        ([*base[:3], 16], constants),
+        ([*base[:3], 2**31], constants),
+        (base, constants | {"A": 3}),
+        (base, constants | {"num_warps": 8}),
+        (base, {"A": 1, "B": 2, "num_stages": 4}),
     ]
-    for programs, arguments, others in changes:
-        launch.launch(kernel, programs, *arguments, **others)
+    for arguments, others in changes:
+        launch.launch(kernel, 1, *arguments, **others)
     launch.launch(Kernel(), 1, *base, **constants)
     assert len(kernel.compilations) == 1 + len(changes)
     assert not kernel.launches
+
+
+PROGRAM = """
+import itertools
+from ggam_fast import launch, ops
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+kernel = ops.product.product_kernel
+backend = make_backend(GPUTarget("cuda", 90, 32))
+bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+numbers = [0, 1, 2, 8, 15, 16, 17, 48, 2**31 - 1, 2**31 - 16, 2**31, 2**31 + 1, 2**33, -1, -16]
+constants = dict.fromkeys([p.name for p in kernel.params if p.is_constexpr], 1)
+found = {}
+for m, n in itertools.product(numbers, repeat=2):
+    _, specialization, _ = bind(*[None] * 9, m, n, *[3] * 5, **constants)
+    found.setdefault((launch.kind(m), launch.kind(n)), set()).add(str(specialization))
+assert len(found) == 25
+assert all(len(s) == 1 for s in found.values()), found
+"""
+
+
+def test_kinds_are_as_fine_as_what_triton_specialises_for() -> None:
+    """In a process without the interpreter, which specialises for nothing."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.gpu

@@ -53,7 +53,7 @@ _MODULES = (
 )  # fmt: skip
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
-_FLAGS = ("R", "POOL", "NORM", "BY_CHANNEL", "RELU", "SPLIT", "BLOCK_M", "CAM_NORM", "SYMMETRIC")
+_FLAGS = ("R", "POOL", "NORM", "BY_CHANNEL", "RELU", "SPLIT", "BLOCK_M", "WIDE_J", "CAM_NORM", "SYMMETRIC")
 # Tensors that a launch may do without.
 _OPTIONAL = {
     "bias_ptr", "mask_ptr", "scale_ptr", "dy_1_ptr", "dy_3_ptr", "extra_ptr", "grad_mean_ptr", "grad_map_ptr",

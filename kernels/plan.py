@@ -117,10 +117,16 @@ def channel_sum(channels: int, positions: int, itemsize: int, layout: str) -> Su
     on one image alone, so that its result does not depend on the batch it is in."""
     if layout == CHANNELS_FIRST:
         block_c = _length(channels, PARTIAL_CHANNELS)
-        return Sums(PARTIAL_CHANNELS, block_c, 1024 // block_c, 1, 1)
+        return Sums(_task(channels, block_c), block_c, 1024 // block_c, 1, 1)
     block_l = _length(positions)
     block_c = _SUM_BYTES // itemsize // block_l
-    return Sums(PARTIAL_CHANNELS, block_c, block_l, 1, 3 if _copied_ahead(positions, itemsize) else 1)
+    stages = 3 if _copied_ahead(positions, itemsize) else 1
+    return Sums(_task(channels, block_c), block_c, block_l, 1, stages)
+
+
+def _task(channels: int, block_c: int) -> int:
+    """Channels of a partial sum: no tiles of none where there are few."""
+    return min(PARTIAL_CHANNELS, max(power_of_2(channels), block_c))
 
 
 def spatial_sum(channels: int, positions: int, itemsize: int, layout: str, rows: int) -> Sums:

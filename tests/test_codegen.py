@@ -22,13 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import json, sys
 from bench import codegen
-targets, shapes, dtypes = json.loads(sys.argv[1])
+target, shape, dtype, kernels, widths = json.loads(sys.argv[1])
+types = (getattr(codegen.torch, dtype),)
 rows = [
-    [launch.kernel.__name__, target, list(code.loads), list(code.stores), code.stack, code.registers,
-     code.shared, row]
-    for launch, target, code, row in codegen.table(
-        targets, [tuple(s) for s in shapes], tuple(getattr(codegen.torch, d) for d in dtypes)
-    )
+    [launch.kernel.__name__.removesuffix("_kernel"), code._asdict(), row]
+    for launch, _, code, row in codegen.table([target], [tuple(shape)], types, kernels, widths)
 ]
 print(json.dumps(rows))
 """
@@ -41,13 +39,23 @@ READS = (
     "grad_cam_means",
 )
 WRITES = ("hadamard", "features_grad")
+SMALL = {
+    "spatial_norm", "spatial_norm_grad", "position_scatter", "guidance", "product", "layer_grads"
+}  # fmt: skip
 
 
-def compile_all(target: str, shape: tuple[int, int, bool], dtypes: tuple[str, ...]) -> list[list]:
+def compile_all(
+    target: str,
+    shape: tuple[int, int, bool],
+    dtype: str,
+    kernels: tuple[str, ...] | None = None,
+    widths: bool = False,
+) -> list[tuple[str, dict, str]]:
+    """(kernel, its `codegen.Code`, a line to show) of every launch"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([[target], [shape], dtypes])],
+        [sys.executable, "-c", PROGRAM, json.dumps([target, shape, dtype, kernels, widths])],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -56,53 +64,54 @@ def compile_all(target: str, shape: tuple[int, int, bool], dtypes: tuple[str, ..
 
 # 16 bytes where every row starts on a 16-byte boundary, else 8: 196 two-byte positions are 392 bytes.
 @pytest.mark.parametrize(
-    ("shape", "dtypes", "width"),
+    ("shape", "dtype", "width"),
     [
-        ((320, 196, False), ("bfloat16", "float32"), 64),
-        ((320, 256, False), ("bfloat16",), 128),
-        ((264, 196, True), ("bfloat16",), 128),
-        ((1024, 1024, True), ("float32",), 128),
-        ((2048, 196, True), ("bfloat16",), 128),  # spills where all parts of a map are loaded at once
+        ((320, 196, False), "bfloat16", 64),
+        ((320, 256, False), "bfloat16", 128),
+        ((264, 196, True), "bfloat16", 128),
+        ((1024, 1024, True), "float32", 128),
     ],
-    ids=["L=196", "L=256", "channels-last", "ViT-L", "many parts"],
+    ids=["L=196", "L=256", "channels-last", "ViT-L"],
 )
-def test_no_spills_and_wide_accesses(
-    shape: tuple[int, int, bool], dtypes: tuple[str, ...], width: int
-) -> None:
-    rows = compile_all("sm_90", shape, dtypes)
-    assert {r[0].removesuffix("_kernel") for r in rows} >= {
-        *READS,
-        *WRITES,
-        "spatial_norm",
-        "spatial_norm_grad",
-        "position_scatter",
-        "guidance",
-    }
+def test_wide_accesses_of_features(shape: tuple[int, int, bool], dtype: str, width: int) -> None:
     layout = plan.CHANNELS_FIRST if shape[2] else plan.POSITIONS_FIRST
-    for name, _, loads, stores, stack, _, shared, row in rows:
-        short = name.removesuffix("_kernel")
-        assert stack == 0, row
-        itemsize = 2 if "bfloat16" in row else 4
+    rows = compile_all("sm_90", shape, dtype, (*READS, *WRITES), widths=True)
+    assert {name for name, *_ in rows} == {*READS, *WRITES}
+    for name, code, row in rows:
+        assert code["stack"] == 0, row
+        itemsize = 2 if dtype == "bfloat16" else 4
         size = (*shape[:2], itemsize, layout)
         cuts = {"channel_sum": plan.channel_sum(*size), "spatial_sum": plan.spatial_sum(*size, 2)}
         if "R=2" not in row:
             del cuts["spatial_sum"]
-        cut = cuts.get(short)
+        cut = cuts.get(name)
         if cut is not None and cut.stages > 1:
-            assert shared >= (cut.stages - 1) * cut.block_c * cut.block_l * itemsize, (
+            assert code["shared"] >= (cut.stages - 1) * cut.block_c * cut.block_l * itemsize, (
                 f"no copies ahead: {row}"
             )
-        if short in READS:
-            assert max(loads) >= width, row
-        if short in WRITES:
-            assert min(stores) >= width, row
+        if name in READS:
+            assert max(code["loads"]) >= width, row
+        if name in WRITES:
+            assert min(code["stores"]) >= width, row
+
+
+SHAPE = (320, 196, False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "dtype"),  # one of two types each, as compiling takes long
-    [("sm_80", "bfloat16"), ("sm_100", "float32"), ("sm_120", "float32"), ("gfx942", "bfloat16")],
+    ("target", "shape", "dtype"),  # one of two types each, as compiling takes long
+    [
+        ("sm_80", SHAPE, "bfloat16"),
+        ("sm_90", SHAPE, "float32"),
+        ("sm_90", (2048, 196, True), "bfloat16"),  # spilled where all parts of a map were loaded at once
+        ("sm_100", SHAPE, "float32"),
+        ("sm_120", SHAPE, "float32"),
+        ("gfx942", SHAPE, "bfloat16"),
+    ],
 )
-def test_compiles_without_spills(target: str, dtype: str) -> None:
-    for *_, stack, _, _, row in compile_all(target, (320, 196, False), (dtype,)):
-        assert stack == 0, row
+def test_no_kernel_spills(target: str, shape: tuple[int, int, bool], dtype: str) -> None:
+    rows = compile_all(target, shape, dtype)
+    assert {name for name, *_ in rows} == {*READS, *WRITES, *SMALL}
+    for _, code, row in rows:
+        assert code["stack"] == 0, row

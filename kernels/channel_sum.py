@@ -35,17 +35,18 @@ def channel_sum_kernel(
     part = tl.program_id(0) // blocks % parts
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     image_ptr = features_ptr + n * stride_n
-    acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
-    acc_1 = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
+    # One accumulator a position, not one an element of a tile: that spilled for two weights.
+    acc = tl.zeros((BLOCK_L,), tl.float32)
+    acc_1 = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, PARTIAL_C, BLOCK_C, num_stages=STAGES):
         c = part * PARTIAL_C + start + tl.arange(0, BLOCK_C)
         offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
         a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        acc += a * tl.load(weights_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+        acc += tl.sum(a * tl.load(weights_ptr + n * C + c, mask=c < C, other=0.0)[:, None], axis=0)
         if R > 1:
-            acc_1 += a * tl.load(weights_1_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+            acc_1 += tl.sum(a * tl.load(weights_1_ptr + n * C + c, mask=c < C, other=0.0)[:, None], axis=0)
     partial_ptr = partials_ptr + (n * R * parts + part) * L
-    tl.store(partial_ptr + l, tl.sum(acc, axis=0), mask=l < L)
+    tl.store(partial_ptr + l, acc, mask=l < L)
     if R > 1:
-        tl.store(partial_ptr + parts * L + l, tl.sum(acc_1, axis=0), mask=l < L)
+        tl.store(partial_ptr + parts * L + l, acc_1, mask=l < L)

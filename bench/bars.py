@@ -62,14 +62,12 @@ def _gpu(results: Results) -> Iterator[str]:
         for row in results.rows.values()
         if row["pass"] == "e2e" and row["timing"] == "hot"
     }
-    if {"linear", "fused", "authors"} <= whole.keys():
-        plain, ours, authors = (float(whole[p]["p50"]) for p in ("linear", "fused", "authors"))
-        yield from _line(
-            "whole step over the plain head's", [(ours / plain, whole["fused"]["op"])], 1.03, True
-        )
-        yield from _line(
-            "whole step against the authors' way", [(authors / ours, whole["fused"]["op"])], 1.5, False
-        )
+    for provider, name in (("fused", "whole step"), ("fused_compiled", "whole step, compiled head")):
+        if {"linear", provider, "authors"} <= whole.keys():
+            plain, ours, authors = (float(whole[p]["p50"]) for p in ("linear", provider, "authors"))
+            where = whole[provider]["op"]
+            yield from _line(f"{name} over the plain head's", [(ours / plain, where)], 1.03, True)
+            yield from _line(f"{name} against the authors' way", [(authors / ours, where)], 1.5, False)
 
 
 def _cpu(results: Results) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """A whole training step of a timm backbone with one of three heads, for `bench_e2e`.
 
-linear   global pooling and one linear layer, cross entropy: what GGAM replaces
-fused    this library's head and fused loss
-authors  the released script's way: the predicted scores' backward pass through the whole backbone gives beta,
-         its gradients are dropped, then the loss goes back through the backbone a second time.  Attention,
-         classifier and guidance are the reference's, so that all else is equal.
+linear          global pooling and one linear layer, cross entropy: what GGAM replaces
+fused           this library's head and fused loss
+fused_compiled  the same inside torch.compile(fullgraph=True); the backbone as in the others
+authors         the released script's way: the predicted scores' backward pass through the whole backbone
+                gives beta, its gradients are dropped, then the loss goes back through the backbone a second
+                time.  Attention, classifier and guidance are the reference's, so that all else is equal.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from ggam_fast.reference import GGAMHeadReference
 
 from .peers import GUIDANCE_WEIGHT, NUM_CLASSES, guided_loss
 
-PROVIDERS = ("linear", "fused", "authors")
+PROVIDERS = ("linear", "fused", "fused_compiled", "authors")
 
 
 class Setting(NamedTuple):
@@ -47,7 +48,7 @@ class TrainingStep:
         backbone = timm.create_model(setting.backbone, pretrained=False, num_classes=0, global_pool="")
         self.channels = backbone.num_features
         torch.manual_seed(1)
-        kind = {"linear": None, "fused": GGAMHead, "authors": GGAMHeadReference}[provider]
+        kind = {"linear": None, "authors": GGAMHeadReference}.get(provider, GGAMHead)
         head = (
             nn.Linear(self.channels, NUM_CLASSES)
             if kind is None
@@ -61,6 +62,10 @@ class TrainingStep:
         images = torch.randn(setting.n, 3, setting.size, setting.size, device=device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.target = torch.randint(NUM_CLASSES, (setting.n,), device=device)
+
+        if provider == "fused_compiled":
+            torch._dynamo.reset()
+            self.guided_loss = torch.compile(guided_loss, fullgraph=True, dynamic=False)
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.setting.autocast is None:
@@ -88,6 +93,13 @@ class TrainingStep:
         with self.autocast():
             features = self.backbone(self.images)
             loss = guided_loss(self.head, features, self.target)
+        loss.backward()
+        return loss.detach()
+
+    def _fused_compiled(self) -> Tensor:
+        with self.autocast():
+            features = self.backbone(self.images)
+        loss = self.guided_loss(self.head, features, self.target)  # of autocast the head is independent
         loss.backward()
         return loss.detach()
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -83,12 +84,15 @@ def test_the_hosts_time_of_every_operator() -> None:
     assert all(float(time) > 0 for _, time in rows)
 
 
-@pytest.mark.parametrize("provider", ["linear", "fused", "authors"])
-def test_whole_training_step(provider: str, device: torch.device) -> None:
+def test_whole_training_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
-    from bench.training_step import CPU, TrainingStep
+    from bench.training_step import CPU, PROVIDERS, TrainingStep
 
-    step = TrainingStep(provider, CPU._replace(size=32, n=2), device)
-    losses = [float(step()) for _ in range(2)]
-    assert all(torch.isfinite(torch.tensor(losses)))
-    assert losses[0] != losses[1]  # the optimizer moved something
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses = {}
+    for provider in PROVIDERS:
+        step = TrainingStep(provider, CPU._replace(size=32, n=2, autocast=torch.bfloat16), device)
+        losses[provider] = [float(step()) for _ in range(2)]
+        assert all(torch.isfinite(torch.tensor(losses[provider])))
+        assert losses[provider][0] != losses[provider][1]  # the optimizer moved something
+    assert losses["fused_compiled"] == pytest.approx(losses["fused"], rel=1e-3)

@@ -25,7 +25,7 @@ from bench import codegen
 target, shape, dtype, kernels, widths = json.loads(sys.argv[1])
 types = (getattr(codegen.torch, dtype),)
 rows = [
-    [launch.kernel.__name__.removesuffix("_kernel"), code._asdict(), row]
+    [launch.kernel.__name__.removesuffix("_kernel"), code._asdict() | launch.keywords, row]
     for launch, _, code, row in codegen.table([target], [tuple(shape)], types, kernels, widths)
 ]
 print(json.dumps(rows))
@@ -51,7 +51,7 @@ def compile_all(
     kernels: tuple[str, ...] | None = None,
     widths: bool = False,
 ) -> list[tuple[str, dict, str]]:
-    """(kernel, its `codegen.Code`, a line to show) of every launch"""
+    """(kernel, its `codegen.Code` with the launch's constants, a line to show) of every launch"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -60,6 +60,14 @@ def compile_all(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def resident_warps(code: dict) -> int:
+    """That fit a multiprocessor of sm_90: 65,536 registers, eight a thread at a time, and 227 KB of shared
+    memory, of which a program takes 1 KB more than it asks for."""
+    by_registers = 65536 // (32 * -(-code["registers"] // 8) * 8)
+    by_shared = 227 * 1024 // (code["shared"] + 1024)
+    return min(by_registers, by_shared * code["num_warps"])
 
 
 # 16 bytes where every row starts on a 16-byte boundary, else 8: 196 two-byte positions are 392 bytes.
@@ -89,6 +97,8 @@ def test_wide_accesses_of_features(shape: tuple[int, int, bool], dtype: str, wid
             assert code["shared"] >= (cut.stages - 1) * cut.block_c * cut.block_l * itemsize, (
                 f"no copies ahead: {row}"
             )
+        if name in ("channel_sum", "spatial_sum"):
+            assert resident_warps(code) >= 16, row
         if name in READS:
             assert max(code["loads"]) >= width, row
         if name in WRITES:

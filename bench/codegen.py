@@ -113,8 +113,13 @@ def launches(
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
-    unique = {(id(x.kernel), x.variant, str(sorted(x.keywords.items()))): x for x in found}
-    return list(unique.values())
+    return list({_compiled_for(x): x for x in found}.values())
+
+
+def _compiled_for(launch: Launch) -> tuple[Any, ...]:
+    """All that the compiler is told."""
+    code, options = source(launch)
+    return id(launch.kernel), *map(str, (code.signature, code.constants, code.attrs, sorted(options.items())))
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:

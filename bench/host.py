@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import triton
 
-from ggam_fast import checks, ops
+from ggam_fast import checks, launch, ops
 
 from . import environment, timing
 from .cases import Case
@@ -42,6 +42,7 @@ def without_kernels() -> Iterator[None]:
     """The kernels' backend on tensors of the CPU, which are left as they are."""
     with (
         mock.patch.object(triton.JITFunction, "run", return_value=_Nothing()),
+        mock.patch.object(launch, "_serves_all_alike", return_value=True),
         mock.patch.object(checks, "TRITON_INTERPRETED", True),
         mock.patch.dict(os.environ, GGAM_FAST_BACKEND="triton"),
     ):

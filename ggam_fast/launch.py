@@ -42,11 +42,19 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
         known = _compiled.get(found := tuple(key))
         if known is None:
             compiled = kernel[(programs,)](*arguments, **constants)
-            names = kernel.arg_names[len(arguments) :]
-            _compiled[found] = compiled, tuple(constants[name] for name in names)
+            if _serves_all_alike(compiled, arguments):
+                names = kernel.arg_names[len(arguments) :]
+                _compiled[found] = compiled, tuple(constants[name] for name in names)
             return
         compiled, rest = known
         compiled[(programs, 1, 1)](*values, *rest)
+
+
+def _serves_all_alike(compiled: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether this is what to launch for all arguments of these kinds.  Not what is still being compiled, or
+    what a hook of Triton's returns instead; nor with memory of the host, which has to be pinned each time."""
+    on_gpu = all(x.is_cuda for x in arguments if isinstance(x, Tensor))
+    return on_gpu and isinstance(compiled, triton.compiler.CompiledKernel)
 
 
 @lru_cache(1 << 12)

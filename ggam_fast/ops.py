@@ -469,9 +469,9 @@ def _attention_backward(
     return tuple(found)
 
 
-def _dot_options() -> dict[str, str | int]:
-    if torch.version.hip is not None:
-        return {"PRECISION": "ieee"}  # AMD's matrix units multiply float32 as it is
+def _dot_options(x: Tensor) -> dict[str, str | int]:
+    if torch.version.hip is not None or x.device.type not in ("cuda", "cpu"):
+        return {"PRECISION": "ieee"}  # AMD's matrix units multiply float32 as it is; others know no maxnreg
     return {"PRECISION": "tf32x3", "maxnreg": 255}  # without a limit Triton 3.9 spills at 168 registers
 
 
@@ -521,7 +521,7 @@ def _product(
             partials, counters, m, n, k, *rows[0].stride(), *matrix.stride(), R=count, RELU=relu,
             SPLIT=cut.split, STEPS=plan.blocks(plan.blocks(k, cut.split), cut.block_k),
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-            STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(), **_FP_FUSION,
+            STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(x), **_FP_FUSION,
         )  # fmt: skip
     return found
 
@@ -557,7 +557,8 @@ def _layer_grads(*given: Tensor | None) -> tuple[Tensor, ...]:
         j, c = out[2 * i].shape
         if dy is None or x is None:
             continue
-        if j * c * batch > plan.LARGEST_PRODUCT:
+        # A layer of no inputs has no tile, but a bias.
+        if j * c * batch > plan.LARGEST_PRODUCT or c == 0:
             with full_precision(x):
                 ((out[2 * i], out[2 * i + 1]),) = _TORCH.layer_grads([(dy, x)], scale)
             continue
@@ -572,7 +573,7 @@ def _layer_grads(*given: Tensor | None) -> tuple[Tensor, ...]:
             *pointers, scale, batch, *sizes, STEPS=plan.power_of_2(plan.blocks(batch, cut.block_k)),
             WIDE_J=all(j % 4 == 0 for j in sizes[::2]), WIDE_C=all(c % 4 == 0 for c in sizes[1::2]),
             BLOCK_J=cut.block_m, BLOCK_C=cut.block_n, BLOCK_N=cut.block_k,
-            STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(), **_FP_FUSION,
+            STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(out[0]), **_FP_FUSION,
         )  # fmt: skip
     return tuple(out)
 

@@ -2,9 +2,11 @@
 
 import os
 import zlib
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 if not torch.cuda.is_available():
     # Before ggam_fast is imported: its kernels then run on the CPU, one program after another.
@@ -23,6 +25,26 @@ def device() -> torch.device:
 def _seed(request: pytest.FixtureRequest) -> None:
     """Fresh random inputs for each test, the same in every run and in every order."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+class PoisonedTorch:
+    """torch for `ggam_fast.ops` alone; nothing else of torch, or of its compiler, sees another `empty`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        out = torch.empty(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer the operators allocate starts as NaN, so that an unwritten element shows."""
+    from ggam_fast import ops
+
+    monkeypatch.setattr(ops, "torch", PoisonedTorch())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ class Elsewhere(Tensor):
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch.triton, "JITFunction", Kernel)
+    monkeypatch.setattr(launch, "_serves_all_alike", lambda compiled, arguments: True)
     return Kernel()
 
 
@@ -93,6 +95,28 @@ def test_what_is_compiled_anew(kernel: Kernel) -> None:
     launch.launch(Kernel(), 1, *base, **constants)
     assert len(kernel.compilations) == 1 + len(changes)
     assert not kernel.launches
+
+
+class OnGpu(Tensor):
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_what_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not compiled yet, and what was launched on memory of the host: pinned, Triton takes it."""
+    compiled = Mock(spec=launch.triton.compiler.CompiledKernel)
+    host = torch.zeros(8)
+    gpu = host.as_subclass(OnGpu)
+    assert launch._serves_all_alike(compiled, (gpu, None, 0.5, 7, gpu))
+    assert not launch._serves_all_alike(compiled, (gpu, None, 0.5, 7, host))
+    assert not launch._serves_all_alike(None, (gpu,))
+    assert not launch._serves_all_alike(object(), (gpu,))
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch.triton, "JITFunction", Kernel)
+    kernel = Kernel()
+    for _ in range(2):
+        launch.launch(kernel, 1, host, host, 0.5, 7, A=1, B=2)
+    assert len(kernel.compilations) == 2
+    assert not launch._compiled
 
 
 PROGRAM = """

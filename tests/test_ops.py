@@ -35,18 +35,7 @@ LARGE = [
     pytest.param(1, 3, 2050, id="nine tiles of a row"),
 ]
 TOLERANCE = 2e-6  # relative: float32 accumulation of a few thousand terms
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer the operators allocate starts as NaN, so that an unwritten element shows."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-(2**40))
-
-    monkeypatch.setattr(ops.torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def make(n: int, c: int, l: int, device: torch.device, dtype: torch.dtype, layout: str) -> Tensor:

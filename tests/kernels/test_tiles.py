@@ -1,8 +1,6 @@
 """One below, at and one above every row of the plan's tables, with more than one block the other way; and
 gradients of every layout and type, against float64 formulas."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,18 +16,7 @@ from ggam_fast import ops
 S = ops.TRITON
 EDGES = [n + d for n in (16, 32, 64, 128, 256) for d in (-1, 0, 1)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer the operators allocate starts as NaN, so that an unwritten element shows."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-(2**40))
-
-    monkeypatch.setattr(ops.torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Container, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -155,7 +155,7 @@ def inspect(launch: Launch, target: str, widths: bool = True) -> Code:
     return _nvidia(compiled.asm["cubin"], compiled.metadata.shared, widths)
 
 
-@lru_cache(None)  # the layers' kernels are the same for features of another type or layout
+@cache  # the layers' kernels are the same for features of another type or layout
 def _nvidia(code: bytes, shared: int, widths: bool) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(code)

@@ -126,7 +126,7 @@ def channel_sum(channels: int, positions: int, itemsize: int, layout: str) -> Su
 
 
 def _task(channels: int, block_c: int) -> int:
-    """Channels of a partial sum: no tiles of none where there are few."""
+    """Channels of a partial sum: whole tiles, and no more of them than there are channels for."""
     return min(PARTIAL_CHANNELS, max(power_of_2(channels), block_c))
 
 

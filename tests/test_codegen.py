@@ -75,11 +75,13 @@ def resident_warps(code: dict) -> int:
     ("shape", "dtype", "width"),
     [
         ((320, 196, False), "bfloat16", 64),
+        ((320, 196, False), "float32", 128),
         ((320, 256, False), "bfloat16", 128),
         ((264, 196, True), "bfloat16", 128),
         ((1024, 1024, True), "float32", 128),
+        ((2048, 196, True), "bfloat16", 128),
     ],
-    ids=["L=196", "L=256", "channels-last", "ViT-L"],
+    ids=["L=196", "L=196 float32", "L=256", "channels-last", "ViT-L", "many channels"],
 )
 def test_wide_accesses_of_features(shape: tuple[int, int, bool], dtype: str, width: int) -> None:
     layout = plan.CHANNELS_FIRST if shape[2] else plan.POSITIONS_FIRST
@@ -112,12 +114,14 @@ SHAPE = (320, 196, False)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "shape", "dtype"),  # one of two types each, as compiling takes long
+    ("target", "shape", "dtype"),  # not both types for each, as compiling takes long
     [
         ("sm_80", SHAPE, "bfloat16"),
+        ("sm_90", SHAPE, "bfloat16"),
         ("sm_90", SHAPE, "float32"),
         ("sm_90", (2048, 196, True), "bfloat16"),  # spilled where all parts of a map were loaded at once
         ("sm_100", SHAPE, "float32"),
+        ("sm_120", SHAPE, "float32"),
         ("sm_120", SHAPE, "bfloat16"),  # spilled where channel_sum kept a sum for every element of a tile
         ("gfx942", SHAPE, "bfloat16"),
     ],

@@ -32,7 +32,7 @@ SHAPES = [
 LARGE = [
     pytest.param(2, 1030, 5, id="C above eight parts of 128"),
     pytest.param(1, 5, 1025, id="L one above a row in one tile"),
-    pytest.param(1, 3, 2050, id="nine tiles of a row"),
+    pytest.param(2, 3, 2050, id="nine tiles of a row"),
 ]
 TOLERANCE = 2e-6  # relative: float32 accumulation of a few thousand terms
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")

@@ -100,7 +100,7 @@ def test_gradients_of_any_layout_and_type(layout: str, grad_layout: str, device:
 @pytest.mark.parametrize("positions", [1023, 1024, 1025, 4095, 4096, 4097, 8200])
 def test_normalisation_around_every_block(norm: str, positions: int, device: torch.device) -> None:
     """More positions than a program sweeps at once, and values whose exponential overflows."""
-    a = torch.rand(1, 2, positions, device=device) * 100
+    a = laid_out(torch.rand(1, 2, positions, device=device) * 100, "channels_last")
     s, extra = torch.tensor([[1.0, 2.0]], device=device), torch.randn(1, positions, device=device)
     u = torch.einsum("ncl,nc->nl", a.double(), s.double()).requires_grad_()
     expected = {"softmax": u.softmax(1), "sum": u / u.sum(), "sigmoid": u.sigmoid()}[norm]

@@ -307,7 +307,8 @@ def test_the_whole_forward(
     norm = NORMS[turn % 3]
     a = make(n, c, l, device, dtype, layout).abs()
     j = 1 + turn % 40
-    w1, b1, w2, b2 = (torch.randn(x, device=device) for x in ((j, c), (j,), (c, j), (c,)))
+    # Logits of some units: a softmax turns their errors, which grow with them, into relative ones.
+    w1, b1, w2, b2 = (torch.randn(x, device=device) / x[-1] ** 0.5 for x in ((j, c), (j,), (c, j), (c,)))
     mlp, options = ChannelMLP(w1, b1, w2, b2), Options("channel_spatial", norm, pool_type)
     pooled, logits, t, mean, hidden, total, peak, index, s = attend(S, a, mlp, options)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import timing
+from bench import parity, timing
 from bench.cases import Case
+from bench.peers import Results
 from bench.workload import Workload
 
 pytestmark = pytest.mark.gpu
@@ -87,7 +88,11 @@ def test_compiled_into_graphs(device: torch.device) -> None:
     compiled = work.build("fused_compiled", "step")
     expected = [work.results(compiled, i) for i in range(2)]
     peer = work.build("fused_reduce_overhead", "step")
+    seen: dict[int, Results] = {}
     with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):
-        for i in (0, 1, 0, 1, 0):
-            for name, found in work.results(peer, i).items():
-                assert torch.equal(found, expected[i][name]), name
+        for i in (0, 1, 0, 1, 0, 1):
+            found = work.results(peer, i)
+            # The compiler times its reductions anew for each function: bits may differ between the two.
+            parity.check("a replay", found, expected[i], expected[i], CASES[0].dtype)
+            for name, first in seen.setdefault(i, found).items():
+                assert torch.equal(found[name], first), name

@@ -75,7 +75,8 @@ def test_gradients_of_layers(
     assert len(found) == count
     for (weight, bias), (dy, x) in zip(found, factors, strict=True):
         close(weight, (scale or 1.0) * (dy.double().t() @ x.double()))
-        close(bias, (scale or 1.0) * dy.double().sum(0))
+        terms = (scale or 1.0) * dy.double()  # they may cancel, so the sum is judged by their size
+        assert (bias - terms.sum(0)).norm() <= TOLERANCE * terms.abs().sum(0).norm()
 
 
 def test_sums_are_shared_where_there_are_few_tiles(device: torch.device) -> None:

@@ -17,12 +17,13 @@ STANDARDIZED_CAM = tl.constexpr(2)
 
 
 @triton.jit
-def _mean(row_ptr, L: tl.constexpr, BLOCK_L: tl.constexpr):
+def _sums(row_ptr, L: tl.constexpr, BLOCK_L: tl.constexpr):
+    """What is left to add up of a map"""
     acc = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
         acc += tl.load(row_ptr + l, mask=l < L, other=0.0)
-    return tl.sum(acc, axis=0) / L
+    return acc
 
 
 @triton.jit
@@ -74,15 +75,26 @@ def guidance_kernel(
     mask = c < C
     row = n * C + c
 
-    log_s = _log_softmax(tl.load(logits_ptr + row, mask=mask, other=0.0), mask)
-    s = tl.exp(log_s)
+    # All loads before the first sum, whose barrier would keep the next one from starting.
+    e = tl.load(logits_ptr + row, mask=mask, other=0.0)
     beta = tl.load(first_ptr + row, mask=mask, other=0.0)
-    if attention_ptr is not None:
-        beta *= _mean(attention_ptr + n * L, L, BLOCK_L) / L
-    if grad_map_ptr is not None:
-        beta += s * _mean(grad_map_ptr + n * L, L, BLOCK_L)
     if grad_mean_ptr is not None:
-        beta += tl.load(grad_mean_ptr + row, mask=mask, other=0.0) / L
+        dg = tl.load(grad_mean_ptr + row, mask=mask, other=0.0)
+    if grad_channel_ptr is not None:
+        ds = tl.load(grad_channel_ptr + row, mask=mask, other=0.0)
+    if attention_ptr is not None:
+        t = _sums(attention_ptr + n * L, L, BLOCK_L)
+    if grad_map_ptr is not None:
+        du = _sums(grad_map_ptr + n * L, L, BLOCK_L)
+
+    log_s = _log_softmax(e, mask)
+    s = tl.exp(log_s)
+    if attention_ptr is not None:
+        beta *= tl.sum(t, axis=0) / L / L
+    if grad_map_ptr is not None:
+        beta += s * (tl.sum(du, axis=0) / L)
+    if grad_mean_ptr is not None:
+        beta += dg / L
     tl.store(beta_ptr + row, beta, mask=mask)
     tl.store(channel_ptr + row, s, mask=mask)
 
@@ -109,6 +121,5 @@ def guidance_kernel(
 
     de = scale * (g - s * tl.sum(g, axis=0))
     if grad_channel_ptr is not None:
-        ds = tl.load(grad_channel_ptr + row, mask=mask, other=0.0)
         de += s * (ds - tl.sum(ds * s, axis=0))
     tl.store(grad_logits_ptr + row, de, mask=mask)

@@ -84,6 +84,10 @@ def test_sums_are_shared_where_there_are_few_tiles(device: torch.device) -> None
     assert plan(32, 128, 2048, False, True).split == 16
     assert plan(32, 128, 2048, False, False).split == 1
     assert plan(32, 2048, 512, False, True).split == 1
+    assert plan(32, 512, 2048, True, True)[:2] == (16, 32)
+    assert plan(32, 512, 2048, True, True).split == plan(128, 512, 2048, True, True).split == 8
+    assert plan(128, 512, 2048, True, True).block_m == 64
+    assert plan(64, 512, 200, False, True).block_n == 64
     assert plan(256, 2048, 512, False, True).block_m == 32
     assert plan(256, 2048, 512, True, True).block_m == 16
     assert plan(513, 512, 2048, False, True) is None

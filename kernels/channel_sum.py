@@ -3,6 +3,10 @@ weights at once.
 
 The sum over p, in the order p = 0, 1, ..., is channel_sum; `spatial_norm` takes the partials as they
 are.  No atomics: the result is the same bits every run.  Reads A once, writes 4*N*R*P*L bytes.
+
+`spatial_sum` reads A before this pass and after it, from the first image to the last.  This one goes from the
+last to the first, so that each begins with what the one before left in L2; asynchronous copies to shared
+memory take no hint to keep it there, other loads do.
 """
 
 import triton
@@ -31,7 +35,8 @@ def channel_sum_kernel(
     their way to shared memory."""
     parts: tl.constexpr = (C + PARTIAL_C - 1) // PARTIAL_C
     blocks: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
-    n = (tl.program_id(0) // (parts * blocks)).to(tl.int64)
+    n = tl.num_programs(0) // (parts * blocks) - 1 - tl.program_id(0) // (parts * blocks)
+    n = n.to(tl.int64)
     part = tl.program_id(0) // blocks % parts
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     image_ptr = features_ptr + n * stride_n
@@ -42,7 +47,7 @@ def channel_sum_kernel(
         c = part * PARTIAL_C + start + tl.arange(0, BLOCK_C)
         offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
         mask = (c < C)[:, None] & (l < L)[None, :]
-        a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(image_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         acc += tl.sum(a * tl.load(weights_ptr + n * C + c, mask=c < C, other=0.0)[:, None], axis=0)
         if R > 1:
             acc_1 += tl.sum(a * tl.load(weights_1_ptr + n * C + c, mask=c < C, other=0.0)[:, None], axis=0)

@@ -2,6 +2,8 @@
 
 With R = 0 all weights are 1.  GAP is R = 0 and scale = 1/L; the attended average pool is weights = T and
 scale = 1/L.  Reads A once, writes 4*N*C bytes a map.
+
+After the mean comes `channel_sum`, for which L2 is asked to keep A; weighted sums are the last to read it.
 """
 
 import triton
@@ -33,6 +35,7 @@ def spatial_sum_kernel(
     n = (tl.program_id(0) // tasks).to(tl.int64)
     first = tl.program_id(0) % tasks * TASK_C
     image_ptr = features_ptr + n * stride_n
+    policy: tl.constexpr = "evict_last" if R == 0 else "evict_first"
     l = tl.arange(0, BLOCK_L)
     if R > 0:
         w = tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)
@@ -46,7 +49,7 @@ def spatial_sum_kernel(
             l = at + tl.arange(0, BLOCK_L)
             offsets = image_offsets(c[:, None], l[None, :], C, L, STRIDE_C, STRIDE_L)
             mask = (c < C)[:, None] & (l < L)[None, :]
-            a = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            a = tl.load(image_ptr + offsets, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
             if R == 0:
                 acc += a
             if R > 0:

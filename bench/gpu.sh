@@ -6,7 +6,8 @@
 #
 #   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log
 #   bench       the suite, under nine minutes                                                    bench.log, DEVICE-torch...csv
-#   counters    bytes read from and written to device memory by each kernel (ncu)                counters.log, .csv
+#   counters    each kernel of a compiled step: its time in a graph; bytes read from and written
+#               to device memory (ncu)                                                           counters.log, .csv
 #   sanitizer   memcheck and racecheck on small shapes (compute-sanitizer)                       sanitizer.log
 #   first_call  the first step of a new process, with empty and with warm caches; the host's
 #               time to start a step, and each of its operators                                  first_call.log
@@ -72,7 +73,8 @@ bench() {
 }
 
 counters() {
-    step counters 560 "bytes by ncu" "$python" -m bench.counters "$out/counters.csv" --limit 100
+    step counters 90 "times in a graph" "$python" -m bench.kernel_times
+    step counters 450 "bytes by ncu" "$python" -m bench.counters "$out/counters.csv" --limit 100
 }
 
 sanitizer() {

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import counters, timing, tune
+from bench import counters, kernel_times, timing, tune
 from bench.cases import Case
 from bench.environment import ROOT
 from bench.workload import Workload
@@ -36,6 +36,16 @@ def test_counters_of_ncu() -> None:
 def test_no_counters(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         counters.parse(text)
+
+
+def test_kernels_of_one_call() -> None:
+    found = [kernel_times.Kernel(name, at, at + 3) for at, name in ((0, "a"), (20, "a"), (4, "b"), (25, "b"))]
+    last = kernel_times.one_call(found, 2)
+    assert [k.name for k in last] == ["a", "b"]
+    assert last[0].start == 20
+    assert kernel_times.lines(last)[-1].split() == ["2.00", "6.00", "all"]
+    with pytest.raises(ValueError, match="4 kernels cannot be of 3 equal calls"):
+        kernel_times.one_call(found, 3)
 
 
 def test_tuned_constants_are_put_back() -> None:

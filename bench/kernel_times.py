@@ -1,0 +1,81 @@
+"""What a pass takes, and each of its kernels, in replays of a CUDA graph.
+
+    python -m bench.kernel_times
+    python -m bench.kernel_times --case 128x2048x14x14-bfloat16-nchw --provider fused --run fwd
+
+Microseconds: the median of a call without the profiler, then one line a kernel of one profiled call, in the
+order they ran: how long after the end of the one before it began, and how long it took.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from . import environment, timing
+from .cases import PASSES, PROVIDERS, Case
+from .workload import Workload
+
+CASES = ("128x2048x14x14-bfloat16-nchw", "32x2048x14x14-bfloat16-nchw")
+
+
+class Kernel(NamedTuple):
+    """One kernel, copy or fill; microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def one_call(kernels: list[Kernel], calls: int) -> list[Kernel]:
+    """The kernels of the last of as many equal calls."""
+    if not kernels or len(kernels) % calls:
+        raise ValueError(f"{len(kernels)} kernels cannot be of {calls} equal calls")
+    return sorted(kernels, key=lambda k: k.start)[-(len(kernels) // calls) :]
+
+
+def lines(kernels: list[Kernel]) -> list[str]:
+    """As printed: gap, duration, name; their sums last."""
+    ends = [kernels[0].start, *(k.end for k in kernels)]
+    gaps = [k.start - end for k, end in zip(kernels, ends, strict=False)]
+    took = [k.end - k.start for k in kernels]
+    rows = [(gap, us, k.name[:80]) for gap, us, k in zip(gaps, took, kernels, strict=True)]
+    return [f"{gap:6.2f} {us:8.2f}  {name}" for gap, us, name in [*rows, (sum(gaps), sum(took), "all")]]
+
+
+def _profiled(replay: Callable[[], None]) -> list[Kernel]:
+    replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        replay()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in record.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [Kernel(e.name, e.time_range.start, e.time_range.end) for e in on_gpu]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernel_times", description=__doc__.split("\n")[0])
+    parser.add_argument("--case", nargs="+", type=Case.parse, default=[Case.parse(c) for c in CASES])
+    parser.add_argument("--run", choices=PASSES, default="step")
+    parser.add_argument("--provider", choices=PROVIDERS, default="fused_compiled")
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no GPU: kernels are timed on one")
+        return 3
+    torch._dynamo.config.trace_autograd_ops = True
+    for case in chosen.case:
+        work = Workload(case, environment.device())
+        peer = work.build(chosen.provider, chosen.run)
+        work.check(chosen.provider, chosen.run, peer)
+        call, count = work.call(peer), len(work.features)
+        median = timing.spread(timing.graph_times(call, count)).p50 * 1e6
+        print(f"\n{case} {chosen.run} {chosen.provider}: {median:.1f}")
+        print("\n".join(lines(one_call(_profiled(timing.capture(call, count).replay), count))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -68,6 +68,12 @@ def launch_products(s: Tensor, new: Callable[..., Tensor]) -> None:
                 for count in (1, 2, 4):
                     stages.layer_grads([(y, x), (x, y), (y, y), (x, x)][:count], scale)
                 stages.layer_grads([(odd, x), (y, x)], scale)
+    # Wide tiles: of one part with accesses of 16 bytes and of 4, and of several parts.
+    for j, k in ((512, 200), (513, 202), (520, 2048)):
+        x, w, b = new(n, k, device=s.device), new(j, k, device=s.device), new(j, device=s.device)
+        (y,) = stages.product([x], w.t(), b, relu=True)
+        stages.product([x], w.t(), b)
+        stages.product([x, x], w.t().contiguous(), mask=y)
 
 
 def main() -> None:

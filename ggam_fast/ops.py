@@ -383,7 +383,7 @@ def _guidance(
             logits.contiguous(), first.contiguous(), *given, beta, s, loss, de,
             weight / batch if mean else weight, temperature, C=channels, L=positions, CAM_NORM=cam_norm,
             SYMMETRIC=symmetric,
-            BLOCK_C=block[0], BLOCK_L=plan.norm_block(positions)[0], num_warps=block[1], **_FP_FUSION,
+            BLOCK_C=block[0], BLOCK_L=plan.map_block(positions, block[1]), num_warps=block[1], **_FP_FUSION,
         )  # fmt: skip
     return beta, s, loss, de
 

@@ -2,11 +2,13 @@
 
     dW_jc = scale sum_n dy_nj x_nc        db_j = scale sum_n dy_nj
 
-As exact as float32 (`product`).  Reads dy and x once a tile, writes dW and db.
+With the error of float32 (`tf32`).  Reads dy and x once a tile, writes dW and db.
 """
 
 import triton
 import triton.language as tl
+
+from .tf32 import add_product, combined
 
 
 @triton.jit(do_not_specialize=["N", "J", "C", "J_1", "C_1", "J_2", "C_2", "J_3", "C_3"])
@@ -55,13 +57,16 @@ def layer_grads_kernel(
     j = tile // tiles_c * BLOCK_J + tl.arange(0, BLOCK_J)
     c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
+    low = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
+    low_1 = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         n = step * BLOCK_N + tl.arange(0, BLOCK_N)
         dy = tl.load(
             dy_ptr + j[:, None] + n[None, :] * J, mask=(j < J)[:, None] & (n < N)[None, :], other=0.0
         )
         x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+        acc, low, low_1 = add_product(dy, x, acc, low, low_1, PRECISION)
+    acc = combined(acc, low, low_1)
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr).to(tl.float32)
     tl.store(weight_ptr + j[:, None] * C + c[None, :], acc, mask=(j < J)[:, None] & (c < C)[None, :])

@@ -69,22 +69,14 @@ class Product(NamedTuple):
     split: int
 
 
-SMALL_PRODUCT = Product(16, 32, 64, 2, 4, 1)
-
-WIDE_PRODUCT = Product(16, 64, 64, 4, 3, 1)
-"""Of some hundred k that one program adds up: 4.9 us for 7.2 from 200 to 512 columns, N = 128, and 7.6 for
-10.1 from 512 to 2048, N = 32 (H100, both of two matrices)."""
-
-TALL_PRODUCT = Product(64, 32, 32, 4, 4, 1)
-"""Of many rows and long sums: 13.3 us for 14.6 from 2048 to 512 columns, N = 128 (H100)."""
+SMALL_PRODUCT = Product(16, 32, 64, 4, 4, 1)
+WIDE_PRODUCT = Product(16, 64, 32, 4, 4, 1)
 
 LARGE_PRODUCT = Product(32, 64, 32, 2, 4, 1)
 """Of so many elements that tiles fill a GPU."""
 
-LAYER_GRADS = Product(64, 32, 32, 4, 3, 1)
-"""Of weights' gradients, whose sums are over a batch: the four of a step at 2048 channels take 17.0 us where
-tiles of 16 x 32 take 27.1 (N = 128), and 6.7 for 13.6 (N = 32; H100).  With two warps 15.3 and 7.3, but that
-spills for sm_100 (Triton 3.8)."""
+LAYER_GRADS = Product(32, 64, 32, 4, 3, 1)
+"""Of weights' gradients, whose sums are over a batch."""
 
 LARGEST_PRODUCT = 1 << 28
 """Multiply-adds of a product at most: as many as were measured to be faster than cuBLAS in float32, the
@@ -163,26 +155,30 @@ def _copied_ahead(positions: int, itemsize: int) -> bool:
 
 def product(m: int, n: int, k: int, has_bias: bool, may_split: bool) -> Product | None:
     """The plan of (m, k) times (k, n), m counting the rows of both where there are two; None where torch's is
-    better.  The sum over k is split by n and k alone, but a row's last bits may change where m asks for
-    larger tiles, or for torch.  Larger tiles with a bias spill for sm_100 (Triton 3.8)."""
+    better.  A long sum over k is shared by as many programs as n and k alone ask for, but a row's last bits
+    may change where m asks for larger tiles, or for torch.  With a bias large tiles spill for sm_100 (Triton
+    3.8)."""
     if m * n * k > LARGEST_PRODUCT:
         return None
     if m * n >= 1 << 19 and not has_bias:
         return LARGE_PRODUCT
-    programs = 128 if k > 1024 else 64  # for one row of tiles
-    split = max(1, min(k // 128, programs // max(blocks(n, 32), 1))) if may_split else 1
-    split = 1 << (split.bit_length() - 1)
-    if split == 1 and k > 128:
-        return WIDE_PRODUCT
-    if m >= 128 and n >= 512 and k > 1024:
-        return TALL_PRODUCT._replace(split=split)
-    return SMALL_PRODUCT._replace(split=split)
+    split = 1
+    if may_split and k > 512:
+        programs = 128 if k > 1024 else 64  # for one row of tiles 32 wide
+        split = max(1, min(k // 128, programs // max(blocks(n, 32), 1)))
+    cut = WIDE_PRODUCT if n >= 512 and k > 128 else SMALL_PRODUCT
+    return cut._replace(split=1 << (split.bit_length() - 1))
 
 
 def norm_block(positions: int) -> tuple[int, int]:
     """(BLOCK_L, warps) of a program that normalises one image over its L positions."""
     largest, num_warps = _row(_NORM_BLOCK, positions)
     return min(power_of_2(positions), largest), num_warps
+
+
+def map_block(positions: int, num_warps: int) -> int:
+    """BLOCK_L of a map in a program of `guidance`: at most 16 values a thread, as it holds two."""
+    return min(power_of_2(positions), 512 * num_warps)
 
 
 def channels_block(channels: int) -> tuple[int, int] | None:

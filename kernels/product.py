@@ -2,13 +2,15 @@
 
     out_mn = sum_k x_mk w_kn  (+ b_n, ReLU | 0 where h_mn <= 0)
 
-of R = 1 or 2 matrices x at once.  Tensor cores multiply each float32 number as parts in TF32, three products
-for one (PRECISION): the error is that of float32.  Few rows leave a GPU idle, so SPLIT programs share a tile,
-each with its part of the sum over k; who is last adds the parts up, in their order: the same bits every run.
+of R = 1 or 2 matrices x at once, with the error of float32 (`tf32`).  Few rows leave a GPU idle, so SPLIT
+programs share a tile, each with its part of the sum over k; who is last adds the parts up, in their order:
+the same bits every run.
 """
 
 import triton
 import triton.language as tl
+
+from .tf32 import add_product, combined
 
 
 @triton.jit(do_not_specialize=["M"])  # batches come in all sizes
@@ -45,6 +47,8 @@ def product_kernel(
     n = tile // R % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    low_1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         k = (part * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(
@@ -55,7 +59,8 @@ def product_kernel(
             w_ptr + k[:, None] * stride_wk + n[None, :] * stride_wn,
             mask=(k < K)[:, None] & (n < N)[None, :], other=0.0,
         )  # fmt: skip
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc, low, low_1 = add_product(x, w, acc, low, low_1, PRECISION)
+    acc = combined(acc, low, low_1)
 
     offsets = m[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]

@@ -24,10 +24,18 @@ TOLERANCE = 1e-6  # relative, of the whole matrix: cuBLAS in float32 has 3e-7 on
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
-@pytest.fixture(params=["planned", "large tiles"])
+TILES = {
+    "planned": None,
+    "large": ops.plan.LARGE_PRODUCT,
+    "wide": ops.plan.WIDE_PRODUCT,
+    "wide, in parts": ops.plan.WIDE_PRODUCT._replace(split=4),
+}
+
+
+@pytest.fixture(params=TILES)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "large tiles":
-        monkeypatch.setattr(ops.plan, "product", lambda *_, **__: ops.plan.LARGE_PRODUCT)
+    if TILES[request.param] is not None:
+        monkeypatch.setattr(ops.plan, "product", lambda *_, **__: TILES[request.param])
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -76,6 +84,8 @@ def test_gradients_of_layers(
     for (weight, bias), (dy, x) in zip(found, factors, strict=True):
         close(weight, (scale or 1.0) * (dy.double().t() @ x.double()))
         terms = (scale or 1.0) * dy.double()  # they may cancel, so the sum is judged by their size
+        assert bias.shape == terms.shape[1:]
+        assert bias.dtype == torch.float32
         assert (bias - terms.sum(0)).norm() <= TOLERANCE * terms.abs().sum(0).norm()
 
 
@@ -83,11 +93,11 @@ def test_sums_are_shared_where_there_are_few_tiles(device: torch.device) -> None
     plan = ops.plan.product
     assert plan(32, 128, 2048, False, True).split == 16
     assert plan(32, 128, 2048, False, False).split == 1
+    assert plan(32, 512, 2048, True, True) == plan(256, 512, 2048, True, True)
+    assert plan(32, 512, 2048, True, True).split == 8
     assert plan(32, 2048, 512, False, True).split == 1
-    assert plan(32, 512, 2048, True, True)[:2] == (16, 32)
-    assert plan(32, 512, 2048, True, True).split == plan(128, 512, 2048, True, True).split == 8
-    assert plan(128, 512, 2048, True, True).block_m == 64
-    assert plan(64, 512, 200, False, True).block_n == 64
+    assert plan(32, 512, 200, False, True).block_n == 64
+    assert plan(32, 2048, 128, False, True).block_n == 32
     assert plan(256, 2048, 512, False, True).block_m == 32
     assert plan(256, 2048, 512, True, True).block_m == 16
     assert plan(513, 512, 2048, False, True) is None

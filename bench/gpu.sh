@@ -73,8 +73,8 @@ bench() {
 }
 
 counters() {
-    step counters 90 "times in a graph" "$python" -m bench.kernel_times
-    step counters 450 "bytes by ncu" "$python" -m bench.counters "$out/counters.csv" --limit 100
+    step counters 120 "times in a graph" "$python" -m bench.kernel_times
+    step counters 430 "bytes by ncu" "$python" -m bench.counters "$out/counters.csv" --limit 100
 }
 
 sanitizer() {

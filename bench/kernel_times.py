@@ -16,9 +16,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from . import environment, timing
-from .cases import PASSES, PROVIDERS, Case
+from .cases import PASSES, Case
 from .workload import Workload
 
+CAPTURABLE = ("fused", "fused_modular", "fused_compiled", "eager", "compiled", "compiled_closed_form")
 CASES = ("128x2048x14x14-bfloat16-nchw", "32x2048x14x14-bfloat16-nchw")
 
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_times", description=__doc__.split("\n")[0])
     parser.add_argument("--case", nargs="+", type=Case.parse, default=[Case.parse(c) for c in CASES])
     parser.add_argument("--run", choices=PASSES, default="step")
-    parser.add_argument("--provider", choices=PROVIDERS, default="fused_compiled")
+    parser.add_argument("--provider", choices=CAPTURABLE, default="fused_compiled")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no GPU: kernels are timed on one")

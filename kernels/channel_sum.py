@@ -4,9 +4,9 @@ weights at once.
 The sum over p, in the order p = 0, 1, ..., is channel_sum; `spatial_norm` takes the partials as they
 are.  No atomics: the result is the same bits every run.  Reads A once, writes 4*N*R*P*L bytes.
 
-`spatial_sum` reads A before this pass and after it, from the first image to the last.  This one goes from the
-last to the first, so that each begins with what the one before left in L2; asynchronous copies to shared
-memory take no hint to keep it there, other loads do.
+Goes through the images from the last to the first, `spatial_sum` from the first to the last: each then begins
+with what the pass before it left in L2.  The hint to keep A there is for the pass that follows; asynchronous
+copies to shared memory take none.
 """
 
 import triton

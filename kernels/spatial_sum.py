@@ -3,7 +3,8 @@
 With R = 0 all weights are 1.  GAP is R = 0 and scale = 1/L; the attended average pool is weights = T and
 scale = 1/L.  Reads A once, writes 4*N*C bytes a map.
 
-After the mean comes `channel_sum`, for which L2 is asked to keep A; weighted sums are the last to read it.
+The mean comes before `channel_sum`, for which L2 is asked to keep A; a weighted sum is the last pass of the
+forward or of the backward, which lets go of it.
 """
 
 import triton

@@ -1,9 +1,9 @@
 """Products of float32 matrices on tensor cores, which multiply TF32 (10 bits of mantissa): x = high + low and
 
-    x w = high(x) high(w) + low(x) high(w) + high(x) low(w)      (+ low(x) low(w): 2^-20 of it, left out)
+    x w = high(x) high(w) + low(x) high(w) + high(x) low(w)      (+ low(x) low(w): 2^-22 of it, left out)
 
 in three sums that do not wait for each other.  Tensor cores cut off what they add up, so the large products
-of each block of k are added to the others in float32; the small ones, 2^-10 of them, stay there.
+of each block of k are added to the others in float32; the small ones, 2^-11 of them, stay there.
 """
 
 import triton
@@ -11,8 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _parts(x):
-    high = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+def parts(x):
+    """The nearest of TF32, and what is left, at most 2^-11 of x; 3.4025e38 and more become infinite."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return high, x - high
 
 
@@ -21,8 +22,8 @@ def add_product(x, w, acc, low, low_1, PRECISION: tl.constexpr):
     """(acc, low, low_1) with x w added; what they hold is `combined`.  PRECISION "tf32x3", or tl.dot's."""
     if PRECISION != "tf32x3":
         return tl.dot(x, w, acc, input_precision=PRECISION), low, low_1
-    x_high, x_low = _parts(x)
-    w_high, w_low = _parts(w)
+    x_high, x_low = parts(x)
+    w_high, w_low = parts(w)
     # The option keeps the compiler from moving the sum into the product.
     acc += tl.dot(x_high, w_high, input_precision="tf32", max_num_imprecise_acc=1)
     low = tl.dot(x_low, w_high, low, input_precision="tf32")

@@ -131,3 +131,11 @@ def test_no_kernel_spills(target: str, shape: tuple[int, int, bool], dtype: str)
     assert {name for name, *_ in rows} == {*READS, *WRITES, *SMALL}
     for _, code, row in rows:
         assert code["stack"] == 0, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_guidance_of_few_channels_and_a_large_map(target: str) -> None:
+    """Spilled where one warp held two blocks of 4,096 positions."""
+    for _, code, row in compile_all(target, (256, 12544, False), "float32", ("guidance",)):
+        assert code["stack"] == 0, row

@@ -92,7 +92,8 @@ def test_compiled_into_graphs(device: torch.device) -> None:
     with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):
         for i in (0, 1, 0, 1, 0, 1):
             found = work.results(peer, i)
-            # The compiler times its reductions anew for each function: bits may differ between the two.
-            parity.check("a replay", found, expected[i], expected[i], CASES[0].dtype)
             for name, first in seen.setdefault(i, found).items():
                 assert torch.equal(found[name], first), name
+            # The compiler times its reductions anew for each function: bits may differ between the two.
+            for name, off in parity.errors(found, expected[i]).items():
+                assert off <= (1e-2 if name == "features" else 1e-4), name

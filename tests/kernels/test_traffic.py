@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ggam_fast import GGAMHead, GGAMLoss, checks
-from tests.kernels.trace import Trace, counts, needs_interpreter, traced
+from tests.kernels.trace import Trace, counts, elements, needs_interpreter, traced
 
 pytestmark = needs_interpreter
 if checks.TRITON_AVAILABLE:
@@ -155,3 +155,16 @@ def test_features_without_a_dense_axis_are_copied_once(
     assert len(copies) == 1
     S.attention_backward(a, [s, s], 1.0, None, t, t[:, 0], "softmax")
     assert len(copies) == 2
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("name", ["mean", "channel_sum", "spatial_sum"])
+def test_each_pass_begins_where_the_one_before_ended(name: str, layout: str) -> None:
+    x = inputs(4, 300, 49, layout)
+    with traced() as trace:
+        OPERATORS[name][0](x)
+    images = [set(elements(image).ravel().tolist()) for image in x["a"]]
+    first = [int(a.addresses[0]) for a in trace.loads if a.addresses.size]
+    order = [n for address in first for n, image in enumerate(images) if address in image]
+    assert sorted(set(order)) == [0, 1, 2, 3]
+    assert order == sorted(order, reverse=name == "channel_sum")

@@ -1,5 +1,6 @@
 """Result files as Markdown: tables of steps and forwards, of Grad-CAM weights, of whole training steps."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,12 +112,22 @@ def markdown(files: Iterable[Path]) -> str:
 def _heading(results: Results) -> str:
     row = results.newest
     versions = f"torch {row['torch']}, triton {row['triton']}"
-    state = f"commit {row['commit']}" + {"1": " with changes", "": " (changes unknown)"}.get(row["dirty"], "")
+    state = _commits(results)
     if results.on_gpu:
         clocks = f", {row['sm_mhz']} MHz" if row["sm_mhz"] else ""
         return f"{row['gpu']}{clocks}, driver {row['driver']}, CUDA {row['cuda']}, {versions}, {state}:"
     loads = [float(r["load"]) for r in results.rows.values()]
     return f"{row['gpu']}, load {min(loads):.1f} to {max(loads):.1f}, {versions}, {state}:"
+
+
+def _commits(results: Results) -> str:
+    """What the rows were measured at, the newest first."""
+    by_time = sorted(results.rows.values(), key=lambda row: row["utc"], reverse=True)
+    changes = {"1": " with changes", "": " (changes unknown)"}
+    counts = Counter(row["commit"] + changes.get(row["dirty"], "") for row in by_time)
+    if len(counts) == 1:
+        return f"commit {next(iter(counts))}"
+    return "commits " + ", ".join(f"{commit} ({count} rows)" for commit, count in counts.items())
 
 
 def _tables(results: Results) -> Iterable[str]:

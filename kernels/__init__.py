@@ -10,6 +10,7 @@ t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in byt
 | spatial_norm     | T = softmax / sum / sigmoid (U) over l; dT -> dU            | small     | small  |
 | product          | a linear layer, and back through it                         | small     | small  |
 | layer_grads      | the gradients of up to four layers' weights and biases      | small     | small  |
+| tf32             | x w in float32 on tensor cores, for these two               |           |        |
 | guidance         | beta, S, the guidance loss and its gradient                 | small     | small  |
 | features_grad    | dA = x t/L + s dU + dg/L, an outer-product sum              | 0 (|G|)   | |A|    |
 | max_pool         | max_l t_l A_cl, where, and A there                          | |A|       | small  |

@@ -127,7 +127,7 @@ def _commits(results: Results) -> str:
     counts = Counter(row["commit"] + changes.get(row["dirty"], "") for row in by_time)
     if len(counts) == 1:
         return f"commit {next(iter(counts))}"
-    return "commits " + ", ".join(f"{commit} ({count} rows)" for commit, count in counts.items())
+    return "commits " + ", ".join(f"{commit} ({n} of {len(by_time)} rows)" for commit, n in counts.items())
 
 
 def _tables(results: Results) -> Iterable[str]:

@@ -4,7 +4,7 @@ With R = 0 all weights are 1.  GAP is R = 0 and scale = 1/L; the attended averag
 scale = 1/L.  Reads A once, writes 4*N*C bytes a map.
 
 The mean comes before `channel_sum`, for which L2 is asked to keep A; a weighted sum is the last pass of the
-forward or of the backward, which lets go of it.
+forward or of the backward, and A may leave L2.
 """
 
 import triton

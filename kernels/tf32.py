@@ -1,9 +1,9 @@
 """Products of float32 matrices on tensor cores, which multiply TF32 (10 bits of mantissa): x = high + low and
 
-    x w = high(x) high(w) + low(x) high(w) + high(x) low(w)      (+ low(x) low(w): 2^-22 of it, left out)
+    x w = high(x) high(w) + low(x) high(w) + high(x) low(w)      (low(x) low(w), below 2^-20 of it, left out)
 
 in three sums that do not wait for each other.  Tensor cores cut off what they add up, so the large products
-of each block of k are added to the others in float32; the small ones, 2^-11 of them, stay there.
+of each block of k are added to the others in float32; the small ones, 2^-10 of them, stay there.
 """
 
 import triton
@@ -12,8 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def parts(x):
-    """The nearest of TF32, and what is left, at most 2^-11 of x; 3.4025e38 and more become infinite."""
-    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    """x cut off to TF32, which keeps what is infinite or NaN, and what is left: below 2^-10 of x."""
+    high = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     return high, x - high
 
 

@@ -89,7 +89,7 @@ def test_the_newest_row_counts(tmp_path: Path) -> None:
     after = table.markdown([path])
     assert before != after
     assert "(18.0 x)" in after
-    assert "commits def with changes (1 rows), abc (" in after
+    assert "commits def with changes (1 of " in after
 
 
 def test_stale_readme_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

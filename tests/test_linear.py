@@ -45,8 +45,9 @@ def test_values_and_gradients(given: tuple[str, ...], has_bias: bool, device: to
 def test_second_derivatives(device: torch.device) -> None:
     given = inputs(device)
     exact = [t.detach().double().requires_grad_() for t in given]
+    # Of a tenth: the sine of large numbers turns their rounding into its own.
     found, expected = (
-        torch.autograd.grad(layer(*leaves).sin().sum(), leaves, create_graph=True)
+        torch.autograd.grad((layer(*leaves) / 10).sin().sum(), leaves, create_graph=True)
         for layer, leaves in ((ops.TRITON.linear, given), (F.linear, exact))
     )
     again = [

@@ -13,8 +13,8 @@
 #               time to start a step, and each of its operators                                  first_call.log
 #
 # Rows and logs are in DIR as soon as they are written.  DIR holds at most 8 files and 16 MB. A copy without its
-# history takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/: "-k max_autotune", say, for
-# what the budget left out; such rows are added to those in DIR.
+# history, or with another's, takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/:
+# "-k max_autotune", say, for what the budget left out; such rows are added to those in DIR.
 set -u
 usage="usage: bench/gpu.sh DIR [parity] [bench] [counters] [sanitizer] [first_call]"
 out=${1:?$usage}

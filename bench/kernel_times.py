@@ -9,11 +9,9 @@ order they ran: how long after the end of the one before it began, and how long 
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from . import environment, timing
 from .cases import PASSES, Case
@@ -47,16 +45,6 @@ def lines(kernels: list[Kernel]) -> list[str]:
     return [f"{gap:6.2f} {us:8.2f}  {name}" for gap, us, name in [*rows, (sum(gaps), sum(took), "all")]]
 
 
-def _profiled(replay: Callable[[], None]) -> list[Kernel]:
-    replay()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        replay()
-        torch.cuda.synchronize()
-    on_gpu = [e for e in record.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [Kernel(e.name, e.time_range.start, e.time_range.end) for e in on_gpu]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_times", description=__doc__.split("\n")[0])
     parser.add_argument("--case", nargs="+", type=Case.parse, default=[Case.parse(c) for c in CASES])
@@ -74,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
         call, count = work.call(peer), len(work.features)
         median = timing.spread(timing.graph_times(call, count)).p50 * 1e6
         print(f"\n{case} {chosen.run} {chosen.provider}: {median:.1f}")
-        print("\n".join(lines(one_call(_profiled(timing.capture(call, count).replay), count))), flush=True)
+        events = timing.on_gpu(timing.capture(call, count).replay)
+        kernels = [Kernel(e.name, e.time_range.start, e.time_range.end) for e in events]
+        print("\n".join(lines(one_call(kernels, count))), flush=True)
     return 0
 
 

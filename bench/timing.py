@@ -157,15 +157,18 @@ def peak_bytes(call: Call) -> int:
 
 def launches(call: Call) -> int | None:
     """Kernels, copies and fills one call puts on the GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    call(0)
+    return len(on_gpu(lambda: call(0))) if torch.cuda.is_available() else None
+
+
+def on_gpu(call: Callable[[], Any]) -> list[Any]:
+    """The profiler's events of the kernels, copies and fills of a second call."""
+    call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
-        call(0)
+        call()
         torch.cuda.synchronize()
-    on_gpu = [e for e in record.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not getattr(e, "is_user_annotation", False) for e in on_gpu)
+    found = [e for e in record.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e for e in found if not getattr(e, "is_user_annotation", False)]
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -17,8 +17,8 @@ STANDARDIZED_CAM = tl.constexpr(2)
 
 
 @triton.jit
-def _sums(row_ptr, L: tl.constexpr, BLOCK_L: tl.constexpr):
-    """What is left to add up of a map"""
+def _partial_sums(row_ptr, L: tl.constexpr, BLOCK_L: tl.constexpr):
+    """BLOCK_L sums of every BLOCK_L-th position; to add those up takes a barrier."""
     acc = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
@@ -83,9 +83,9 @@ def guidance_kernel(
     if grad_channel_ptr is not None:
         ds = tl.load(grad_channel_ptr + row, mask=mask, other=0.0)
     if attention_ptr is not None:
-        t = _sums(attention_ptr + n * L, L, BLOCK_L)
+        t = _partial_sums(attention_ptr + n * L, L, BLOCK_L)
     if grad_map_ptr is not None:
-        du = _sums(grad_map_ptr + n * L, L, BLOCK_L)
+        du = _partial_sums(grad_map_ptr + n * L, L, BLOCK_L)
 
     log_s = _log_softmax(e, mask)
     s = tl.exp(log_s)

@@ -69,14 +69,19 @@ class Product(NamedTuple):
     split: int
 
 
+# Chosen from some twenty tiles for each product of a step at 2048 channels, N = 128 and 32, on an H100:
+# "Small products" in `bench/results/h100.md`.
 SMALL_PRODUCT = Product(16, 32, 64, 4, 4, 1)
+
 WIDE_PRODUCT = Product(16, 64, 32, 4, 4, 1)
+"""Of many columns: with 64 of k in a block it spills for sm_100 and sm_120 (Triton 3.8)."""
 
 LARGE_PRODUCT = Product(32, 64, 32, 2, 4, 1)
 """Of so many elements that tiles fill a GPU."""
 
 LAYER_GRADS = Product(32, 64, 32, 4, 3, 1)
-"""Of weights' gradients, whose sums are over a batch."""
+"""Of weights' gradients, whose sums are over a batch: each element is then split in its parts a half or a
+quarter as often as by tiles of 16 x 32."""
 
 LARGEST_PRODUCT = 1 << 28
 """Multiply-adds of a product at most: as many as were measured to be faster than cuBLAS in float32, the

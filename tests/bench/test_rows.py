@@ -77,6 +77,13 @@ def test_environment() -> None:
     assert now.threads >= 1
 
 
+def test_a_copy_of_another_commit_is_told_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.source.cache_clear()
+    monkeypatch.setenv("BENCH_COMMIT", "abc123")
+    assert environment.source() == ("abc123", None)
+    environment.source.cache_clear()
+
+
 def test_a_copy_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

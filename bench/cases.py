@@ -101,7 +101,7 @@ def gpu_default() -> Iterator[Run]:
     resnet = {n: Case(n, 2048, 14, 14) for n in (1, *BATCHES)}
     plain = ("memcpy", "eager", "fused", "fused_modular")
     both = ("compiled", "fused_compiled")
-    graphs = ("compiled_reduce_overhead", "fused_reduce_overhead")
+    graphs = ("fused_reduce_overhead", "compiled_reduce_overhead")
     rest = [case for case in gpu_cases(dtypes=(bf16,)) if case not in resnet.values()]
     at_128 = [case for case in rest if case.n == 128]
     elsewhere = [resnet[128]._replace(layout="channels_last"), Case(128, 512, 28, 28),
@@ -112,11 +112,9 @@ def gpu_default() -> Iterator[Run]:
     ]
     wanted += [(resnet[32], "beta", ("eager", "fused", *CAM_LIBRARIES)), (resnet[256], "step", plain)]
     wanted += [(case, "step", plain) for case in at_128]
-    wanted += [(resnet[32], "step", (*graphs, "compiled_closed_form"))]
-    wanted += [(resnet[128], "step", ("compiled_closed_form",))]
+    wanted += [(resnet[n], "step", (*graphs, "compiled_closed_form")) for n in (32, 128)]
     wanted += [(case, "step", both) for case in elsewhere]
     wanted += [(case, "step", plain) for case in (*rest, *fp32_cases)]
-    wanted += [(resnet[128], "step", graphs)]
     wanted += [
         (case, run, ("eager", "fused")) for case in (resnet[128], *at_128) for run in ("fwd", "fwd_beta")
     ]
@@ -143,13 +141,13 @@ def cpu_default() -> Iterator[Run]:
     wanted += [
         (case, "step", plain) for case in (resnet._replace(layout="channels_last"), resnet._replace(n=4))
     ]
-    wanted += [(resnet._replace(n=1), "fwd", plain)]
+    wanted += [(resnet._replace(n=1), "fwd", (*plain, *compiled))]
     for case, run, names in wanted:
         yield from (Run(case, run, name) for name in names)
 
 
 CPU_LEFT_OUT = (
-    "compiled peers but for two guided steps and one forward with beta: half a minute each",
+    "compiled peers but for two guided steps and two forwards: half a minute each",
     "the paper's batch sizes, bfloat16 and tokens: sizes of a GPU",
     "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: the default there, or slower to build",
     "compiled_closed_form: on a CPU that is fused_compiled",

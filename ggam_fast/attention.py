@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Function
-from .checks import compute_dtype, full_precision
+from .checks import as_type, compute_dtype, full_precision
 from .contractions import DifferentiableStages, get_stages
 from .stages import CamTerms, Stages, softmax_grad
 
@@ -226,8 +226,8 @@ def pull_back_to_mean(
         return Factors(first_mean, first, s, du, None, None, None)
     assert mlp.fc1_weight is not None
     assert mlp.fc2_weight is not None
-    (dh,) = stages.product([de], mlp.fc2_weight.to(de.dtype), mask=attended.hidden)
-    (dg,) = stages.product([dh], mlp.fc1_weight.to(de.dtype))
+    (dh,) = stages.product([de], as_type(mlp.fc2_weight, de.dtype), mask=attended.hidden)
+    (dg,) = stages.product([dh], as_type(mlp.fc1_weight, de.dtype))
     return Factors(first_mean, first, s, du, dg, de, dh)
 
 
@@ -265,7 +265,7 @@ def mlp_grads(stages: Stages, attended: Attended, f: Factors) -> list[Tensor | N
 def like_parameters(grads: Sequence[Tensor | None], mlp: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Each gradient in its parameter's type."""
     pairs = zip(grads, mlp, strict=True)
-    return [None if d is None or p is None else d.to(p.dtype) for d, p in pairs]
+    return [None if d is None or p is None else as_type(d, p.dtype) for d, p in pairs]
 
 
 class Attention(Function):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autograd import Function
+from .checks import as_type
 from .stages import Stages
 
 aten = torch.ops.aten
@@ -194,17 +195,16 @@ class Anchored(Function):
 
 
 def _linear(layer: nn.Linear, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
-    weight = layer.weight.to(x.dtype)
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    own_weight, own_bias = layer.weight, layer.bias
+    weight = as_type(own_weight, x.dtype)
+    bias = None if own_bias is None else as_type(own_bias, x.dtype)
 
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
-        held = LayerGradient(layer.weight, layer.bias, rows[-1], x, True)
+        held = LayerGradient(own_weight, own_bias, rows[-1], x, True)
         differentiable = Stages() if torch.is_grad_enabled() else stages
         return differentiable.product(rows, weight), [held]
 
-    if torch.is_grad_enabled():
-        return stages.linear(x, weight, bias), pull
-    return stages.product([x], weight.t(), bias)[0], pull
+    return stages.linear(x, weight, bias), pull
 
 
 def _identity(layer: nn.Module, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
@@ -234,15 +234,16 @@ def _elu(layer: nn.ELU, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
 
 def _batch_norm(layer: nn.BatchNorm1d, x: Tensor, stages: Stages) -> tuple[Tensor, Pullback]:
     dtype = x.dtype
-    gamma = None if layer.weight is None else layer.weight.to(dtype)
-    beta = None if layer.bias is None else layer.bias.to(dtype)
+    own_weight, own_bias = layer.weight, layer.bias
+    gamma = None if own_weight is None else as_type(own_weight, dtype)
+    beta = None if own_bias is None else as_type(own_bias, dtype)
     if x.shape[0] == 0:
         # No statistics to take or to move; the parameters stay in the graph.
         scale = torch.ones_like(x[:1]) if gamma is None else gamma
 
         def pull_nothing(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
             v = rows[-1]
-            held = LayerGradient(layer.weight, layer.bias, (v * x).sum(0), v.sum(0), False)
+            held = LayerGradient(own_weight, own_bias, (v * x).sum(0), v.sum(0), False)
             return [v * scale for v in rows], [held]
 
         return x * scale + (0.0 if beta is None else beta), pull_nothing
@@ -281,7 +282,7 @@ def _batch_norm(layer: nn.BatchNorm1d, x: Tensor, stages: Stages) -> tuple[Tenso
             for row in rows
         ]
         _, dgamma, dbeta = pulled[-1]
-        held = LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)
+        held = LayerGradient(own_weight, own_bias, dgamma, dbeta, False)
         return [dx for dx, _, _ in pulled], [held] if affine else []
 
     return y, pull
@@ -293,7 +294,8 @@ def _normalise(
     """The layer's output and, where they are at hand, the batch's mean and one over its deviation."""
     # The operator behind F.batch_norm gives the statistics too; of one image F.batch_norm says what is wrong.
     give = from_batch and not torch.is_grad_enabled() and x.shape[0] > 1
-    if layer.running_mean is None or layer.running_var is None:
+    own_mean, own_var = layer.running_mean, layer.running_var
+    if own_mean is None or own_var is None:
         if give:
             y, *saved = aten._native_batch_norm_legit.no_stats(x, gamma, beta, True, 0.0, layer.eps)
             return y, (saved[0], saved[1])
@@ -303,16 +305,16 @@ def _normalise(
         layer.num_batches_tracked.add_(1)
         if momentum is None:  # the cumulative average of torch's BatchNorm
             momentum = 1.0 / float(layer.num_batches_tracked)
-    mean, var = layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype)
+    mean, var = as_type(own_mean, x.dtype), as_type(own_var, x.dtype)
     if give:
         y, *saved = aten._native_batch_norm_legit(x, gamma, beta, mean, var, True, momentum or 0.0, layer.eps)
         found = (saved[0], saved[1])
     else:
         y = F.batch_norm(x, mean, var, gamma, beta, from_batch, momentum or 0.0, layer.eps)
         found = None
-    if layer.training and mean is not layer.running_mean:  # statistics of another type: move the copy
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(var)
+    if layer.training and mean is not own_mean:  # statistics of another type: move the copy
+        own_mean.copy_(mean)
+        own_var.copy_(var)
     return y, found
 
 

@@ -31,7 +31,7 @@ from .attention import (
 )
 from .autograd import Function
 from .base import GGAMOutput
-from .checks import compute_dtype, full_precision
+from .checks import as_type, compute_dtype, full_precision
 from .classifier import LayerGradient, Scores, probabilities, score_gradient
 from .contractions import get_stages
 from .losses import cross_entropy, cross_entropy_grad, reduce_batch
@@ -144,7 +144,7 @@ class HeldGradient(Function):
             for i, product in enumerate(ctx.products):
                 pair = next(multiplied) if product else (next(whole), next(whole))
                 for gradient, dtype in zip(pair, (ctx.types[i], ctx.types[count + i]), strict=True):
-                    grads.append(None if dtype is None else gradient.to(dtype))
+                    grads.append(None if dtype is None else as_type(gradient, dtype))
                 grads += [None, None]
         return grad, None, da, *[None] * 10, *grads
 
@@ -164,7 +164,7 @@ def fused_loss(
     with torch.no_grad(), full_precision(features):
         attended = attend(stages, features.detach(), mlp, options)
     scores = score(attended.pooled)
-    logits = scores.logits.to(compute_dtype(scores.logits))
+    logits = as_type(scores.logits, compute_dtype(scores.logits))
     entropy = cross_entropy(logits, target, terms.label_smoothing)
 
     with torch.no_grad():

@@ -147,8 +147,10 @@ class GGAMHead(GGAMHeadBase):
         options = Options(self.attention, self.spatial_norm, self.pool_type)
         mlp = ChannelMLP(None, None, None, None)
         if options.uses_channel:
-            for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
-                if layer.bias is None:
+            fc1, fc2 = self.fc1, self.fc2
+            mlp = ChannelMLP(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            for name, layer, bias in (("fc1", fc1, mlp.fc1_bias), ("fc2", fc2, mlp.fc2_bias)):
+                if bias is None:
                     raise TypeError(f"{name} must have a bias; got {layer}")
                 own_forward = type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__
                 by_hook = bool(layer._forward_pre_hooks) and "weight" not in layer._parameters
@@ -158,7 +160,6 @@ class GGAMHead(GGAMHeadBase):
                         f"called; got {type(layer).__name__} with "
                         f"{'a weight that a hook computes (pruning)' if by_hook else 'a forward of its own'}"
                     )
-            mlp = ChannelMLP(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
 
     def _classify(

@@ -723,6 +723,8 @@ class TritonStages(stages.Stages):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight.dtype != torch.float32:
             return super().linear(x, weight, bias)
+        if not torch.is_grad_enabled():
+            return self.product([x], weight.t(), bias)[0]
         return Linear.apply(x, weight, bias, "triton")
 
     def layer_grads(

@@ -89,6 +89,19 @@ def test_training_step_on_kernels(name: str, device: torch.device) -> None:
     check(GGAMHead(C, K, **{**OPTIONS[name], "backend": "triton"}), device, "aot_eager")
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_image(channels_last: bool, device: torch.device) -> None:
+    """Whose sums and layers are written otherwise for the compiler."""
+    head = GGAMHead(C, K, hidden_size=16, backend="torch").to(device).eval()
+    exact = copy.deepcopy(head).double()
+    x, target = torch.randn(1, C, SIZE, SIZE, device=device), torch.tensor([2], device=device)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        found = torch.compile(head, fullgraph=True, backend="aot_eager")(x, target)
+        assert_same(list(found), list(exact(x.double(), target)))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_any_batch_size(backend: str, device: torch.device) -> None:
     head = GGAMHead(C, K, hidden_size=16, backend=backend)

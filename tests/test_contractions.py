@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from ggam_fast import functional
-from ggam_fast.stages import rows_times, rows_times_by_sum
+from ggam_fast.stages import Stages, rows_times, rows_times_by_sum
 from tests.parity import relative_error
 
 EQUATIONS = {"channel_sum": "nchw,nc->nhw", "spatial_sum": "nchw,nhw->nc"}
@@ -149,6 +149,17 @@ def test_gradients_under_autocast_stay_float32(name: str, device: torch.device) 
             first = torch.autograd.grad(y, (x, weights), create_graph=True)
             results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, weights))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_in_both_layouts(n: int, channels_last: bool, dtype: torch.dtype, device: torch.device) -> None:
+    a = torch.randn(n, 5, 7).to(device, dtype)
+    a = a.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else a
+    found = Stages().spatial_sum(a, None, 1 / 7)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), a.double().mean(2), rtol=1e-6, atol=1e-7)
 
 
 def test_rows_times_in_both_forms(device: torch.device) -> None:

@@ -55,8 +55,9 @@ def _gpu(results: Results) -> Iterator[str]:
             yield from _line(f"{name} against the best torch.compile, {timing}", step, 2.0, False)
         step = _ratios(results, "step", ("fused",), ("eager",), timing)
         yield from _line(f"guided step against the eager reference, {timing}", step, 8.0, False)
-    beta = _ratios(results, "beta", ("fused",), CAM_LIBRARIES, "cold")
-    yield from _line("beta alone against the fastest CAM library", beta, 5.0, False)
+    for providers, name in ((("fused",), "beta alone"), (FUSED_COMPILED, "compiled beta alone")):
+        beta = _ratios(results, "beta", providers, CAM_LIBRARIES, "cold")
+        yield from _line(f"{name} against the fastest CAM library", beta, 5.0, False)
     whole = {
         row["provider"]: row
         for row in results.rows.values()

@@ -110,7 +110,8 @@ def gpu_default() -> Iterator[Run]:
     wanted: list[tuple[Case, str, tuple[str, ...]]] = [
         (resnet[n], "step", (*plain, *both)) for n in (128, 32)
     ]
-    wanted += [(resnet[32], "beta", ("eager", "fused", *CAM_LIBRARIES)), (resnet[256], "step", plain)]
+    wanted += [(resnet[32], "beta", ("eager", "fused", "fused_reduce_overhead", *CAM_LIBRARIES))]
+    wanted += [(resnet[256], "step", plain)]
     wanted += [(case, "step", plain) for case in at_128]
     wanted += [(resnet[n], "step", (*graphs, "compiled_closed_form")) for n in (32, 128)]
     wanted += [(case, "step", both) for case in elsewhere]

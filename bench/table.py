@@ -205,7 +205,8 @@ def _cpu_table(results: Results) -> str:
         if peer is None:
             return "-"
         ratio = f" ({peer.microseconds / ours.microseconds:.1f} x)" if ours else ""
-        return f"{peer.microseconds / 1000:.1f}{ratio}"
+        time = peer.microseconds / 1000
+        return f"{time:.{2 if time < 1 else 1}f}{ratio}"
 
     lines = []
     for run in ("step", "fwd_beta", "fwd"):

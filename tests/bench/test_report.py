@@ -75,7 +75,7 @@ def test_the_eager_step_is_not_compared_with_compiled_ones(
 def test_cpu_table_says_that_no_gpu_was_measured(tmp_path: Path) -> None:
     text = table.markdown([result_file(tmp_path, CPU, ("hot",))])
     assert text.startswith("**No GPU has been measured yet.**")
-    assert "| guided step | 2048 x 14 x 14 | 32 | 0.1 | 0.9 (9.0 x) | 0.1 | 0.3 (2.7 x) |" in text
+    assert "| guided step | 2048 x 14 x 14 | 32 | 0.10 | 0.90 (9.0 x) | 0.11 | 0.30 (2.7 x) |" in text
     assert "resnet50" not in text  # a tiny step's speed on a CPU says nothing
 
 
@@ -113,6 +113,16 @@ def test_stale_readme_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_readme_without_the_place_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="README must have one"):
         report.replaced(text, "")
+
+
+def test_bars_of_beta_alone(tmp_path: Path) -> None:
+    times = {"fused": 700.0, "fused_reduce_overhead": 100.0, "grad_cam": 500.0, "torchcam": 600.0}
+    path = rows.path_for(GPU, tmp_path)
+    rows.append(path, [row(provider, time, GPU, run="beta") for provider, time in times.items()])
+    lines = list(bars.judged(table.Results(path)))
+    where = "at 2048 x 14 x 14, N = 32, grad_cam"
+    assert f"MISSED beta alone against the fastest CAM library: 0.71 (at least 5) {where}" in lines
+    assert f"met    compiled beta alone against the fastest CAM library: 5.00 (at least 5) {where}" in lines
 
 
 def test_bars(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class Run(NamedTuple):
 
 MAPS = {  # what the shape is the last map of
     (2048, 14, 14): "ResNet-50 at 448",
+    (2048, 7, 7): "ResNet-50 at 224",
     (512, 28, 28): "VGG-16 at 448, before its last pooling",
     (512, 14, 14): "VGG-16 at 448",
     (1280, 14, 14): "EfficientNet at 448",
@@ -105,7 +106,7 @@ def gpu_default() -> Iterator[Run]:
     rest = [case for case in gpu_cases(dtypes=(bf16,)) if case not in resnet.values()]
     at_128 = [case for case in rest if case.n == 128]
     elsewhere = [resnet[128]._replace(layout="channels_last"), Case(128, 512, 28, 28),
-                 Case(128, 1024, 32, 32, layout="nlc")]  # fmt: skip
+                 Case(128, 1024, 32, 32, layout="nlc"), Case(128, 2048, 7, 7)]  # fmt: skip
     fp32_cases = [Case(n, 2048, 14, 14, fp32) for n in (128, 32)]
     wanted: list[tuple[Case, str, tuple[str, ...]]] = [
         (resnet[n], "step", (*plain, *both)) for n in (128, 32)

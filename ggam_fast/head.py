@@ -147,19 +147,22 @@ class GGAMHead(GGAMHeadBase):
         options = Options(self.attention, self.spatial_norm, self.pool_type)
         mlp = ChannelMLP(None, None, None, None)
         if options.uses_channel:
-            fc1, fc2 = self.fc1, self.fc2
-            mlp = ChannelMLP(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            for name, layer, bias in (("fc1", fc1, mlp.fc1_bias), ("fc2", fc2, mlp.fc2_bias)):
+            parameters: list[Tensor] = []
+            for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
+                bias = layer.bias
                 if bias is None:
                     raise TypeError(f"{name} must have a bias; got {layer}")
                 own_forward = type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__
-                by_hook = bool(layer._forward_pre_hooks) and "weight" not in layer._parameters
+                own = layer._parameters
+                by_hook = bool(layer._forward_pre_hooks) and not ("weight" in own and "bias" in own)
                 if own_forward or by_hook:
+                    other = "parameters that a hook computes (pruning)" if by_hook else "a forward of its own"
                     raise TypeError(
                         f"{name} must be a plain nn.Linear, as its weight and bias are read and it is not "
-                        f"called; got {type(layer).__name__} with "
-                        f"{'a weight that a hook computes (pruning)' if by_hook else 'a forward of its own'}"
+                        f"called; got {type(layer).__name__} with {other}"
                     )
+                parameters += [layer.weight, bias]
+            mlp = ChannelMLP(*parameters)
         return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
 
     def _classify(

@@ -225,6 +225,33 @@ def test_export(backend: str, pool_type: str, device: torch.device) -> None:
             torch.testing.assert_close(program.module()(given), head(given))
 
 
+def test_one_exported_image_is_not_written_out_as_a_sum(device: torch.device) -> None:
+    """A program that nothing fuses: its products of A and a map would be in memory."""
+    head = GGAMHead(C, K, hidden_size=16, backend="torch").to(device).eval()
+    x = torch.rand(1, C, SIZE, SIZE, device=device)
+    with torch.no_grad():
+        program = torch.export.export(head, (x, torch.tensor([1], device=device)))
+    written = [n for n in program.graph.nodes if n.op == "call_function" and "mul" in str(n.target)]
+    assert written
+    if device.type == "cpu":
+        assert all(n.meta["val"].numel() < x.numel() for n in written)
+
+
+@pytest.mark.parametrize("name", ["channel_sum", "spatial_sum", "head"])
+def test_a_batch_of_unknown_size(name: str, device: torch.device) -> None:
+    """As a mask leaves it."""
+    head = GGAMHead(C, K, hidden_size=0, backend="torch").to(device)
+    x, keep = torch.rand(N, C, SIZE, SIZE, device=device), torch.arange(N, device=device) % 2 == 0
+    weights = torch.rand((N, C) if name == "channel_sum" else (N, SIZE, SIZE), device=device)
+
+    def some(x: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
+        return head(x[keep]) if name == "head" else getattr(functional, name)(x[keep], weights[keep])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        found = torch.compile(some, fullgraph=True, backend="aot_eager")(x, weights, keep)
+        torch.testing.assert_close(found, some(x, weights, keep))
+
+
 def test_an_exported_guided_head_can_be_saved(device: torch.device) -> None:
     head = GGAMHead(C, K, hidden_size=16, device=device).eval()
     given = torch.rand(N, C, SIZE, SIZE, device=device), torch.arange(N, device=device) % K

@@ -581,12 +581,24 @@ def test_a_channel_mlp_that_would_have_to_be_called_is_refused(device: torch.dev
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    pruned, replaced = (GGAMHead(C, K, rd_channels=4, device=device) for _ in range(2))
-    prune.random_unstructured(pruned.fc1, "weight", 0.5)
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed, self.bias = nn.Parameter(torch.ones(4, C)), nn.Parameter(torch.ones(4))
+
+    replaced, quantised = (GGAMHead(C, K, rd_channels=4, device=device) for _ in range(2))
     replaced.fc2 = Doubled(4, C, device=device)
+    quantised.fc1 = Quantised().to(device)
     x = features(device, torch.float32)
-    with pytest.raises(TypeError, match=r"fc1 must be a plain nn.Linear.*Linear with a weight that a hook"):
-        pruned(x)
+    for parameter in ("weight", "bias"):
+        pruned = GGAMHead(C, K, rd_channels=4, device=device)
+        prune.random_unstructured(pruned.fc1, parameter, 0.5)
+        with pytest.raises(
+            TypeError, match=r"fc1 must be a plain nn.Linear.*Linear with parameters that a hook"
+        ):
+            pruned(x)
+    with pytest.raises(TypeError, match=r"fc1 must be.*got Quantised with a forward of its own"):
+        quantised(x)
     with pytest.raises(TypeError, match=r"fc2 must be.*got Doubled with a forward of its own"):
         replaced(x)
     watched = GGAMHead(C, K, rd_channels=4, device=device)

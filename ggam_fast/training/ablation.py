@@ -26,7 +26,7 @@ from ggam_fast.training.config import (
 )
 from ggam_fast.training.data import ImageSet
 from ggam_fast.training.devices import device_name, precision, resolve_device
-from ggam_fast.training.engine import create_classifier, load_images, map_batches
+from ggam_fast.training.engine import check_images, create_classifier, load_images, map_batches
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.interrupts import InterruptGuard
 from ggam_fast.training.outputs import remove_parts, write_atomically
@@ -102,7 +102,8 @@ class AblateConfig:
             )
         if not 1 <= study.thresholds <= 1000:
             raise TrainError(f"--thresholds must be from 1 to 1000; got {study.thresholds}")
-        self.training("none", study.cam_norms[0], 0.0, 0).check()
+        for seed in study.seeds:
+            self.training("none", study.cam_norms[0], 0.0, seed).check()
 
     def training(self, attention: str, cam_norm: str, weight: float, seed: int) -> TrainConfig:
         """The training run that a cell is."""
@@ -181,7 +182,8 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
     study = config.study
     device = resolve_device(study.device)
     dtype = precision("auto", device)
-    images = with_validation(load_images(config.data))
+    images = load_images(config.data)
+    digest = images.digest(sizes=True)
     report.note(f"{images.name}: {images.summary()}")
     for line in images.notes:
         report.note(f"  {line}")
@@ -189,6 +191,9 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
     base = config.training("none", study.cam_norms[0], 0.0, 0)
     model = create_classifier(base, len(images.classes)).to(device)
     model.backbone.to(memory_format=torch.channels_last)
+    if config.data.skip_bad_images:
+        images = check_images(images, model.backbone, config.data, report)
+    images = with_validation(images)
     folder = cells_folder(study.out)
     results: list[dict[str, Any]] = []
 
@@ -203,7 +208,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
         try:
             for cell in plan(study, best):
                 training = config.training(cell.attention, cell.cam_norm, cell.weight, cell.seed)
-                options = comparable(config, training)
+                options = {**comparable(config, training), "images": digest}
                 path = folder / f"{cell.name}.json"
                 found = stored(path, options)
                 if found is None:
@@ -293,6 +298,8 @@ def stored(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{path} is not a finished cell; remove it") from error
     for name, value in options.items():
+        if name == "images" and theirs.get(name) != value:
+            raise TrainError(f"--out holds cells of other images ({path.name}); choose another folder")
         if theirs.get(name) != value:
             raise TrainError(
                 f"--out holds cells with --{name.replace('_', '-')} {theirs.get(name)}, not {value} "

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ggam_fast.training.data import ImageSet, eval_transform
 from ggam_fast.training.outputs import write_atomically
-from ggam_fast.training.pictures import new_figure, show_heat, show_image
+from ggam_fast.training.pictures import literal, new_figure, show_heat, show_image
 
 if TYPE_CHECKING:
     from ggam_fast.training.ablation_report import Group
@@ -134,7 +134,7 @@ def draw_side_by_side(
     for column, row in enumerate(images.splits["test"][kept].tolist()):
         picture = transform(images.read(row)).clamp(0, 1).permute(1, 2, 0)
         show_image(grid[0][column], picture)
-        grid[0][column].set_title(images.classes[int(images.labels[row])], fontsize=9)
+        grid[0][column].set_title(literal(images.classes[int(images.labels[row])]), fontsize=9)
         for line, group in enumerate(rows, 1):
             heat = torch.tensor(group.cells[0]["pictures"]["grad_cam"][column])
             show_heat(grid[line][column], picture, heat)

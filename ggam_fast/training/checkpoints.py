@@ -16,6 +16,7 @@ import ggam_fast
 from ggam_fast.training.backbones import create_backbone
 from ggam_fast.training.classifier import GGAMClassifier, create_head
 from ggam_fast.training.config import HeadConfig, TrainConfig
+from ggam_fast.training.data import ImageSet
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.outputs import write_atomically
 
@@ -33,7 +34,7 @@ class Checkpoint(NamedTuple):
     description: dict[str, Any]
 
 
-def describe(model: GGAMClassifier, classes: tuple[str, ...], config: TrainConfig) -> dict[str, Any]:
+def describe(model: GGAMClassifier, images: ImageSet, config: TrainConfig) -> dict[str, Any]:
     """All that is needed, beside the weights, to rebuild `model`; and how it was trained."""
     return {
         "ggam_fast": ggam_fast.__version__,
@@ -44,10 +45,12 @@ def describe(model: GGAMClassifier, classes: tuple[str, ...], config: TrainConfi
         },
         "preprocessing": {"mean": list(model.backbone.mean), "std": list(model.backbone.std)},
         "head": config.head.keywords(),
-        "classes": list(classes),
+        "classes": list(images.classes),
         "data": {
             "data": config.data.data,
-            "root": config.data.root and str(config.data.root),
+            "root": config.data.root and str(config.data.root.absolute()),
+            "images": images.digest(),
+            "banner": images.banner,
             "enlarge": config.data.enlarge,
             "skip_bad_images": config.data.skip_bad_images,
         },

@@ -26,7 +26,7 @@ _EVERYDAY = (
     *("lr", "guidance_weight", "seed", "out", "resume", "device"),
 )
 # What the parts of one run may differ in.
-_PER_PART = {"out", "overwrite", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
+_PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -36,7 +36,7 @@ def train(arguments: Sequence[str]) -> int:
 
         ggam-fast train --data folder --root photos --out runs/photos
         ggam-fast train --recipe paper --data folder --root photos    # the whole network, for a GPU
-        ggam-fast train --config options.yaml --seed 1                # options from a file; flags win
+        ggam-fast train --config options.yaml --seed 1 --out runs/b   # options from a file; flags win
         ggam-fast train --resume runs/photos                          # after any interruption
     """
     from ggam_fast.training import engine
@@ -215,12 +215,21 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
 
     From the weakest: defaults, --recipe, --preset, the file given with --config, the other flags. With
     --resume all options are those of the run that goes on.
+
+    Raises:
+        TrainError: a recipe or preset given as a flag would change nothing but its own name, as the file
+            gives other values for all that it means.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--resume", "--recipe", "--preset"):
         early.add_argument(flag)
     given, rest = early.parse_known_args(arguments)
-    if given.resume not in (None, "None"):
+    for name, value in vars(given).items():
+        setattr(given, name, None if value == "None" else value)
+    if given.resume is not None:
+        for name in ("config", "recipe", "preset"):
+            if getattr(given, name) is not None:
+                raise TrainError(f"--resume goes on with the run's own options; leave out --{name}")
         return _resumed(Path(given.resume), rest)
     known = TrainConfig().values()
     options = {} if given.config is None else read_config_file(Path(given.config), known)
@@ -231,9 +240,23 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     }
     # Only to learn that the two names are right.
     _cli("train", TrainConfig(), as_arguments(named))
-    default = TrainConfig().replaced(RECIPES[str(named.get("recipe", "modern"))])
-    if "preset" in named:
-        default = default.replaced(vars(HeadConfig.from_preset(named["preset"])))
+    recipe = RECIPES[str(named.get("recipe", "modern"))]
+    default = TrainConfig().replaced(recipe)
+    preset = vars(HeadConfig.from_preset(named["preset"])) if "preset" in named else {}
+    default = default.replaced(preset)
+    for flag, means, covers in (
+        ("recipe", recipe, {name for one in RECIPES.values() for name in one}),
+        ("preset", preset, preset.keys() - {"preset"}),
+    ):
+        written = {name for name in covers if known[name] is not None}  # of None no file speaks
+        if getattr(given, flag) is None or not written <= options.keys():
+            continue
+        for name, value in {**means, flag: named[flag]}.items():
+            if options.get(name, value) != value:
+                raise TrainError(
+                    f"--{flag} {named[flag]} means {name} {value}, and --config {given.config}, which "
+                    f"wins, says {options[name]}; leave one of the two out"
+                )
     return _cli("train", default, [*as_arguments({**options, **named}), *rest])
 
 

@@ -171,6 +171,7 @@ class TrainConfig:
             ("--guidance-weight", optim.guidance_weight, 0, infinity),
             ("--label-smoothing", optim.label_smoothing, 0, 1),
             ("--ema", optim.ema, 0, 1),
+            ("--seed", optim.seed, -(2**63), 2**63),
         ):
             if value is not None and not (least <= value < below):
                 ending = "or more" if below == infinity else f"or more and below {below}"

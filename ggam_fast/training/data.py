@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -75,6 +78,24 @@ class ImageSet:
             annotations=None if self.annotations is None else self.annotations.of(kept),
         )
 
+    def digest(self, sizes: bool = False) -> str:
+        """A hash of the classes and, split by split, of the files' paths below the folder that holds them
+        all, with `sizes` of theirs too, and of the labels: another one where an image changed its split."""
+        root = os.path.commonpath([path.parent for path in self.files])
+        parts = {
+            name: [
+                (
+                    os.path.relpath(self.files[row], root),
+                    _size(self.files[row]) if sizes else 0,
+                    int(self.labels[row]),
+                )
+                for row in rows.tolist()
+            ]
+            for name, rows in self.splits.items()
+        }
+        text = json.dumps([self.classes, sorted(parts.items())])
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
     def summary(self) -> str:
         splits = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())
         return f"{len(self.files)} images ({splits}), {len(self.classes)} classes"
@@ -126,14 +147,36 @@ def read_image(path: Path, banner: int = 0) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            whole = image.convert("RGB")
-            return whole.crop((0, 0, whole.width, whole.height - banner)) if banner else whole
+            return without_banner(_eight_bits(image).convert("RGB"), banner)
     except FileNotFoundError as error:
         raise TrainError(f"cannot read image {path}: no such file") from error
     except UnidentifiedImageError as error:
         raise TrainError(f"cannot read image {path}: not an image file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TrainError(f"cannot read image {path}: {error}") from error
+
+
+def without_banner(image: Image.Image, banner: int) -> Image.Image:
+    """The image without its lowest `banner` pixels."""
+    return image.crop((0, 0, image.width, image.height - banner)) if banner else image
+
+
+def check_depth(image: Image.Image) -> None:
+    """Raise a ValueError for pixels whose range nothing says; Pillow would cut them off at 255."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise ValueError(f"32 bits a pixel (mode {image.mode}); save it with 8 or 16")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image, with its pixels of 16 bits brought to 8."""
+    check_depth(image)
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def eval_transform(

@@ -18,6 +18,7 @@ from ggam_fast.training.data import ImageSet
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.feature_cache import default_cache_dir
 from ggam_fast.training.outputs import write_atomically
+from ggam_fast.training.pictures import literal
 from ggam_fast.training.readers import READERS, read_images
 from ggam_fast.training.reports import Report
 from ggam_fast.training.scanning import scan
@@ -101,6 +102,8 @@ def preview(config: ShowConfig, report: Report) -> Path:
         raise TrainError(f"--split {config.split}: {images.name} has {', '.join(images.splits)}")
     if config.images < 1:
         raise TrainError(f"--images must be 1 or more; got {config.images}")
+    if config.out.suffix.lower() != ".png":
+        raise TrainError(f"--out must be a .png file; got {config.out}")
     if not config.out.parent.is_dir():
         raise TrainError(f"--out {config.out} cannot be written: no folder {config.out.parent}")
     rows = _spread(images, config.split, config.images)
@@ -112,7 +115,7 @@ def preview(config: ShowConfig, report: Report) -> Path:
     for axes, row in zip(figure.axes, rows, strict=False):
         pixels = np.asarray(images.read(row))
         axes.imshow(pixels)
-        axes.set_title(images.classes[int(images.labels[row])], fontsize=9)
+        axes.set_title(literal(images.classes[int(images.labels[row])]), fontsize=9)
         found = images.annotations
         if found is None:
             continue

@@ -41,15 +41,18 @@ from ggam_fast.training.scanning import readable
 METRICS = "metrics.json"
 OPTIONS = "options.yaml"
 GALLERY = "gallery.png"
+# What `evaluate` and `export` put beside them.
+_MADE_OF_A_RUN = ("evaluation.json", "evaluation.html", "export.json", "model.pt2", "model.onnx")
 # On two cores, compiling the frozen backbone costs the time it saves on about this many images.
 _COMPILE_BACKBONE_FROM = 1500
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a run; `metrics` and `gallery` are None if it was interrupted."""
+    """The results of a run; `metrics` and `gallery` are None if it was interrupted, and so is `checkpoint`
+    if that was before the first step."""
 
-    checkpoint: Path
+    checkpoint: Path | None
     metrics: Metrics | None
     gallery: Path | None
 
@@ -73,7 +76,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     on_gpus = world.size > 1 and config.run.device == "auto" and torch.cuda.is_available()
     device = resolve_device(local_device() if on_gpus else config.run.device)
     dtype = precision(config.run.precision, device)
-    images = load_images(config.data)
+    images = loaded = load_images(config.data)
     report.note(f"{images.name}: {images.summary()}")
     for line in images.notes:
         report.note(f"  {line}")
@@ -101,7 +104,8 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             world=world,
             check=interrupt.check,
         )
-        kept = Kept(out, fit, model, checkpoints.describe(model, images.classes, config), world)
+        kept = Kept(out, fit, model, checkpoints.describe(model, loaded, config), world)
+        started_fit = False
         try:
             batches = (
                 image_batches(images, model, config, device, world)
@@ -113,7 +117,10 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 report.note(f"going on after {fit.steps} steps")
             elif world.speaks:
                 kept.start()
-                write_config_file(out / OPTIONS, {**config.values(), "resume": None, "overwrite": None})
+                root = config.data.root and config.data.root.absolute()
+                options = {**config.values(), "root": root, "resume": None, "overwrite": None}
+                write_config_file(out / OPTIONS, options)
+            started_fit = True
             log = RunLog(out, fit.steps) if world.speaks else None
             with log or nullcontext():
                 epochs = fit.run(
@@ -130,31 +137,32 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 if log is None:
                     return Outcome(path, metrics, None)
                 report.table(metrics, images.classes, "test")
+                seconds = time.monotonic() - started
+                results = {
+                    "test": metrics.as_dict(),
+                    "classes": images.classes,
+                    "epochs": epochs,
+                    "seconds": round(seconds, 1),
+                    "device": device_name(device),
+                    "notes": images.notes,
+                    "versions": {name: metadata.version(name) for name in ("torch", "timm", "torchvision")},
+                }
+                text = json.dumps(results, indent=2) + "\n"
+                write_atomically(out / METRICS, lambda part: part.write_text(text))
                 gallery = draw_gallery(out / GALLERY, kept.classifier(), images, "test", logits)
                 log.numbers("test", fit.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1})
                 log.picture("gallery", fit.steps, gallery)
         except Interrupted:
+            if not started_fit:
+                report.note("interrupted before the first step; nothing was changed")
+                return Outcome(None, None, None)
             path = kept.save_result()
-            if not fit.steps:
-                report.note(f"interrupted after 0 steps; checkpoint: {path} (its head is untrained)")
-                return Outcome(path, None, None)
             kept.save_snapshot()
             report.note(
                 f"interrupted after {fit.steps} steps; checkpoint: {path}; "
                 f"ggam-fast train --resume {out} goes on"
             )
             return Outcome(path, None, None)
-        seconds = time.monotonic() - started
-        results = {
-            "test": metrics.as_dict(),
-            "classes": images.classes,
-            "epochs": epochs,
-            "seconds": round(seconds, 1),
-            "device": device_name(device),
-            "notes": images.notes,
-            "versions": {name: metadata.version(name) for name in ("torch", "timm", "torchvision")},
-        }
-        write_atomically(out / METRICS, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
         report.note(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
         return Outcome(path, metrics, gallery)
 
@@ -182,12 +190,13 @@ class Kept:
         self._epochs = 0
         # What all parts of one run have in common.
         self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
+        self._run["images"] = description["data"]["images"]
 
     def start(self) -> None:
         """Remove what an older run (--overwrite) left: --resume would go on with its snapshots."""
         for name in (snapshots.FOLDER, BOARD):
             shutil.rmtree(self._out / name, ignore_errors=True)
-        for name in (checkpoints.WEIGHTS, checkpoints.BEST, METRICS, GALLERY):
+        for name in (checkpoints.WEIGHTS, checkpoints.BEST, METRICS, GALLERY, *_MADE_OF_A_RUN):
             (self._out / name).unlink(missing_ok=True)
 
     def go_on(self) -> None:
@@ -198,8 +207,12 @@ class Kept:
         """
         state = snapshots.load_snapshot(self._out)
         for name, value in self._run.items():
-            if state["run"][name] != value:
-                raise TrainError(f"--resume {self._out}: its snapshot has another {name}")
+            if state["run"].get(name) != value:
+                raise TrainError(
+                    f"--resume {self._out}: its snapshot has another {name}"
+                    if name != "images"
+                    else f"--resume {self._out}: images were added or removed since its snapshot"
+                )
         self._fit.load_state_dict(state["fit"])
         self._epochs = len(self._fit.history)
 
@@ -327,7 +340,10 @@ def map_batches(
         for split in images.splits
     }
     weights = backbone.fingerprint()
-    files = {split: MapFile(folder, backbone, weights, dataset, dtype) for split, dataset in datasets.items()}
+    files = {
+        split: MapFile(folder, backbone, weights, dataset, dtype, config.data.enlarge)
+        for split, dataset in datasets.items()
+    }
     missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
     count = sum(map(len, missing.values()))
     if count and world.speaks:

@@ -31,7 +31,7 @@ from ggam_fast.training.localization import centred, enlarged, localisation_rows
 from ggam_fast.training.metrics import classification_metrics
 from ggam_fast.training.outputs import writable_folder, write_atomically
 from ggam_fast.training.reports import Report
-from ggam_fast.training.runs import open_run, run_images
+from ggam_fast.training.runs import open_run, run_images, weights_name
 from ggam_fast.training.scanning import readable
 
 NUMBERS, PAGE = "evaluation.json", "evaluation.html"
@@ -51,7 +51,7 @@ class EvaluateConfig:
     split: str = "test"
     """Split that is evaluated."""
     weights: Literal["last", "best"] = "last"
-    """The run's last classifier, or its best by validation accuracy."""
+    """The run's last classifier, or its best by validation accuracy, else by training loss."""
     out: Path | None = None
     """Folder of evaluation.json and evaluation.html. By default that of the run."""
     faithfulness: int = 32
@@ -147,7 +147,7 @@ def evaluated(
     report.table(metrics, images.classes, config.split)
     results: dict[str, Any] = {
         "run": {name: checkpoint.description[name] for name in ("backbone", "head", "optim", "finetune")},
-        "weights": config.weights,
+        "weights": weights_name(config.run, config.weights),
         "data": images.name,
         "notes": images.notes,
         "split": config.split,

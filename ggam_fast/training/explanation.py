@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ggam_fast.training.checkpoints import Checkpoint
-from ggam_fast.training.data import eval_transform, read_image
+from ggam_fast.training.data import eval_transform, read_image, without_banner
 from ggam_fast.training.devices import resolve_device
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.heatmaps import heat_maps
 from ggam_fast.training.outputs import writable_folder, write_atomically
-from ggam_fast.training.pictures import new_figure, show_heat, show_image
+from ggam_fast.training.pictures import literal, new_figure, show_heat, show_image
 from ggam_fast.training.reports import Report
 from ggam_fast.training.runs import open_run
 
@@ -41,7 +41,7 @@ class ExplainConfig:
     class_name: str | None = None
     """Class whose Grad-CAM is drawn. By default the one that --run predicts, for both runs."""
     weights: Literal["last", "best"] = "last"
-    """The runs' last classifiers, or their best by validation accuracy."""
+    """The runs' last classifiers, or their best by validation accuracy, else by training loss."""
     out: Path = Path("explained")
     """Folder of the figures, each named after its image; older figures are replaced."""
     enlarge: bool = False
@@ -81,7 +81,8 @@ def explain(config: ExplainConfig, report: Report) -> list[Path]:
     for checkpoint in checkpoints:
         checkpoint.model.to(device)
     least = max([one.model.backbone.image_size for one in checkpoints if not _enlarges(one, config)] or [1])
-    pictures = [read(path, least) for path in config.images]
+    banner = max(map(_banner, checkpoints))
+    pictures = [read(path, least, banner) for path in config.images]
     names = figure_names(config.images)
     labels = run_labels(checkpoints, runs)
     paths = []
@@ -107,14 +108,19 @@ def _enlarges(checkpoint: Checkpoint, config: ExplainConfig) -> bool:
     return config.enlarge or bool(checkpoint.description["data"].get("enlarge", False))
 
 
-def read(path: Path, least: int) -> Image.Image:
-    """The image at `path`, no side of it shorter than `least`.
+def _banner(checkpoint: Checkpoint) -> int:
+    """Pixels at the bottom of every image that the run did not look at."""
+    return int(checkpoint.description["data"].get("banner", 0))
+
+
+def read(path: Path, least: int, banner: int = 0) -> Image.Image:
+    """The image at `path`, no side of it shorter than `least`, even without its lowest `banner` pixels.
 
     Raises:
         TrainError: it cannot be read or is smaller.
     """
     picture = read_image(path)
-    if min(picture.size) < least:
+    if min(picture.width, picture.height - banner) < max(least, 1):
         raise TrainError(
             f"{path} ({picture.width} x {picture.height}) is smaller than the crop of {least} x {least}; "
             "--enlarge brings it up"
@@ -155,7 +161,7 @@ def run_labels(checkpoints: Sequence[Checkpoint], runs: Sequence[Path]) -> list[
 def look(checkpoint: Checkpoint, image: Image.Image, asked: int | None, device: torch.device) -> Seen:
     """Where the classifier looks in `image`, and Grad-CAM of the class `asked` or of the predicted one."""
     backbone = checkpoint.model.backbone
-    inputs = eval_transform(*backbone.preprocessing)(image)
+    inputs = eval_transform(*backbone.preprocessing)(without_banner(image, _banner(checkpoint)))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (backbone.mean, backbone.std))
     features = backbone(inputs[None].to(device))
     found = heat_maps(
@@ -174,14 +180,14 @@ def draw(name: str, seen: Sequence[Seen], labels: Sequence[str], classes: Sequen
     """The figure: the image, each run's maps over it, and bars of the likeliest classes."""
     maps = []
     for one, label in zip(seen, labels, strict=True):
-        below = f"\n{label}" if label else ""
+        below = f"\n{literal(label)}" if label else ""
         if one.attention is not None:
             maps.append((one.picture, one.attention, f"spatial attention{below}"))
-        maps.append((one.picture, one.grad_cam, f"Grad-CAM, {classes[one.of]}{below}"))
+        maps.append((one.picture, one.grad_cam, f"Grad-CAM, {literal(classes[one.of])}{below}"))
     figure = new_figure(2.5 * (1 + len(maps)) + 3.6, 3.1)
     axes = figure.subplots(1, 2 + len(maps), width_ratios=[1] * (1 + len(maps)) + [1.2])
     show_image(axes[0], seen[0].picture)
-    axes[0].set_xlabel(name, fontsize=9)
+    axes[0].set_xlabel(literal(name), fontsize=9)
     for place, (picture, heat, title) in zip(axes[1:-1], maps, strict=True):
         show_heat(place, picture, heat)
         place.set_xlabel(title, fontsize=9)
@@ -196,9 +202,9 @@ def _bars(axes: Axes, seen: Sequence[Seen], labels: Sequence[str], classes: Sequ
     for turn, (one, label) in enumerate(zip(seen, labels, strict=True)):
         y = [place + height * (turn - (len(seen) - 1) / 2) for place in range(len(order))]
         values = [100 * one.probabilities[index].item() for index in order]
-        bars = axes.barh(y, values, height=0.9 * height, color=_BARS[turn], label=label)
+        bars = axes.barh(y, values, height=0.9 * height, color=_BARS[turn], label=literal(label))
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
-    axes.set_yticks(range(len(order)), [classes[index] for index in order], fontsize=9)
+    axes.set_yticks(range(len(order)), [literal(classes[index]) for index in order], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 115)
     axes.set_xticks([0, 50, 100])

@@ -22,7 +22,7 @@ from ggam_fast.training.errors import TrainError
 from ggam_fast.training.heatmaps import heat_maps
 from ggam_fast.training.outputs import writable_folder, write_together
 from ggam_fast.training.reports import Report
-from ggam_fast.training.runs import open_run
+from ggam_fast.training.runs import open_run, weights_name
 
 NAMES = {"torch": "model.pt2", "onnx": "model.onnx"}
 DESCRIPTION = "export.json"
@@ -43,7 +43,7 @@ class ExportConfig:
     maps: bool = False
     """Give spatial attention and the Grad-CAM of the predicted class too, (N, h, w) each."""
     weights: Literal["last", "best"] = "last"
-    """The run's last classifier, or its best by validation accuracy."""
+    """The run's last classifier, or its best by validation accuracy, else by training loss."""
     out: Path | None = None
     """Folder of the files, older ones of which are replaced. By default that of the run."""
 
@@ -86,7 +86,7 @@ def export_run(config: ExportConfig, report: Report) -> list[Path]:
     text = json.dumps(
         {
             **checkpoint.description,
-            "weights": config.weights,
+            "weights": weights_name(config.run, config.weights),
             "inputs": {"images": ["N", 3, side, side]},
             "outputs": list(model.names),
         },

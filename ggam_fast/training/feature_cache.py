@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,6 +15,9 @@ from torch import Tensor
 from ggam_fast.training.backbones import Backbone
 from ggam_fast.training.data import ImageFiles
 from ggam_fast.training.errors import TrainError
+
+_DECODING = 2
+"""Of `data.read_image`: changes with the pixels that it makes of a file."""
 
 
 def default_cache_dir() -> Path:
@@ -27,7 +29,8 @@ class MapFile:
     """The maps of `backbone`, whose fingerprint is `weights`, on the images of `dataset`.
 
     The file's name is a hash of all that decides its content: every image's path, size, time of
-    change and mirroring, the weights, the preprocessing, the dtype and the version of torch.
+    change and mirroring, the weights, the preprocessing, the dtype and the version of torch; and whether
+    smaller images were allowed, as maps that are there are not looked at again.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class MapFile:
         weights: str,
         dataset: ImageFiles,
         dtype: torch.dtype,
+        enlarge: bool = False,
     ) -> None:
         files = []
         for path, flip in dataset.items:
@@ -51,6 +55,8 @@ class MapFile:
             "preprocessing": (*backbone.preprocessing, dataset.banner),
             "dtype": str(dtype),
             "torch": torch.__version__,
+            "enlarge": enlarge,
+            "decoding": _DECODING,
         }
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         self.path = folder / f"{backbone.name}-{backbone.image_size}-{digest[:20]}.maps"
@@ -63,8 +69,15 @@ class MapFile:
         return self.path.is_file() and self.path.stat().st_size == self.nbytes
 
     def open(self) -> Tensor:
-        """Maps (N, C, H, W) in channels-last memory, mapped from the file."""
-        flat = torch.from_file(str(self.path), size=math.prod(self._shape), dtype=self.dtype)
+        """Maps (N, C, H, W) in channels-last memory, mapped from the file.
+
+        Raises:
+            TrainError: it cannot be read.
+        """
+        try:
+            flat = torch.from_file(str(self.path), size=math.prod(self._shape), dtype=self.dtype)
+        except RuntimeError as error:
+            raise TrainError(f"cannot read feature maps {self.path}: {error}") from error
         return flat.view(self._shape).permute(0, 3, 1, 2)
 
     def write(self, batches: Iterable[Tensor]) -> None:
@@ -76,8 +89,9 @@ class MapFile:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-                part = Path(file.name)
+            # Not of tempfile, whose files are for one user alone.
+            part = folder / f"{self.path.name}.{os.getpid()}.part"
+            with part.open("wb") as file:
                 try:
                     for maps in batches:
                         rows = maps.permute(0, 2, 3, 1).to(self.dtype).contiguous()

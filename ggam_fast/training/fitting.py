@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from ggam_fast.training.compiling import compile_or_eager
 from ggam_fast.training.config import OptimConfig
 from ggam_fast.training.devices import autocast
 from ggam_fast.training.distributed import ALONE, World
+from ggam_fast.training.errors import TrainError
 from ggam_fast.training.mixing import Mix, hard
 from ggam_fast.training.reports import Bar, Report
 from ggam_fast.training.run_log import RunLog
@@ -122,6 +124,7 @@ class Fit:
 
         Raises:
             Interrupted: `check` raised it, between two steps.
+            TrainError: the loss of an epoch is not a finite number.
         """
         epochs, accumulate = self._optim.epochs, self._optim.accumulate
         self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
@@ -134,10 +137,17 @@ class Fit:
             # Last of all: compiling and making the loaders may draw random numbers.
             set_random_state(self._pending["random"][self._world.rank])
             self._pending = None
+        elif not self.steps:
+            save()  # so that a run that is killed in its first epoch can go on too
         quiet = Report.silent() if report is None else report
         with quiet.bar("training", epochs * len(train), (self._epoch - 1) * len(train) + self._batch) as bar:
             while self._epoch <= epochs:
                 numbers = self._run_epoch(train, loss_of, log, bar, save, save_every)
+                if not math.isfinite(numbers["loss"]):
+                    raise TrainError(
+                        f"the training loss of epoch {self._epoch} is {numbers['loss']}; a smaller --lr than "
+                        f"{self._optim.lr:g} or --clip-grad may help"
+                    )
                 if val is not None:
                     logits, labels = evaluate(
                         self.result, val, self._device, self._dtype, self._world, self._check

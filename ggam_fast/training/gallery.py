@@ -10,11 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ggam_fast import cam
 from ggam_fast.training.classifier import GGAMClassifier
 from ggam_fast.training.data import ImageSet, eval_transform
+from ggam_fast.training.heatmaps import heat_maps
 from ggam_fast.training.outputs import write_atomically
-from ggam_fast.training.pictures import colour_key, show_heat, show_image
+from ggam_fast.training.pictures import colour_key, literal, show_heat, show_image
 
 _ROWS, _COLUMNS = 4, 2
 # Okabe and Ito's blue and vermilion: told apart with any colour vision. A sign says it too.
@@ -63,9 +63,9 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
     inputs = torch.stack([transform(images.read(int(rows[row]))) for row in chosen])
     predicted = logits[chosen].argmax(1)
     features = backbone(inputs.to(device))
-    out = model.head(features, predicted.to(device))
-    attention = out.spatial_attention.float().cpu()
-    grad_cam = cam(features, out.cam_weights).float().cpu()
+    found = heat_maps(model.head, features, predicted.to(device))
+    grad_cam = found.grad_cam.cpu()
+    attention = torch.ones_like(grad_cam) if found.attention is None else found.attention.cpu()
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (backbone.mean, backbone.std))
     pictures = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
 
@@ -75,9 +75,9 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
     (grid,), (legend,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.62 * lines, 0.55])
     panels = grid.subfigures(lines, _COLUMNS, squeeze=False, wspace=0.02, hspace=0).flat
     for index, (panel, row) in enumerate(zip(panels, chosen, strict=False)):
-        label = images.classes[int(images.labels[rows[row]])]
-        guess = images.classes[int(predicted[index])]
-        right = label == guess
+        right = int(images.labels[rows[row]]) == int(predicted[index])
+        label = literal(images.classes[int(images.labels[rows[row]])])
+        guess = literal(images.classes[int(predicted[index])])
         panel.suptitle(
             f"✓ {label}" if right else f"✗ {label}, predicted {guess}",
             color=_RIGHT if right else _WRONG,

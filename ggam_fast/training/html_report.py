@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ggam_fast.training.localization import localisation_rows
 from ggam_fast.training.outputs import write_atomically
-from ggam_fast.training.pictures import new_figure, show_heat, show_image
+from ggam_fast.training.pictures import literal, new_figure, show_heat, show_image
 
 _MATRIX_CLASSES = 40
 _STYLE = """
@@ -159,7 +159,7 @@ def _example(example: Example) -> str:
     axes[0].set_xlabel("image", fontsize=9)
     for place, (name, heat) in enumerate(example.maps, 1):
         show_heat(axes[place], example.picture, heat)
-        axes[place].set_xlabel(name, fontsize=9)
+        axes[place].set_xlabel(literal(name), fontsize=9)
     right = example.label == example.guess
     verdict = f"✓ {example.label}" if right else f"✗ {example.label}, predicted {example.guess}"
     caption = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -22,14 +23,30 @@ def output_folder(config: RunConfig, data_name: str) -> Iterator[Path]:
     `config.resume`, that run's folder.
 
     Raises:
-        TrainError: it cannot be made or written, or holds a run already.
+        TrainError: it cannot be made or written, holds a run already, or another run is writing there.
     """
     folder = config.resume or config.out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with writable_folder(folder):
+    with writable_folder(folder), _alone(folder):
         if any(folder.iterdir()) and not config.overwrite and config.resume is None:
             raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
         remove_parts(folder)
         yield folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The folder is locked meanwhile; the kernel lets go of the lock even of a run that is killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainError(f"--out {folder}: another run is writing there") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

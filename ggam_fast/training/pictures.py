@@ -11,6 +11,11 @@ from torch.nn import functional as F
 COLOUR_MAP = "viridis"
 
 
+def literal(text: str) -> str:
+    """`text` for matplotlib, which would typeset what stands between two dollar signs."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, on white, that lays itself out."""
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")

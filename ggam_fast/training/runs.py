@@ -13,10 +13,19 @@ from ggam_fast.training.readers import read_images
 
 
 def open_run(run: Path, weights: str = "last") -> Checkpoint:
-    """The checkpoint of a run's folder, or the file itself."""
-    if weights == "best" and run.is_dir():
-        return load_checkpoint(run / BEST)
-    return load_checkpoint(run)
+    """The checkpoint of a run's folder, or the file itself.
+
+    Raises:
+        TrainError: none there, or the best asked for of a file.
+    """
+    if weights == "best" and run.is_file():
+        raise TrainError(f"--weights best goes with the folder of a run; {run} is a file")
+    return load_checkpoint(run / BEST if weights == "best" else run)
+
+
+def weights_name(run: Path, weights: str) -> str:
+    """What `open_run` opened, for people: "last" or "best" of a folder, or the file's name."""
+    return weights if run.is_dir() else run.name
 
 
 def run_images(
@@ -25,9 +34,10 @@ def run_images(
     """The images asked for, by default the run's own; their classes must be the checkpoint's.
 
     Raises:
-        TrainError: another list of classes.
+        TrainError: another list of classes, or the run's own images in other splits than it was trained on.
     """
     theirs = checkpoint.description["data"]
+    own = name is None
     if name is None:
         name = theirs["data"]
         root = root or (Path(theirs["root"]) if theirs["root"] else None)
@@ -44,5 +54,11 @@ def run_images(
         raise TrainError(
             f"--data {name} has {len(images.classes)} classes and the checkpoint {len(checkpoint.classes)}, "
             f"which must be the same: {detail or 'their order differs'}"
+        )
+    if own and images.digest() != theirs.get("images", images.digest()):
+        where = f" --root {root}" if root else ""
+        raise TrainError(
+            "the run's images are not those it was trained on: some were added or removed, and "
+            f"training images may now be in another split; --data {name}{where} takes them as they are"
         )
     return images

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from ggam_fast.training.data import ImageSet
+from ggam_fast.training.data import ImageSet, check_depth
 from ggam_fast.training.errors import TrainError
 
 # How many files a message names.
@@ -40,6 +40,7 @@ def scan(images: ImageSet, rows: Iterable[int], on_file: Callable[[], None] = la
 def _problem(path: Path) -> tuple[str | None, tuple[int, int]]:
     try:
         with Image.open(path) as image:
+            check_depth(image)
             size = image.size
             image.draft(image.mode, (1, 1))
             image.load()

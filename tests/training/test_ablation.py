@@ -222,3 +222,17 @@ def test_the_command(run_command, photos, tmp_path):
     wrong = run_command("ablate", "--seeds", "0", "0")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
+
+
+def test_cells_of_other_images_are_refused(study, report, photos):
+    short = replace(study, study=replace(study.study, attentions=("none",), seeds=(0,)))
+    assert ablate(short, report, "")
+    (photos / "red" / "0.png").unlink()
+    with pytest.raises(TrainError, match="cells of other images"):
+        ablate(short, report, "")
+
+
+def test_unreadable_images_are_left_out(study, report, photos):
+    (photos / "red" / "0.png").write_bytes(b"no image")
+    short = replace(study, study=replace(study.study, attentions=("none",), seeds=(0,)))
+    assert ablate(replace(short, data=replace(short.data, skip_bad_images=True)), report, "")

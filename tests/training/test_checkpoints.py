@@ -10,6 +10,7 @@ from ggam_fast.training import checkpoints, load_checkpoint
 from ggam_fast.training.backbones import create_backbone
 from ggam_fast.training.classifier import GGAMClassifier, create_head
 from ggam_fast.training.config import HeadConfig, TrainConfig
+from ggam_fast.training.data import ImageSet
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.outputs import write_atomically
 
@@ -26,7 +27,11 @@ def classifier(head: HeadConfig) -> GGAMClassifier:
 
 def save(folder, model: GGAMClassifier, head: HeadConfig):
     config = replace(TrainConfig(), head=head)
-    description = checkpoints.describe(model, ("a", "b", "c"), config)
+    rows = torch.arange(3)
+    files = tuple(folder / f"{name}.png" for name in "abc")
+    splits = {"train": rows, "test": rows}
+    images = ImageSet("three", files, rows, ("a", "b", "c"), splits, ((),), ())
+    description = checkpoints.describe(model, images, config)
     return checkpoints.save_checkpoint(folder, model, description)
 
 

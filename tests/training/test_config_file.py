@@ -103,3 +103,11 @@ def test_what_is_told_by_its_place_can_stand_in_a_file_too(tmp_path):
     (tmp_path / "c.yaml").write_text("run: runs/a\nimages: a.png\n")
     config = _parsed("explain", ExplainConfig(), ["--config", str(tmp_path / "c.yaml")])
     assert config.images == (Path("a.png"),)
+
+
+def test_a_recipe_that_a_whole_file_undoes_is_refused(tmp_path):
+    write_config_file(tmp_path / "options.yaml", parse_train([]).values())
+    for flags in (["--recipe", "paper"], ["--preset", "release"]):
+        with pytest.raises(TrainError, match=f"{flags[0]} {flags[1]} means"):
+            parse_train(["--config", str(tmp_path / "options.yaml"), *flags])
+    assert parse_train(["--preset", "None"]).head.preset is None

@@ -1,12 +1,15 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ggam_fast.training import data
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.readers import elpv as elpv_reader
 from ggam_fast.training.readers import folder, read_images
+from ggam_fast.training.scanning import scan
 
 from .conftest import write_image
 
@@ -166,3 +169,50 @@ def test_flips_come_after_all_plain_images(photos):
     assert label == same_label == int(files.labels[count + 3])
     assert flipped.equal(plain.flip(-1))
     assert not flipped.equal(plain)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_become_eight(tmp_path, mode, suffix):
+    if (mode, suffix) == ("I;16B", "png"):
+        pytest.skip("PNG has one order of bytes")
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    path = tmp_path / f"ramp.{suffix}"
+    Image.frombytes(mode, (16, 16), ramp.astype(">u2" if mode == "I;16B" else "<u2").tobytes()).save(path)
+    found = np.asarray(data.read_image(path))
+    assert np.array_equal(found, np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_unknown_range_are_refused(tmp_path, photos, mode):
+    path = photos / "red" / "deep.tif"
+    Image.new(mode, (8, 8), 1).save(path)
+    with pytest.raises(TrainError, match="32 bits a pixel"):
+        data.read_image(path)
+    images = folder.read(photos, tmp_path)
+    problems = [one.problem for one in scan(images, range(len(images.files))) if one.problem]
+    assert len(problems) == 1
+    assert "32 bits a pixel" in problems[0]
+
+
+def test_digest_tells_other_splits_and_not_another_place(tmp_path, photos):
+    before = folder.read(photos, tmp_path).digest()
+    moved = photos.rename(tmp_path / "moved")
+    assert folder.read(moved, tmp_path).digest() == before
+    (moved / "red" / "3.png").unlink()
+    assert folder.read(moved, tmp_path).digest() != before
+
+
+def test_folders_of_splits_are_not_classes(tmp_path):
+    for split in ("Train", "Test"):
+        write_image(tmp_path / split / "a" / "0.png", 0, seed=0)
+    with pytest.raises(TrainError, match="look like splits"):
+        folder.read(tmp_path, tmp_path)
+
+
+def test_hidden_folders_and_other_files_are_left_out(tmp_path, photos):
+    (photos / ".ipynb_checkpoints").mkdir()
+    (photos / "red" / "moving.gif").write_bytes(b"GIF")
+    images = folder.read(photos, tmp_path)
+    assert images.classes == ("blue", "green", "red")
+    assert any("left out 1 files" in note and "moving.gif" in note for note in images.notes)

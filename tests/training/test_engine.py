@@ -169,3 +169,31 @@ def test_compiled_step_follows_the_eager_one(tiny_config, report, elsewhere, fin
 
 def test_default_configuration_is_valid():
     TrainConfig().check()
+
+
+def test_diverged_run_is_an_error(tiny_config, report):
+    with pytest.raises(TrainError, match=r"training loss of epoch \d is (nan|inf)"):
+        engine.train(replace(tiny_config, optim=replace(tiny_config.optim, lr=1e30)), report)
+    assert not (tiny_config.run.out / "metrics.json").exists()
+
+
+def test_dollar_signs_are_drawn(tiny_config, report, photos):
+    (photos / "red").rename(photos / "$_$")
+    (photos / "blue").rename(photos / "$5 #1")
+    outcome = engine.train(tiny_config, report)
+    assert outcome.gallery is not None
+
+
+def test_maps_that_were_enlarged_do_not_hide_small_images(tiny_config, report, elsewhere):
+    larger = replace(tiny_config, data=replace(tiny_config.data, image_size=256))
+    engine.train(larger, report)
+    strict = replace(elsewhere(larger, "strict"), data=replace(larger.data, enlarge=False))
+    with pytest.raises(TrainError, match="smaller than the crop"):
+        engine.train(strict, report)
+
+
+def test_overwriting_removes_what_was_made_of_the_older_run(tiny_config, report):
+    engine.train(tiny_config, report)
+    (tiny_config.run.out / "evaluation.json").write_text("{}")
+    engine.train(replace(tiny_config, run=replace(tiny_config.run, overwrite=True)), report)
+    assert not (tiny_config.run.out / "evaluation.json").exists()

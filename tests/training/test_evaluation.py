@@ -186,3 +186,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(trained, photos, tmp_path, cap
     error = refused(trained)
     assert "--data folder has 3 classes and the checkpoint 3" in error
     assert "the checkpoint has no class rouge; the data has no class red" in error
+
+
+def test_images_that_changed_their_split_are_refused(trained, photos, report, tmp_path):
+    (photos / "red" / "0.png").unlink()
+    config = EvaluateConfig(trained, out=tmp_path / "looked", faithfulness=0, examples=0, device="cpu")
+    with pytest.raises(TrainError, match="not those it was trained on"):
+        evaluate_run(config, report)
+    evaluate_run(replace(config, data="folder", root=photos, enlarge=True), report)
+
+
+def test_weights_of_a_file_are_named(trained, report, tmp_path):
+    config = EvaluateConfig(
+        trained / "best.safetensors", out=tmp_path, faithfulness=0, examples=0, device="cpu"
+    )
+    evaluate_run(config, report)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["weights"] == "best.safetensors"
+    with pytest.raises(TrainError, match="is a file"):
+        evaluate_run(replace(config, weights="best"), report)

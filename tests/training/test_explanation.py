@@ -128,3 +128,14 @@ def test_small_images_and_other_classes_are_refused(tiny_config, run, photos, re
         explain(ExplainConfig((photos / "blue" / "0.png",), run, other.run.out), report)
     with pytest.raises(TrainError, match=r"0.png \(28 x 20\) is smaller than the crop of 64 x 64"):
         explanation.read(photos / "blue" / "0.png", 64)
+
+
+def test_the_banner_that_training_cut_off_is_cut_off(run, photos):
+    checkpoint = load_checkpoint(run)
+    image = data.read_image(photos / "red" / "3.png")
+    spoilt = Image.new("RGB", (image.width, image.height + 20), "white")
+    spoilt.paste(image)
+    checkpoint.description["data"]["banner"] = 20
+    seen = look(checkpoint, spoilt, None, torch.device("cpu"))
+    checkpoint.description["data"]["banner"] = 0
+    assert seen.probabilities.equal(look(checkpoint, image, None, torch.device("cpu")).probabilities)

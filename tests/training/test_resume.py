@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from ggam_fast.training import engine, fitting, snapshots
 from ggam_fast.training.cli import main
 from ggam_fast.training.commands import COMMANDS
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.fitting import Fit
+from ggam_fast.training.outputs import output_folder
 
 from .conftest import TINY
 
@@ -230,10 +231,10 @@ def test_killed_between_its_best_and_its_snapshot(tiny_config, report, elsewhere
     with monkeypatch.context() as patch:
 
         def killed(folder, steps, state):
-            best = (folder / "best.safetensors").read_bytes()
+            if steps:
+                assert (folder / "best.safetensors").read_bytes()
             if steps == 12:
                 raise Stopped
-            assert best
             return save(folder, steps, state)
 
         patch.setattr(snapshots, "save_snapshot", killed)
@@ -284,3 +285,52 @@ def test_damaged_snapshot_is_one_line(tiny_config, report):
     with pytest.raises(TrainError, match="cannot read snapshot") as raised:
         engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
     assert "\n" not in str(raised.value)
+
+
+def test_images_that_changed_their_split_are_refused(tiny_config, report, photos):
+    engine.train(tiny_config, report)
+    before = weights(tiny_config.run.out)
+    for name in ("red", "green", "blue"):
+        (photos / name / "9.png").unlink()
+    with pytest.raises(TrainError, match="images were added or removed"):
+        engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
+    assert same(weights(tiny_config.run.out), before)
+
+
+def test_killed_in_its_first_epoch(tiny_config, report, elsewhere, monkeypatch):
+    engine.train(tiny_config, report)
+    config = elsewhere(tiny_config, "killed")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            engine.train(config, report)
+    engine.train(replace(config, run=replace(config.run, resume=config.run.out)), report)
+    assert same(weights(config.run.out), weights(tiny_config.run.out))
+
+
+def test_stopped_while_maps_are_computed_changes_nothing(tiny_config, report, tmp_path, monkeypatch):
+    engine.train(tiny_config, report)
+    out = tiny_config.run.out
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(engine.InterruptGuard, "check", lambda guard: (_ for _ in ()).throw(Interrupted()))
+    fresh = replace(tiny_config, data=replace(tiny_config.data, cache_dir=tmp_path / "other"))
+    for change in ({"overwrite": True}, {"resume": out}):
+        outcome = engine.train(replace(fresh, run=replace(fresh.run, **change)), report)
+        assert outcome.checkpoint is None
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_one_run_at_a_time_in_a_folder(tiny_config, report):
+    with output_folder(tiny_config.run, "photos"), pytest.raises(TrainError, match="another run is writing"):
+        engine.train(tiny_config, report)
+    engine.train(tiny_config, report)
+
+
+@pytest.mark.parametrize(
+    "given", [["--recipe", "paper"], ["--preset", "release"], ["--config", "x.yaml"], ["--out", "elsewhere"]]
+)
+def test_options_that_a_resumed_run_would_ignore_are_refused(tiny_config, report, capsys, given):
+    engine.train(tiny_config, report)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tiny_config.run.out), *given]) == 2
+    assert f"{given[0]}" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
 
 from ggam_fast.training.data import ImageSet
 from ggam_fast.training.errors import TrainError
@@ -46,11 +47,17 @@ def read(root: Path, cache: Path) -> ImageSet:
         splits[name] = torch.arange(len(files), len(files) + len(part.samples))
         files += [Path(path) for path, _ in part.samples]
         labels += [classes.index(part.classes[label]) for _, label in part.samples]
-    return _folder_set(root, files, labels, classes, splits, f"splits: {', '.join(sorted(splits))}")
+    notes = [f"splits: {', '.join(sorted(splits))}", *_left_out([root / "train", *held.values()])]
+    return _folder_set(root, files, labels, classes, splits, notes)
 
 
 def _stratified(root: Path) -> ImageSet:
     images = _scan(root)
+    if all(name.lower() in ("train", *_HOLDOUTS) for name in images.classes):
+        raise TrainError(
+            f"{root} holds {', '.join(images.classes)}, which look like splits and not like classes: splits "
+            "are train/ with test/, val/ or valid/ beside it"
+        )
     labels = torch.tensor(images.targets)
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     train, test = [], []
@@ -65,10 +72,11 @@ def _stratified(root: Path) -> ImageSet:
     splits = {"train": torch.cat(train).sort().values, "test": torch.cat(test).sort().values}
     files = [Path(path) for path, _ in images.samples]
     note = (
-        "no train/ and test/ folders: a fifth of every class is held out at random, the same "
-        "images in every run; if your images come in groups that look alike, split by group"
+        "no train/ and test/ folders: a fifth of every class is held out at random, the same images in every "
+        "run unless files are added or removed; if your images come in groups that look alike, split by group"
     )
-    return _folder_set(root, files, images.targets, images.classes, splits, note)
+    notes = [note, *_left_out([root])]
+    return _folder_set(root, files, images.targets, images.classes, splits, notes)
 
 
 def _folder_set(
@@ -77,7 +85,7 @@ def _folder_set(
     labels: list[int],
     classes: list[str],
     splits: dict[str, Tensor],
-    note: str,
+    notes: list[str],
 ) -> ImageSet:
     return ImageSet(
         name=root.resolve().name,
@@ -86,12 +94,38 @@ def _folder_set(
         classes=tuple(classes),
         splits=splits,
         flips=((), (-1,)),
-        notes=(note,),
+        notes=tuple(notes),
+    )
+
+
+class _Folder(ImageFolder):
+    """Class folders, without those whose names begin with a dot."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        found, _ = super().find_classes(directory)
+        classes = [name for name in found if not name.startswith(".")]
+        for name in classes:
+            if name != name.encode(errors="replace").decode():
+                raise TrainError(f"{directory} holds a class whose name is not UTF-8: {name!r}")
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
+def _left_out(roots: list[Path]) -> list[str]:
+    """A note of the files in class folders whose names are not those of images, if there are any."""
+    there = [
+        path
+        for root in roots
+        for path in root.glob("*/**/*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    others = sorted(path for path in there if path.suffix.lower() not in IMG_EXTENSIONS)
+    return (
+        [f"left out {len(others)} files whose names are not images', such as {others[0]}"] if others else []
     )
 
 
 def _scan(root: Path) -> ImageFolder:
     try:
-        return ImageFolder(root)
+        return _Folder(root)
     except OSError as error:  # torchvision names the folder or the empty class
         raise TrainError(f"{root}: {str(error).splitlines()[0]}") from error

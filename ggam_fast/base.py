@@ -89,7 +89,6 @@ class GGAMHeadBase(nn.Module):
         self._norm_layer, self._act_layer = norm_layer, act_layer
         if classifier is not None and not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier must be an nn.Module; got {type(classifier).__name__}")
-        self._custom_classifier = classifier is not None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.rd_channels = 0
@@ -99,6 +98,8 @@ class GGAMHeadBase(nn.Module):
             self.fc2 = nn.Linear(self.rd_channels, in_features, **factory)
         self.drop = nn.Dropout(drop_rate)
         self.classifier = self._build_classifier(factory) if classifier is None else classifier
+        # A tuple, as a module would be registered twice.
+        self._built = (self.classifier,) if classifier is None else ()
 
     def _reduced_channels(self, rd_ratio: float, rd_channels: int | None) -> int:
         if rd_channels is None:
@@ -132,6 +133,11 @@ class GGAMHeadBase(nn.Module):
         if self._custom_classifier or self.pool_type == "":
             return self.pooled_features
         return self.hidden_size or self.pooled_features
+
+    @property
+    def _custom_classifier(self) -> bool:
+        """Whether the classifier is not the default one, be it given or assigned later."""
+        return self.classifier not in self._built
 
     def _build_classifier(self, factory: dict[str, Any]) -> nn.Module:
         if self.pool_type == "":
@@ -190,7 +196,7 @@ class GGAMHeadBase(nn.Module):
             assert isinstance(self.classifier, nn.Sequential)
             self.classifier[4] = new
         else:
-            self.classifier, self._custom_classifier = new, False
+            self.classifier, self._built = new, (new,)
 
     def load_release_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load the head of a state dict saved by the authors' script (cars_sp_CAM.py).

@@ -60,7 +60,9 @@ def score_gradient(logits: Tensor, target: Tensor, cam_class: str) -> Tensor:
 
 def layers_of(classifier: nn.Module) -> list[nn.Module]:
     """The layers of a plain nn.Sequential, else the classifier as one layer."""
-    if type(classifier) is nn.Sequential and len(classifier) > 0:
+    # A subclass without a forward of its own, such as FSDP makes, runs its layers too.
+    chain = isinstance(classifier, nn.Sequential) and type(classifier).forward is nn.Sequential.forward
+    if chain and len(classifier) > 0:
         return list(classifier)  # with all occurrences of a layer
     return [classifier]
 
@@ -112,6 +114,14 @@ _IN_PLACE = (
     "classifier must not change its input in place, where Grad-CAM takes the gradient; "
     "give its first layer inplace=False"
 )
+
+
+def custom_scores(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
+    """`scores_by_autograd`, for which torch.compile breaks its graph unless it is told to trace autograd."""
+    if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.trace_autograd_ops:
+        reason = "a custom classifier's Grad-CAM compiles with torch._dynamo.config.trace_autograd_ops = True"
+        return torch._dynamo.disable(scores_by_autograd, reason=reason)(classifier, x, detach)
+    return scores_by_autograd(classifier, x, detach)
 
 
 def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
@@ -295,7 +305,8 @@ def _normalise(
     # The operator behind F.batch_norm gives the statistics too; of one image F.batch_norm says what is wrong.
     give = from_batch and not torch.is_grad_enabled() and x.shape[0] > 1
     own_mean, own_var = layer.running_mean, layer.running_var
-    if own_mean is None or own_var is None:
+    untracked = layer.training and not layer.track_running_stats
+    if own_mean is None or own_var is None or untracked:
         if give:
             y, *saved = aten._native_batch_norm_legit.no_stats(x, gamma, beta, True, 0.0, layer.eps)
             return y, (saved[0], saved[1])

@@ -14,12 +14,12 @@ from .classifier import (
     LayerGradient,
     Scores,
     closed_form_layers,
+    custom_scores,
     hooked,
     layers_of,
     run,
     score_gradient,
     scores,
-    scores_by_autograd,
 )
 from .contractions import get_stages
 from .fused_loss import FusedLoss, LossTerms, fused_loss
@@ -149,9 +149,6 @@ class GGAMHead(GGAMHeadBase):
         if options.uses_channel:
             parameters: list[Tensor] = []
             for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
-                bias = layer.bias
-                if bias is None:
-                    raise TypeError(f"{name} must have a bias; got {layer}")
                 own_forward = type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__
                 own = layer._parameters
                 by_hook = bool(layer._forward_pre_hooks) and not ("weight" in own and "bias" in own)
@@ -161,7 +158,15 @@ class GGAMHead(GGAMHeadBase):
                         f"{name} must be a plain nn.Linear, as its weight and bias are read and it is not "
                         f"called; got {type(layer).__name__} with {other}"
                     )
-                parameters += [layer.weight, bias]
+                weight, bias = layer.weight, layer.bias
+                if bias is None:
+                    raise TypeError(f"{name} must have a bias; got {layer}")
+                if hasattr(weight, "full_tensor"):
+                    raise TypeError(
+                        f"{name} is sharded by itself (its weight is a {type(weight).__name__}), and it is "
+                        "not called: shard the head or a module around it"
+                    )
+                parameters += [weight, bias]
             mlp = ChannelMLP(*parameters)
         return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
 
@@ -205,7 +210,7 @@ class GGAMHead(GGAMHeadBase):
     ) -> Scores:
         """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
         if layers is None or self.pool_type == "":
-            return scores_by_autograd(lambda x: self._custom(x, spatial_shape), pooled, detach)
+            return custom_scores(lambda x: self._custom(x, spatial_shape), pooled, detach)
         with checks.full_precision(pooled):
             result = scores(layers, pooled.flatten(1), detach, get_stages(backend))
 

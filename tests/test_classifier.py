@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ggam_fast import GGAMHead
+from ggam_fast.base import GGAMHeadBase
 from ggam_fast.classifier import closed_form_layers, run, scores, scores_by_autograd
+from ggam_fast.reference import GGAMHeadReference
 from ggam_fast.stages import Stages
 from tests.parity import C, K, N, features, hard_target, relative_error
 
@@ -192,3 +194,43 @@ def test_working_in_place_on_the_input_is_refused(
             head(x, hard_target(device))
     later = nn.Sequential(nn.Identity(), nn.LazyLinear(K), nn.Hardtanh(inplace=True))
     GGAMHead(C, K, classifier=later).to(device, torch.float64)(x, hard_target(device))
+
+
+@pytest.mark.parametrize("kind", [GGAMHead, GGAMHeadReference])
+def test_statistics_that_are_not_tracked_do_not_move(kind: type[GGAMHeadBase]) -> None:
+    head = kind(C, K, hidden_size=8).train()
+    norm = head.classifier[0]
+    norm.track_running_stats = False
+    x = torch.rand(N, C, 3, 3)
+    logits = head(x, torch.arange(N) % K).logits
+    assert norm.num_batches_tracked == 0
+    assert not norm.running_mean.any()
+    norm.track_running_stats = True
+    assert relative_error(logits, head(x, torch.arange(N) % K).logits) < 1e-6
+    assert norm.running_mean.any()
+
+
+def test_an_assigned_classifier_is_not_the_default_one() -> None:
+    head = GGAMHead(C, K, hidden_size=8)
+    head.classifier = nn.Sequential(nn.Linear(C, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, K))
+    assert head.num_features == C
+    head.reset(7)
+    assert head(torch.rand(N, C, 3, 3)).shape == (N, 7)
+    assert head.num_features == 8
+    twin = copy.deepcopy(head)
+    first = twin.classifier[1]
+    twin.reset(5)
+    assert twin.classifier[1] is first
+
+
+def test_layers_of_a_subclass_without_a_forward_are_known() -> None:
+    class Sharded(nn.Sequential):
+        """As FSDP makes of a module's class."""
+
+    seen = []
+    for kind in (nn.Sequential, Sharded):
+        head = GGAMHead(C, K, hidden_size=8, drop_rate=0.5)
+        head.classifier.__class__ = kind
+        head.drop.register_forward_hook(lambda module, given, out: seen.append(given[0].shape))
+        head(torch.rand(N, C, 3, 3))
+    assert seen[0] == seen[1] == (N, 8)

@@ -139,6 +139,26 @@ def test_custom_classifier(cam_detach: bool, device: torch.device) -> None:
         check(head, device, "aot_eager")
 
 
+@pytest.mark.parametrize("options", [{"act_layer": nn.GELU}, {"norm_layer": nn.LayerNorm}], ids=str)
+def test_custom_classifier_breaks_the_graph_without_that_switch(options: Any, device: torch.device) -> None:
+    head = GGAMHead(C, K, hidden_size=8, **options).to(device).train()
+    criterion = GGAMLoss(0.3)
+    target = torch.randint(K, (N,), device=device)
+
+    def modular(x: Tensor) -> Tensor:
+        return criterion(head(x, target), target)
+
+    def fused(x: Tensor) -> Tensor:
+        return functional.fused_ggam_loss(head, x, target, guidance_weight=0.3).loss
+
+    for step in (modular, fused):
+        x = torch.rand(N, C, SIZE, SIZE, device=device, requires_grad=True)
+        inputs = [x, *head.parameters()]
+        found = torch.autograd.grad(torch.compile(step, backend="aot_eager")(x), inputs)
+        for ours, expected in zip(found, torch.autograd.grad(step(x), inputs), strict=True):
+            assert relative_error(ours, expected) < 1e-4
+
+
 @pytest.mark.parametrize("cam_detach", [True, False])
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_autocast(where: str, cam_detach: bool, device: torch.device) -> None:

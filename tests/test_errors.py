@@ -335,3 +335,10 @@ FUNCTIONAL: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_functional(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_wrapped_channel_layer() -> None:
+    head = GGAMHead(32, 3, hidden_size=4)
+    head.fc1 = nn.Sequential(head.fc1)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="got Sequential with a forward of its own"):
+        head(torch.rand(2, 32, 3, 3))

@@ -442,7 +442,7 @@ def test_without_target_beta_is_never_computed(device: torch.device, monkeypatch
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("computed for a forward without target")
 
-    for name in ("cam_and_guidance", "grad_cam_weights", "kl_guidance", "scores", "scores_by_autograd"):
+    for name in ("cam_and_guidance", "grad_cam_weights", "kl_guidance", "scores", "custom_scores"):
         monkeypatch.setattr(ggam_fast.head, name, refuse)
     assert torch.equal(head(x), expected)
     with pytest.raises(AssertionError, match="without target"):

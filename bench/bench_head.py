@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from bench import environment, rows
-from bench.cases import FUSED_COMPILED, Case, Run, cpu_default, gpu_default, gpu_full
+from bench.cases import FUSED_COMPILED, GRAPHED, Case, Run, cpu_default, gpu_default, gpu_full
 from bench.parity import Refused
 from bench.workload import Workload
 
-OURS = ("memcpy", "eager", "fused", "fused_modular", *FUSED_COMPILED)
+OURS = ("memcpy", "eager", "fused", "fused_modular", *FUSED_COMPILED, GRAPHED)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,9 +11,10 @@ LAYOUTS = ("nchw", "channels_last", "nlc")
 COMPILED_REFERENCE = ("compiled", "compiled_max_autotune", "compiled_reduce_overhead")
 COMPILED_PEERS = (*COMPILED_REFERENCE, "compiled_closed_form")
 FUSED_COMPILED = ("fused_compiled", "fused_reduce_overhead")
+GRAPHED = "fused_graphed"
 COMPILED = (*COMPILED_PEERS, *FUSED_COMPILED)
 CAM_LIBRARIES = ("grad_cam", "captum", "torchcam")
-PROVIDERS = ("memcpy", "eager", "fused", "fused_modular", *COMPILED, *CAM_LIBRARIES)
+PROVIDERS = ("memcpy", "eager", "fused", "fused_modular", *COMPILED, GRAPHED, *CAM_LIBRARIES)
 
 
 class Case(NamedTuple):
@@ -114,7 +115,7 @@ def gpu_default() -> Iterator[Run]:
     wanted += [(resnet[32], "beta", ("eager", "fused", "fused_reduce_overhead", *CAM_LIBRARIES))]
     wanted += [(resnet[256], "step", plain)]
     wanted += [(case, "step", plain) for case in at_128]
-    wanted += [(resnet[n], "step", (*graphs, "compiled_closed_form")) for n in (32, 128)]
+    wanted += [(resnet[n], "step", (GRAPHED, *graphs, "compiled_closed_form")) for n in (32, 128)]
     wanted += [(case, "step", both) for case in elsewhere]
     wanted += [(case, "step", plain) for case in (*rest, *fp32_cases)]
     wanted += [
@@ -153,13 +154,13 @@ CPU_LEFT_OUT = (
     "the paper's batch sizes, bfloat16 and tokens: sizes of a GPU",
     "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: the default there, or slower to build",
     "compiled_closed_form: on a CPU that is fused_compiled",
-    "cold caches, CUDA graphs, host time and launches: one warm buffer is timed",
+    "cold caches, CUDA graphs (fused_graphed among them), host time and launches: one warm buffer is timed",
     "energy",
 )
 
 
 def providers(run: str) -> tuple[str, ...]:
     """Who takes part in a pass."""
-    left_out = {"step": CAM_LIBRARIES, "beta": ("memcpy", "fused_modular")}
-    without = left_out.get(run, (*CAM_LIBRARIES, "fused_modular"))
+    left_out = {"step": CAM_LIBRARIES, "beta": ("memcpy", "fused_modular", GRAPHED)}
+    without = left_out.get(run, (*CAM_LIBRARIES, "fused_modular", GRAPHED))
     return tuple(name for name in PROVIDERS if name not in without)

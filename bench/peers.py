@@ -10,6 +10,8 @@
     fused_modular             the head, then `GGAMLoss`
     fused_compiled            `fused` inside torch.compile(fullgraph=True)
     fused_reduce_overhead     the same in mode "reduce-overhead", A's copy included
+    fused_graphed             `fused_compiled` through torch.cuda.make_graphed_callables: two CUDA graphs and
+                              no guards at a call, A's copy included; the step alone
     grad_cam, captum, torchcam   beta alone, see `cam_libraries`
     memcpy                    a copy of A
 
@@ -29,7 +31,7 @@ from ggam_fast.base import GGAMHeadBase
 from ggam_fast.reference import GGAMHeadReference
 
 from . import cam_libraries
-from .cases import CAM_LIBRARIES, FUSED_COMPILED, Case
+from .cases import CAM_LIBRARIES, FUSED_COMPILED, GRAPHED, Case
 
 NUM_CLASSES = 200
 GUIDANCE_WEIGHT = 0.1
@@ -40,6 +42,7 @@ MODES = {
     "compiled_closed_form": "default",
     "fused_compiled": "default",
     "fused_reduce_overhead": "reduce-overhead",
+    GRAPHED: "default",
 }
 Results = dict[str, Tensor]
 
@@ -102,6 +105,25 @@ class Step(Peer):
         return {"loss": loss, **grads}  # type: ignore[dict-item]
 
 
+class Graphed(nn.Module):
+    """A guided loss whose forward and backward are captured as CUDA graphs at the first call, of a copy of
+    the features, and replayed from then on."""
+
+    def __init__(self, head: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.head, self.loss_of = head, loss_of  # as a submodule: its parameters get gradients
+        self._captured = False
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self._captured:
+            self._captured = True  # capturing calls this
+            torch.cuda.make_graphed_callables(self, (x.detach().clone().requires_grad_(), y.clone()))
+        return super().__call__(x, y)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss_of(x, y)
+
+
 def new_head(kind: type[GGAMHeadBase], case: Case, state: dict[str, Tensor] | None = None) -> Any:
     """A head for the case, in evaluation mode, with the training command's `cam_norm`: its guidance feels
     beta, so that a wrong one shows in the gradients that parity looks at."""
@@ -130,11 +152,12 @@ def build(provider: str, run: str, case: Case, state: dict[str, Tensor], device:
         )
     if run == "step":
         head.train()
-        peer: Peer = Step(head, _compiled(provider, _loss(provider, head)))
+        call = _compiled(provider, _loss(provider, head))
+        peer: Peer = Step(head, Graphed(head, call) if provider == GRAPHED else call)
     else:
         name = {"fwd": "logits", "beta": "cam_weights"}.get(run, "out")
         peer = Peer(_compiled(provider, _forward(run, head)), name)
-    if MODES.get(provider) == "reduce-overhead":
+    if MODES.get(provider) == "reduce-overhead" or provider == GRAPHED:
         peer.replays, peer.capturable = True, False
     return peer
 
@@ -153,7 +176,7 @@ def guided_loss(head: GGAMHead, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _loss(provider: str, head: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    if provider in ("fused", *FUSED_COMPILED, "compiled_closed_form"):
+    if provider in ("fused", *FUSED_COMPILED, GRAPHED, "compiled_closed_form"):
         return lambda x, y: guided_loss(head, x, y)
     criterion = GGAMLoss(GUIDANCE_WEIGHT)
     return lambda x, y: criterion(head(x, y), y)

@@ -97,3 +97,16 @@ def test_compiled_into_graphs(device: torch.device) -> None:
             # The compiler times its reductions anew for each function: bits may differ between the two.
             for name, off in parity.errors(found, expected[i]).items():
                 assert off <= (1e-2 if name == "features" else 1e-4), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graphed_callables(case: Case, device: torch.device) -> None:
+    """torch.cuda.make_graphed_callables replays forward and backward, on inputs that change."""
+    work = Workload(case, device)
+    work.leaves = [x.detach().requires_grad_() for x in (work.features[0], flipped(work.features[0]))]
+    compiled, graphed = (work.build(name, "step") for name in ("fused_compiled", "fused_graphed"))
+    for i in (0, 1, 0):
+        found, expected = work.results(graphed, i), work.results(compiled, i)
+        for name, off in parity.errors(found, expected).items():
+            # Compiled twice, as above.
+            assert off <= (1e-2 if name == "features" else 1e-4), name

@@ -59,10 +59,10 @@ def score_gradient(logits: Tensor, target: Tensor, cam_class: str) -> Tensor:
 
 
 def layers_of(classifier: nn.Module) -> list[nn.Module]:
-    """The layers of a plain nn.Sequential, else the classifier as one layer."""
+    """The layers of an nn.Sequential, else the classifier as one layer."""
     # A subclass without a forward of its own, such as FSDP makes, runs its layers too.
-    chain = isinstance(classifier, nn.Sequential) and type(classifier).forward is nn.Sequential.forward
-    if chain and len(classifier) > 0:
+    own_forward = type(classifier).forward is not nn.Sequential.forward
+    if isinstance(classifier, nn.Sequential) and not own_forward and len(classifier) > 0:
         return list(classifier)  # with all occurrences of a layer
     return [classifier]
 

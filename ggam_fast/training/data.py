@@ -81,7 +81,8 @@ class ImageSet:
     def digest(self, sizes: bool = False) -> str:
         """A hash of the classes and, split by split, of the files' paths below the folder that holds them
         all, with `sizes` of theirs too, and of the labels: another one where an image changed its split."""
-        root = os.path.commonpath([path.parent for path in self.files])
+        files = [path.absolute() for path in self.files]
+        root = os.path.commonpath([path.parent for path in files])
         parts = {
             name: [
                 (

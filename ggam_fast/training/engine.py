@@ -105,7 +105,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             check=interrupt.check,
         )
         kept = Kept(out, fit, model, checkpoints.describe(model, loaded, config), world)
-        started_fit = False
+        under_way = False
         try:
             batches = (
                 image_batches(images, model, config, device, world)
@@ -120,7 +120,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 root = config.data.root and config.data.root.absolute()
                 options = {**config.values(), "root": root, "resume": None, "overwrite": None}
                 write_config_file(out / OPTIONS, options)
-            started_fit = True
+            under_way = True
             log = RunLog(out, fit.steps) if world.speaks else None
             with log or nullcontext():
                 epochs = fit.run(
@@ -138,22 +138,12 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                     return Outcome(path, metrics, None)
                 report.table(metrics, images.classes, "test")
                 seconds = time.monotonic() - started
-                results = {
-                    "test": metrics.as_dict(),
-                    "classes": images.classes,
-                    "epochs": epochs,
-                    "seconds": round(seconds, 1),
-                    "device": device_name(device),
-                    "notes": images.notes,
-                    "versions": {name: metadata.version(name) for name in ("torch", "timm", "torchvision")},
-                }
-                text = json.dumps(results, indent=2) + "\n"
-                write_atomically(out / METRICS, lambda part: part.write_text(text))
+                write_metrics(out / METRICS, metrics, images, epochs, seconds, device)
                 gallery = draw_gallery(out / GALLERY, kept.classifier(), images, "test", logits)
                 log.numbers("test", fit.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1})
                 log.picture("gallery", fit.steps, gallery)
         except Interrupted:
-            if not started_fit:
+            if not under_way:
                 report.note("interrupted before the first step; nothing was changed")
                 return Outcome(None, None, None)
             path = kept.save_result()
@@ -165,6 +155,27 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             return Outcome(path, None, None)
         report.note(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
         return Outcome(path, metrics, gallery)
+
+
+def write_metrics(
+    path: Path,
+    metrics: Metrics,
+    images: data.ImageSet,
+    epochs: list[dict[str, float]],
+    seconds: float,
+    device: torch.device,
+) -> None:
+    """The results of a run as JSON."""
+    results = {
+        "test": metrics.as_dict(),
+        "classes": images.classes,
+        "epochs": epochs,
+        "seconds": round(seconds, 1),
+        "device": device_name(device),
+        "notes": images.notes,
+        "versions": {name: metadata.version(name) for name in ("torch", "timm", "torchvision")},
+    }
+    write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
 
 
 @contextmanager

@@ -218,7 +218,7 @@ class Kept:
         """
         state = snapshots.load_snapshot(self._out)
         for name, value in self._run.items():
-            if state["run"].get(name) != value:
+            if state["run"].get(name, value) != value:  # older snapshots do not know their images
                 raise TrainError(
                     f"--resume {self._out}: its snapshot has another {name}"
                     if name != "images"

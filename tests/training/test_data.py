@@ -215,4 +215,4 @@ def test_hidden_folders_and_other_files_are_left_out(tmp_path, photos):
     (photos / "red" / "moving.gif").write_bytes(b"GIF")
     images = folder.read(photos, tmp_path)
     assert images.classes == ("blue", "green", "red")
-    assert any("left out 1 files" in note and "moving.gif" in note for note in images.notes)
+    assert any("of images: 1, such as" in note and "moving.gif" in note for note in images.notes)

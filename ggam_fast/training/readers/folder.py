@@ -119,9 +119,9 @@ def _left_out(roots: list[Path]) -> list[str]:
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     others = sorted(path for path in there if path.suffix.lower() not in IMG_EXTENSIONS)
-    return (
-        [f"left out {len(others)} files whose names are not images', such as {others[0]}"] if others else []
-    )
+    if not others:
+        return []
+    return [f"left out, as their names are not those of images: {len(others)}, such as {others[0]}"]
 
 
 def _scan(root: Path) -> ImageFolder:

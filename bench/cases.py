@@ -115,7 +115,7 @@ def gpu_default() -> Iterator[Run]:
     wanted += [(resnet[32], "beta", ("eager", "fused", "fused_reduce_overhead", *CAM_LIBRARIES))]
     wanted += [(resnet[256], "step", plain)]
     wanted += [(case, "step", plain) for case in at_128]
-    wanted += [(resnet[n], "step", (GRAPHED, *graphs, "compiled_closed_form")) for n in (32, 128)]
+    wanted += [(resnet[n], "step", (*graphs, GRAPHED, "compiled_closed_form")) for n in (32, 128)]
     wanted += [(case, "step", both) for case in elsewhere]
     wanted += [(case, "step", plain) for case in (*rest, *fp32_cases)]
     wanted += [

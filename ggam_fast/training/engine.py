@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ggam_fast import GGAMHead
-from ggam_fast.training import checkpoints, data, snapshots
+from ggam_fast.training import checkpoints, data, evaluation, exporting, snapshots
 from ggam_fast.training.backbones import Backbone, create_backbone
 from ggam_fast.training.batches import Batches, ImageBatches, MapBatches
 from ggam_fast.training.classifier import GGAMClassifier, create_head
@@ -42,7 +42,7 @@ METRICS = "metrics.json"
 OPTIONS = "options.yaml"
 GALLERY = "gallery.png"
 # What `evaluate` and `export` put beside them.
-_MADE_OF_A_RUN = ("evaluation.json", "evaluation.html", "export.json", "model.pt2", "model.onnx")
+_MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, exporting.DESCRIPTION, *exporting.NAMES.values())
 # On two cores, compiling the frozen backbone costs the time it saves on about this many images.
 _COMPILE_BACKBONE_FROM = 1500
 

@@ -120,7 +120,7 @@ def read(path: Path, least: int, banner: int = 0) -> Image.Image:
         TrainError: it cannot be read or is smaller.
     """
     picture = read_image(path)
-    if min(picture.width, picture.height - banner) < max(least, 1):
+    if min(picture.width, picture.height - banner) < least:
         raise TrainError(
             f"{path} ({picture.width} x {picture.height}) is smaller than the crop of {least} x {least}; "
             "--enlarge brings it up"

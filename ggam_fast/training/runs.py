@@ -55,7 +55,8 @@ def run_images(
             f"--data {name} has {len(images.classes)} classes and the checkpoint {len(checkpoint.classes)}, "
             f"which must be the same: {detail or 'their order differs'}"
         )
-    if own and images.digest() != theirs.get("images", images.digest()):
+    trained_on = theirs.get("images")  # older checkpoints do not know
+    if own and trained_on not in (None, images.digest()):
         where = f" --root {root}" if root else ""
         raise TrainError(
             "the run's images are not those it was trained on: some were added or removed, and "

@@ -112,13 +112,14 @@ class _Folder(ImageFolder):
 
 def _left_out(roots: list[Path]) -> list[str]:
     """A note of the files in class folders whose names are not those of images, if there are any."""
-    there = [
+    named = [(root, path) for root in roots for path in root.glob("*/**/*")]
+    others = sorted(
         path
-        for root in roots
-        for path in root.glob("*/**/*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    others = sorted(path for path in there if path.suffix.lower() not in IMG_EXTENSIONS)
+        for root, path in named
+        if path.suffix.lower() not in IMG_EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
+    )
     if not others:
         return []
     return [f"left out, as their names are not those of images: {len(others)}, such as {others[0]}"]

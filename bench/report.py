@@ -1,7 +1,7 @@
 """README's table and the pictures, from result files.
 
 python -m bench.report                  # all of bench/results/*.csv
-python -m bench.report FILE.csv ...     # these alone
+python -m bench.report FILE.csv ... --readme OTHER.md   # these alone, in another file
 python -m bench.report --check          # only say whether README is what the files say
 """
 
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, default=rows.RESULTS / "plots")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README is stale")
     chosen = parser.parse_args(arguments)
+    if chosen.files and chosen.readme.resolve() == ROOT / "README.md":
+        parser.error("README has the tables of all result files: name another --readme for some of them")
     files = chosen.files or result_files()
     if not files:
         print(f"no result files in {rows.RESULTS.name}: run pytest bench/ first", file=sys.stderr)

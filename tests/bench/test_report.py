@@ -92,6 +92,12 @@ def test_the_newest_row_counts(tmp_path: Path) -> None:
     assert "commits def with changes (1 of " in after
 
 
+def test_projects_readme_is_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main([str(result_file(tmp_path, GPU, ("cold",))), "--check"])
+    assert "tables of all result files" in capsys.readouterr().err
+
+
 def test_stale_readme_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path, readme = result_file(tmp_path, GPU, ("cold",)), tmp_path / "README.md"

@@ -17,7 +17,7 @@ import torch
 from bench import environment, rows
 from bench.cases import FUSED_COMPILED, GRAPHED, Case, Run, cpu_default, gpu_default, gpu_full
 from bench.parity import Refused
-from bench.workload import Workload
+from bench.workload import Timed, Workload
 
 OURS = ("memcpy", "eager", "fused", "fused_modular", *FUSED_COMPILED, GRAPHED)
 
@@ -35,7 +35,27 @@ def workload(case: Case) -> Workload:
     return Workload(case, environment.device())
 
 
+@functools.lru_cache(maxsize=1)
+def in_turns(case: Case, run: str, providers: tuple[str, ...]) -> dict[str, Timed | Exception]:
+    """Kept from one provider's test to the next's."""
+    return workload(case).timed(run, providers)
+
+
+def timed(request: pytest.FixtureRequest, run: Run) -> Timed:
+    """Alone on a GPU; on a CPU in turns with all providers selected for this pass and case."""
+    if torch.cuda.is_available():
+        found = workload(run.case).timed(run.run, (run.provider,))[run.provider]
+    else:
+        items = (item for item in request.session.items if hasattr(item, "callspec"))
+        runs = [r for item in items if (r := item.callspec.params.get("run")) and r[:2] == run[:2]]
+        found = in_turns(run.case, run.run, tuple(r.provider for r in runs))[run.provider]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def bench_head(
+    request: pytest.FixtureRequest,
     benchmark: Any,
     run: Run,
     copy_bandwidth: float,
@@ -44,8 +64,8 @@ def bench_head(
 ) -> None:
     work = workload(run.case)
     try:
-        peer = work.build(run.provider, run.run)
-        found, missing = work.rows(run.provider, run.run, peer, copy_bandwidth)
+        own = timed(request, run)
+        found = work.rows(run.provider, run.run, own, copy_bandwidth)
     except Refused:
         raise
     except Exception as error:
@@ -53,11 +73,11 @@ def bench_head(
             raise
         pytest.skip(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     write(found)
-    for line in missing:
+    for line in own.missing:
         leave_out(line)
 
     def once() -> None:
-        work.call(peer)(0)
+        work.call(own.peer)(0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

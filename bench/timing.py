@@ -5,12 +5,13 @@
     graph   the same rotation captured as one CUDA graph and replayed: no launch gaps, cold L2
     host    time until the call returns, with the device idle before it
 
-GPU times are CUDA events around each call (host: the CPU's clock); on a CPU `hot` alone, by its clock.
+GPU times are CUDA events around each call (host: the CPU's clock); on a CPU `hot` alone, by its clock, in
+turns with what it is compared with.
 """
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -21,9 +22,9 @@ Call = Callable[[int], Any]
 """call(i) runs once on input i"""
 
 BUDGET = 0.25  # seconds for one kind of timing, warm-up apart
-CPU_BUDGET = 3.0  # a shared CPU changes its pace from one second to the next
 ROUNDS = (10, 200)  # at least, at most
-CPU_ROUNDS = (10, 5000)
+CPU_BUDGET, CPU_BLOCK = 3.0, 0.1  # seconds for each call, and of one turn
+CPU_TURNS = (10, 30)
 CACHE_MULTIPLE, MOST_BUFFERS = 3, 256
 
 
@@ -69,6 +70,22 @@ def host_times(call: Call, rounds: int, synchronize: bool, buffers: int = 1) -> 
     return found
 
 
+def in_turns(calls: Sequence[Call]) -> list[Spread]:
+    """`hot` on a CPU, in blocks of CPU_BLOCK seconds: a shared CPU changes its pace from one second to the
+    next, and all calls feel it alike.  The first call of a block, into others' caches, is not counted."""
+    gc.collect()
+    for call in calls:
+        host_times(call, 3, False)
+    once = [min(host_times(call, 3, False)) for call in calls]
+    lengths = [max(1, int(CPU_BLOCK / seconds)) for seconds in once]
+    samples: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds_for(max([CPU_BLOCK, *once]), CPU_BUDGET, CPU_TURNS)):
+        for call, length, found in zip(calls, lengths, samples, strict=True):
+            call(0)
+            found += host_times(call, length, False)
+    return [spread(found) for found in samples]
+
+
 def event_times(call: Call, rounds: int, buffers: int) -> list[float]:
     """Seconds between CUDA events around each call."""
     pairs = []
@@ -108,12 +125,11 @@ def graph_times(call: Call, buffers: int) -> list[float]:
 
 def measure(call: Call, buffers: int, graph: bool = True) -> tuple[dict[str, Spread], list[str]]:
     """The spread of each kind of timing, and what could not be taken."""
+    if not torch.cuda.is_available():
+        return {"hot": in_turns([call])[0]}, []
     gc.collect()
     for i in range(max(3, buffers)):
         call(i % buffers)
-    if not torch.cuda.is_available():
-        once = min(host_times(call, 3, False))
-        return {"hot": spread(host_times(call, rounds_for(once, CPU_BUDGET, CPU_ROUNDS), False))}, []
     once = min(event_times(call, 3, 1))
     rounds = rounds_for(once)
     found = {

@@ -1,6 +1,9 @@
 """Inputs, parameters and expected results of one case, shared by all its providers; the way to a row."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +15,15 @@ from .cases import Case
 from .peers import Peer, Results
 
 OP = "ggam"
+
+
+class Timed(NamedTuple):
+    """A provider whose results were right, and how long it takes."""
+
+    peer: Peer
+    parity: float
+    spreads: dict[str, timing.Spread]
+    missing: list[str]
 
 
 class Workload:
@@ -72,21 +84,41 @@ class Workload:
     @cached_property
     def memcpy(self) -> dict[str, timing.Spread]:
         """A copy of A under each kind of timing."""
-        return self.measure(self.build("memcpy", "copy"))[0]
+        return self.measure(self.build("memcpy", "copy"))[0][0]
 
-    def measure(self, peer: Peer) -> tuple[dict[str, timing.Spread], list[str]]:
-        return timing.measure(self.call(peer), len(self.features), peer.capturable)
+    def measure(self, *peers: Peer) -> list[tuple[dict[str, timing.Spread], list[str]]]:
+        """`timing.measure` of each; in turns on a CPU."""
+        if self.device.type == "cpu":
+            return [({"hot": s}, []) for s in timing.in_turns([self.call(peer) for peer in peers])]
+        return [timing.measure(self.call(peer), len(self.features), peer.capturable) for peer in peers]
+
+    def timed(self, run: str, providers: Sequence[str]) -> dict[str, Timed | Exception]:
+        """Each provider built, checked, and timed with the others, or why it was not."""
+        found: dict[str, Timed | Exception] = {}
+        built: dict[str, Peer] = {}
+        shares: dict[str, float] = {}
+        # Building one makes the compiler forget the others: all are built before one is called.
+        for name in providers:
+            with _failure_in(found, name):
+                built[name] = self.build(name, run)
+        for name, peer in built.items():
+            with _failure_in(found, name):
+                shares[name] = self.check(name, run, peer)
+        names = [name for name in shares if name != "memcpy"]
+        measured = dict(zip(names, self.measure(*(built[name] for name in names)), strict=True))
+        for name, share in shares.items():
+            found[name] = Timed(built[name], share, *measured.get(name, (self.memcpy, [])))
+        return found
 
     def call(self, peer: Peer) -> timing.Call:
         inputs = self.inputs(peer)
         return lambda i: peer(inputs[i], self.target)
 
-    def rows(self, provider: str, run: str, peer: Peer, bandwidth: float) -> tuple[list[rows.Row], list[str]]:
-        """Check, time, and count: one row for each kind of timing, and what could not be taken."""
-        share = self.check(provider, run, peer)
+    def rows(self, provider: str, run: str, timed: Timed, bandwidth: float) -> list[rows.Row]:
+        """One row for each kind of timing; memory and launches are counted now."""
+        peer, share, spreads, _ = timed
         run = "copy" if provider == "memcpy" else run
         memcpy = self.memcpy
-        spreads, missing = (memcpy, []) if provider == "memcpy" else self.measure(peer)
         peer.release(self.inputs(peer)[0])
         # What replays its own CUDA graphs holds their memory all the time: a call's peak says nothing.
         uncounted = provider == "memcpy" or peer.replays
@@ -96,7 +128,7 @@ class Workload:
         now, case = environment.current(), self.case
         least, counted = floor.floor_seconds(case, run, bandwidth), floor.floor_bytes(case, run)
         h, w = (case.positions, 1) if case.layout == "nlc" else (case.h, case.w)
-        found = [
+        return [
             rows.Row(
                 OP, provider, run, case.n, case.c, h, w, case.type_name, case.layout, kind,
                 *(x * 1e6 for x in s), counted, *_ratios(kind, s.p50, counted, memcpy.get(kind), least),
@@ -104,7 +136,14 @@ class Workload:
             )
             for kind, s in spreads.items()
         ]  # fmt: skip
-        return found, missing
+
+
+@contextmanager
+def _failure_in(found: dict[str, Timed | Exception], name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        found[name] = error
 
 
 def _ratios(

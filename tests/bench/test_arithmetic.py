@@ -1,5 +1,7 @@
 """Percentiles, bytes, floor, cases."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -18,6 +20,24 @@ def test_percentiles() -> None:
 @pytest.mark.parametrize(("seconds", "rounds"), [(1.0, 10), (0.25 / 50, 50), (1e-6, 200), (0.0, 200)])
 def test_rounds_fit_the_budget(seconds: float, rounds: int) -> None:
     assert timing.rounds_for(seconds) == rounds
+
+
+def test_a_slow_second_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slows down for good half-way: the ratio of two calls does not feel it."""
+    now, started = 0.0, []
+
+    def call(seconds: float) -> timing.Call:
+        def run(_: int) -> None:
+            nonlocal now
+            started.append(seconds)
+            now += seconds * (3 if now > 2 else 1)
+
+        return run
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    short, long = timing.in_turns([call(0.01), call(0.02)])
+    assert long.p50 / short.p50 == pytest.approx(2, rel=0.05)
+    assert started.count(0.01) > 1.5 * started.count(0.02) > 200
 
 
 @pytest.mark.parametrize(

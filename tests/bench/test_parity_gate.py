@@ -7,7 +7,7 @@ import torch
 
 from bench import parity, peers, timing
 from bench.cases import CAM_LIBRARIES, PASSES, Case
-from bench.workload import Workload
+from bench.workload import Timed, Workload
 from ggam_fast import GGAMHead, GGAMLoss, functional
 
 CASE = Case(4, 32, 5, 3, torch.float32)
@@ -16,7 +16,9 @@ CASE = Case(4, 32, 5, 3, torch.float32)
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "ROUNDS", (2, 3))
-    monkeypatch.setattr(timing, "CPU_ROUNDS", (2, 3))
+    monkeypatch.setattr(timing, "CPU_BUDGET", 0.02)
+    monkeypatch.setattr(timing, "CPU_BLOCK", 0.01)
+    monkeypatch.setattr(timing, "CPU_TURNS", (2, 3))
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         yield
 
@@ -31,8 +33,10 @@ def work(device: torch.device) -> Workload:
 )
 def test_every_pass(run: str, layout: str, device: torch.device) -> None:
     work = Workload(CASE._replace(layout=layout), device)
-    for provider in ("eager", "fused", "fused_modular")[: 3 if run == "step" else 2]:
-        rows, _ = work.rows(provider, run, work.build(provider, run), bandwidth=1e9)
+    providers = ("eager", "fused", "fused_modular")[: 3 if run == "step" else 2]
+    for provider, timed in work.timed(run, providers).items():
+        assert isinstance(timed, Timed)
+        rows = work.rows(provider, run, timed, bandwidth=1e9)
         by_timing = {row.timing: row for row in rows}
         row = by_timing["hot"]
         assert (row.run, row.provider, row.N, row.C, row.H * row.W) == (run, provider, 4, 32, 15)
@@ -74,7 +78,7 @@ def test_a_wrong_output_is_refused(work: Workload) -> None:
     right = peer.call
     peer.call = lambda x, y: right(x, y)._replace(cam_weights=right(x, y).cam_weights * 1.01)
     with pytest.raises(parity.Refused, match=r"fused is 1.0e-02 off in cam_weights"):
-        work.rows("fused", "fwd_beta", peer, bandwidth=1e9)
+        work.check("fused", "fwd_beta", peer)
 
 
 def test_a_wrong_gradient_is_refused(work: Workload) -> None:
@@ -82,7 +86,28 @@ def test_a_wrong_gradient_is_refused(work: Workload) -> None:
     assert isinstance(peer, peers.Step)
     peer.parameters["fc1.weight"].register_hook(lambda grad: grad + grad.abs().max() * 0.1)
     with pytest.raises(parity.Refused, match=r"off in fc1.weight"):
-        work.rows("fused", "step", peer, bandwidth=1e9)
+        work.check("fused", "step", peer)
+
+
+def test_a_failure_is_its_providers_alone(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = work.build
+
+    def tampered(provider: str, run: str) -> peers.Peer:
+        if provider == "captum":
+            raise ImportError("no captum")
+        peer = build(provider, run)
+        if provider == "fused":
+            right = peer.call
+            peer.call = lambda x, y: right(x, y) * 1.01
+        return peer
+
+    monkeypatch.setattr(work, "build", tampered)
+    found = work.timed("beta", ("captum", "fused", "eager"))
+    assert {name: type(x) for name, x in found.items()} == {
+        "captum": ImportError,
+        "fused": parity.Refused,
+        "eager": Timed,
+    }
 
 
 def test_a_wrong_beta_is_refused_by_the_step(work: Workload) -> None:

@@ -105,10 +105,9 @@ class Workload:
             with _failure_in(found, name):
                 shares[name] = self.check(name, run, peer)
         names = [name for name in shares if name != "memcpy"]
-        measured = dict(zip(names, self.measure(*(built[name] for name in names)), strict=True))
-        for name, share in shares.items():
-            found[name] = Timed(built[name], share, *measured.get(name, (self.memcpy, [])))
-        return found
+        measured = {"memcpy": (self.memcpy, [])}
+        measured |= zip(names, self.measure(*(built[name] for name in names)), strict=True)
+        return found | {name: Timed(built[name], share, *measured[name]) for name, share in shares.items()}
 
     def call(self, peer: Peer) -> timing.Call:
         inputs = self.inputs(peer)

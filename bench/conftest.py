@@ -25,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LEFT_OUT] = []
+    if not torch.cuda.is_available():
+        environment.keep_freed_memory()
 
 
 @pytest.fixture(autouse=True)

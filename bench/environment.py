@@ -1,5 +1,6 @@
 """What a number depends on beside the code: device, clocks, driver, versions, commit."""
 
+import ctypes
 import functools
 import os
 import platform
@@ -34,6 +35,16 @@ class Environment(NamedTuple):
 def device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed.  It would give blocks of some MB back to the system and take them anew,
+    a page fault for every 4 kB: which calls pay for that depends on all else that the process holds."""
+    trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
+    with suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def current() -> Environment:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 from functools import partial
@@ -72,7 +73,7 @@ def test_what_cannot_be_tuned(text: str) -> None:
 
 
 def test_a_tuned_pass_is_timed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "CPU_ROUNDS", (2, 3))
+    monkeypatch.setattr(timing, "CPU_TURNS", (2, 3))
     work = Workload(Case(2, 32, 4, 4, torch.float32), device)
     with tune.patched({"PARTIAL_CHANNELS": 256}):
         assert tune.median(work, "fwd") > 0
@@ -106,3 +107,25 @@ def test_whole_training_steps(device: torch.device, monkeypatch: pytest.MonkeyPa
         assert all(torch.isfinite(torch.tensor(losses[provider])))
         assert losses[provider][0] != losses[provider][1]  # the optimizer moved something
     assert losses["fused_compiled"] == pytest.approx(losses["fused"], rel=1e-3)
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from bench import environment
+if sys.argv[1] == "kept":
+    environment.keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 23), torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its own rules")
+def test_freed_memory_is_kept() -> None:
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", PAGE_FAULTS, how], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout)
+        for how in ("kept", "given back")
+    )  # fmt: skip
+    assert kept < given_back / 10

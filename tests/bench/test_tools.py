@@ -114,18 +114,21 @@ import resource, sys, torch
 from bench import environment
 if sys.argv[1] == "kept":
     environment.keep_freed_memory()
-for _ in range(5):
+found = []
+for _ in range(10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 23), torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*found)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its own rules")
 def test_freed_memory_is_kept() -> None:
-    kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", PAGE_FAULTS, how], cwd=ROOT, capture_output=True, text=True,
-                           check=True).stdout)
-        for how in ("kept", "given back")
-    )  # fmt: skip
-    assert kept < given_back / 10
+    def faults(how: str) -> list[int]:
+        command = [sys.executable, "-c", PAGE_FAULTS, how]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [int(x) for x in done.stdout.split()]
+
+    # Not of every allocation: what lies between two blocks may part them, and the heap grows once more.
+    assert min(faults("kept")) < min(faults("given back")) / 10

@@ -36,7 +36,7 @@ def workload(case: Case) -> Workload:
 
 
 @functools.lru_cache(maxsize=1)
-def in_turns(case: Case, run: str, providers: tuple[str, ...]) -> dict[str, Timed | Exception]:
+def together(case: Case, run: str, providers: tuple[str, ...]) -> dict[str, Timed | Exception]:
     """Kept from one provider's test to the next's."""
     return workload(case).timed(run, providers)
 
@@ -48,7 +48,7 @@ def timed(request: pytest.FixtureRequest, run: Run) -> Timed:
     else:
         items = (item for item in request.session.items if hasattr(item, "callspec"))
         runs = [r for item in items if (r := item.callspec.params.get("run")) and r[:2] == run[:2]]
-        found = in_turns(run.case, run.run, tuple(r.provider for r in runs))[run.provider]
+        found = together(run.case, run.run, tuple(r.provider for r in runs))[run.provider]
     if isinstance(found, Exception):
         raise found
     return found

@@ -74,9 +74,7 @@ def in_turns(calls: Sequence[Call]) -> list[Spread]:
     """`hot` on a CPU, in blocks of CPU_BLOCK seconds: a shared CPU changes its pace from one second to the
     next, and all calls feel it alike.  The first call of a block, into others' caches, is not counted."""
     gc.collect()
-    for call in calls:
-        host_times(call, 3, False)
-    once = [min(host_times(call, 3, False)) for call in calls]
+    once = [min(host_times(call, 6, False)) for call in calls]
     lengths = [max(1, int(CPU_BLOCK / seconds)) for seconds in once]
     samples: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds_for(max([CPU_BLOCK, *once]), CPU_BUDGET, CPU_TURNS)):

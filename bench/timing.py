@@ -11,7 +11,8 @@ turns with what it is compared with.
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy
@@ -143,6 +144,24 @@ def measure(call: Call, buffers: int, graph: bool = True) -> tuple[dict[str, Spr
             torch.cuda.synchronize()
             missing.append(f"no CUDA graph: {_first_line(error)}")
     return found, missing
+
+
+def measure_all(
+    calls: Sequence[Call], buffers: int, graphs: Sequence[bool]
+) -> list[tuple[dict[str, Spread], list[str]]]:
+    """`measure` of each; in turns on a CPU."""
+    if not torch.cuda.is_available():
+        return [({"hot": s}, []) for s in in_turns(calls)]
+    return [measure(call, buffers, graph) for call, graph in zip(calls, graphs, strict=True)]
+
+
+@contextmanager
+def failure_in(found: dict[str, Any], name: str) -> Iterator[None]:
+    """What fails is that provider's result, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        found[name] = error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """Inputs, parameters and expected results of one case, shared by all its providers; the way to a row."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -87,10 +86,8 @@ class Workload:
         return self.measure(self.build("memcpy", "copy"))[0][0]
 
     def measure(self, *peers: Peer) -> list[tuple[dict[str, timing.Spread], list[str]]]:
-        """`timing.measure` of each; in turns on a CPU."""
-        if self.device.type == "cpu":
-            return [({"hot": s}, []) for s in timing.in_turns([self.call(peer) for peer in peers])]
-        return [timing.measure(self.call(peer), len(self.features), peer.capturable) for peer in peers]
+        calls, graphs = [self.call(peer) for peer in peers], [peer.capturable for peer in peers]
+        return timing.measure_all(calls, len(self.features), graphs)
 
     def timed(self, run: str, providers: Sequence[str]) -> dict[str, Timed | Exception]:
         """Each provider built, checked, and timed with the others, or why it was not."""
@@ -99,10 +96,10 @@ class Workload:
         shares: dict[str, float] = {}
         # Building one makes the compiler forget the others: all are built before one is called.
         for name in providers:
-            with _failure_in(found, name):
+            with timing.failure_in(found, name):
                 built[name] = self.build(name, run)
         for name, peer in built.items():
-            with _failure_in(found, name):
+            with timing.failure_in(found, name):
                 shares[name] = self.check(name, run, peer)
         names = [name for name in shares if name != "memcpy"]
         measured = {"memcpy": (self.memcpy, [])}
@@ -135,14 +132,6 @@ class Workload:
             )
             for kind, s in spreads.items()
         ]  # fmt: skip
-
-
-@contextmanager
-def _failure_in(found: dict[str, Timed | Exception], name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        found[name] = error
 
 
 def _ratios(

@@ -109,6 +109,31 @@ def test_whole_training_steps(device: torch.device, monkeypatch: pytest.MonkeyPa
     assert losses["fused_compiled"] == pytest.approx(losses["fused"], rel=1e-3)
 
 
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled head, whose gradients are tampered with, is refused; the others are timed."""
+    pytest.importorskip("timm")
+    from bench import bench_e2e, parity
+    from bench.training_step import CPU, TrainingStep
+
+    def tampered(step: TrainingStep) -> torch.Tensor:
+        loss = right(step)
+        for parameter in step.head.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= 1.05
+        return loss
+
+    right = TrainingStep._fused_compiled
+    monkeypatch.setattr(TrainingStep, "_fused_compiled", tampered)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(timing, "CPU_BUDGET", 0.1)
+    found = bench_e2e.timed(("linear", "fused_compiled", "authors"), CPU._replace(size=32, n=2))
+    assert isinstance(found["fused_compiled"], parity.Refused)
+    for name in ("linear", "authors"):
+        own = found[name]
+        assert isinstance(own, bench_e2e.Timed), own
+        assert own.spreads["hot"].p50 > 0
+
+
 PAGE_FAULTS = """
 import resource, sys, torch
 from bench import environment

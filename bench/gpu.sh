@@ -61,7 +61,7 @@ parity() {
     step parity 160 kernels "${tests[@]}" tests/test_ops.py tests/kernels
     step parity 130 head "${tests[@]}" tests/test_{head,contractions,fused_loss,classifier,interop}.py
     step parity 100 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
-    step parity 30 "the measuring itself" "${tests[@]}" tests/bench/test_parity_gate.py tests/bench/test_tools.py
+    step parity 45 "the measuring itself" "${tests[@]}" tests/bench/test_parity_gate.py tests/bench/test_tools.py
     step parity 120 compile "${tests[@]}" tests/test_compile.py
 }
 

@@ -7,12 +7,13 @@ ResNet-10 on small images, which tests the code and says little about speed.  Pe
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
-from bench import environment, parity, rows, timing
+from bench import environment, parity, rows, side_by_side, timing
+from bench.side_by_side import Timed, take
 from bench.training_step import CPU, GPU, PROVIDERS, Setting, TrainingStep
 
 ALLOWED = 1e-2  # the backbone's convolutions may use TF32 and other algorithms from run to run
@@ -50,56 +51,35 @@ def energy_per_step(step: TrainingStep) -> float | None:
     return (after - before) / count
 
 
-class Timed(NamedTuple):
-    """A provider whose step was right, and how long it takes."""
-
-    step: TrainingStep
-    parity: float
-    spreads: dict[str, timing.Spread]
+def _call(step: TrainingStep) -> timing.Call:
+    return lambda _: step()
 
 
 @functools.lru_cache(maxsize=1)
-def timed(providers: tuple[str, ...], setting: Setting) -> dict[str, Timed | Exception]:
-    """Each provider checked, built, and timed with the others, or why it was not."""
-    found: dict[str, Timed | Exception] = {}
-    shares: dict[str, float] = {}
-    steps: dict[str, TrainingStep] = {}
-    # Building one may make the compiler forget the others: the checks, which build theirs, come first.
-    for name in providers:
-        with timing.failure_in(found, name):
-            shares[name] = check(name, setting)
-    for name in shares:
-        with timing.failure_in(found, name):
-            steps[name] = TrainingStep(name, setting, environment.device())
-            steps[name]()
-    calls = [lambda _, step=step: step() for step in steps.values()]
-    measured = timing.measure_all(calls, 1, [False] * len(calls))
-    return found | {
-        name: Timed(step, shares[name], spreads)
-        for (name, step), (spreads, _) in zip(steps.items(), measured, strict=True)
-    }
+def timed(providers: tuple[str, ...], setting: Setting) -> dict[str, Timed[TrainingStep] | Exception]:
+    """Kept until each provider's test has taken its own."""
+    return side_by_side.timed(
+        providers,
+        build=lambda name: TrainingStep(name, setting, environment.device()),
+        check=lambda name, _: check(name, setting),
+        measure=lambda steps: timing.measure({name: _call(step) for name, step in steps.items()}, 1),
+    )
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def bench_e2e(
-    request: pytest.FixtureRequest,
     benchmark: Any,
     provider: str,
+    beside: list[str],
     write: Callable[[list[rows.Row]], None],
     leave_out: Callable[[str], None],
 ) -> None:
     setting: Setting = GPU if torch.cuda.is_available() else CPU
-    together = [provider]  # on a CPU all that are selected
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
-    else:
-        mine = [item for item in request.session.items if item.path == request.path]
-        together = [item.callspec.params["provider"] for item in mine]
-    own = timed(tuple(together), setting)[provider]
-    if isinstance(own, Exception):
-        raise own
-    step, share, spreads = own
-    peak = timing.peak_bytes(lambda _: step()) / 2**20
+    own = take(timed(tuple(beside), setting), provider)
+    step = own.peer
+    peak = timing.peak_bytes(_call(step)) / 2**20
     energy = energy_per_step(step)
     if energy is None:
         leave_out("no energy counter")
@@ -109,14 +89,14 @@ def bench_e2e(
     found = [
         rows.Row(
             setting.backbone, provider, "e2e", setting.n, step.channels, h, w, kind, "channels_last", name,
-            *(x * 1e6 for x in s), None, None, None, None, peak, timing.launches(lambda _: step()),
-            environment.current(), None, share, None if name == "host" else setting.n / s.p50,
+            *(x * 1e6 for x in s), None, None, None, None, peak, timing.launches(_call(step)),
+            environment.current(), None, own.parity, None if name == "host" else setting.n / s.p50,
             None if energy is None else energy / setting.n,
         )
-        for name, s in spreads.items()
+        for name, s in own.measured.spreads.items()
         if name != "cold"  # the images are one buffer, and the step is far larger than any cache
     ]  # fmt: skip
     write(found)
     benchmark.group = f"e2e {setting.backbone} {setting.n}x3x{setting.size}x{setting.size}"
-    benchmark.extra_info.update(provider=provider, images_per_s=setting.n / spreads["hot"].p50)
+    benchmark.extra_info.update(provider=provider, images_per_s=setting.n / own.measured.spreads["hot"].p50)
     benchmark.pedantic(lambda: (step(), torch.cuda.is_available() and torch.cuda.synchronize()), rounds=3)

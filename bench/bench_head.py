@@ -17,7 +17,9 @@ import torch
 from bench import environment, rows
 from bench.cases import FUSED_COMPILED, GRAPHED, Case, Run, cpu_default, gpu_default, gpu_full
 from bench.parity import Refused
-from bench.workload import Timed, Workload
+from bench.peers import Peer
+from bench.side_by_side import Timed, take
+from bench.workload import Workload
 
 OURS = ("memcpy", "eager", "fused", "fused_modular", *FUSED_COMPILED, GRAPHED)
 
@@ -36,35 +38,23 @@ def workload(case: Case) -> Workload:
 
 
 @functools.lru_cache(maxsize=1)
-def together(case: Case, run: str, providers: tuple[str, ...]) -> dict[str, Timed | Exception]:
-    """Kept from one provider's test to the next's."""
+def timed(case: Case, run: str, providers: tuple[str, ...]) -> dict[str, Timed[Peer] | Exception]:
+    """Kept until each provider's test has taken its own."""
     return workload(case).timed(run, providers)
 
 
-def timed(request: pytest.FixtureRequest, run: Run) -> Timed:
-    """Alone on a GPU; on a CPU in turns with all providers selected for this pass and case."""
-    if torch.cuda.is_available():
-        found = workload(run.case).timed(run.run, (run.provider,))[run.provider]
-    else:
-        items = (item for item in request.session.items if hasattr(item, "callspec"))
-        runs = [r for item in items if (r := item.callspec.params.get("run")) and r[:2] == run[:2]]
-        found = together(run.case, run.run, tuple(r.provider for r in runs))[run.provider]
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
 def bench_head(
-    request: pytest.FixtureRequest,
     benchmark: Any,
     run: Run,
+    beside: list[Run],
     copy_bandwidth: float,
     write: Callable[[list[rows.Row]], None],
     leave_out: Callable[[str], None],
 ) -> None:
     work = workload(run.case)
     try:
-        own = timed(request, run)
+        providers = tuple(r.provider for r in beside if (r.run, r.case) == (run.run, run.case))
+        own = take(timed(run.case, run.run, providers), run.provider)
         found = work.rows(run.provider, run.run, own, copy_bandwidth)
     except Refused:
         raise
@@ -73,7 +63,7 @@ def bench_head(
             raise
         pytest.skip(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     write(found)
-    for line in own.missing:
+    for line in own.measured.missing:
         leave_out(line)
 
     def once() -> None:

@@ -56,6 +56,15 @@ def copy_bandwidth() -> float:
 
 
 @pytest.fixture
+def beside(request: pytest.FixtureRequest) -> list[Any]:
+    """The parameters of the tests that this one may be timed in turns with: all selected of its file, on a
+    CPU; on a GPU its own."""
+    items = [request.node] if torch.cuda.is_available() else request.session.items
+    mine = [item for item in items if item.path == request.path]
+    return [value for item in mine for value in item.callspec.params.values()]
+
+
+@pytest.fixture
 def write(request: pytest.FixtureRequest) -> Callable[[list[rows.Row]], None]:
     """Appends rows to the file of this device and these versions."""
 

@@ -11,8 +11,7 @@ turns with what it is compared with.
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -35,6 +34,13 @@ class Spread(NamedTuple):
     p20: float
     p50: float
     p80: float
+
+
+class Measured(NamedTuple):
+    """The spread of each kind of timing, and what could not be taken."""
+
+    spreads: dict[str, Spread]
+    missing: list[str]
 
 
 def spread(samples: list[float]) -> Spread:
@@ -122,10 +128,15 @@ def graph_times(call: Call, buffers: int) -> list[float]:
     return [t / buffers for t in event_times(lambda _: graph.replay(), rounds_for(min(once)), 1)]
 
 
-def measure(call: Call, buffers: int, graph: bool = True) -> tuple[dict[str, Spread], list[str]]:
-    """The spread of each kind of timing, and what could not be taken."""
+def measure(calls: Mapping[str, Call], buffers: int, captured: Container[str] = ()) -> dict[str, Measured]:
+    """How long each call takes, those named in `captured` as CUDA graphs too; in turns on a CPU."""
     if not torch.cuda.is_available():
-        return {"hot": in_turns([call])[0]}, []
+        spreads = in_turns(list(calls.values()))
+        return {name: Measured({"hot": own}, []) for name, own in zip(calls, spreads, strict=True)}
+    return {name: _measure_on_gpu(call, buffers, name in captured) for name, call in calls.items()}
+
+
+def _measure_on_gpu(call: Call, buffers: int, graph: bool) -> Measured:
     gc.collect()
     for i in range(max(3, buffers)):
         call(i % buffers)
@@ -143,25 +154,7 @@ def measure(call: Call, buffers: int, graph: bool = True) -> tuple[dict[str, Spr
         except Exception as error:
             torch.cuda.synchronize()
             missing.append(f"no CUDA graph: {_first_line(error)}")
-    return found, missing
-
-
-def measure_all(
-    calls: Sequence[Call], buffers: int, graphs: Sequence[bool]
-) -> list[tuple[dict[str, Spread], list[str]]]:
-    """`measure` of each; in turns on a CPU."""
-    if not torch.cuda.is_available():
-        return [({"hot": s}, []) for s in in_turns(calls)]
-    return [measure(call, buffers, graph) for call, graph in zip(calls, graphs, strict=True)]
-
-
-@contextmanager
-def failure_in(found: dict[str, Any], name: str) -> Iterator[None]:
-    """What fails is that provider's result, and the others go on."""
-    try:
-        yield
-    except Exception as error:
-        found[name] = error
+    return Measured(found, missing)
 
 
 def _first_line(error: Exception) -> str:
@@ -209,5 +202,5 @@ def copy_bandwidth(device: torch.device) -> float:
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    found, _ = measure(lambda _: target.copy_(source), 1, graph=False)
-    return 2 * size / found["hot"].p50
+    found = measure({"copy": lambda _: target.copy_(source)}, 1)["copy"]
+    return 2 * size / found.spreads["hot"].p50

@@ -63,7 +63,7 @@ def median(work: Workload, run: str) -> float:
     """Seconds of the fused pass, in a CUDA graph's replays where there is one, once parity has passed."""
     peer = work.build("fused", run)
     work.check("fused", run, peer)
-    ((spreads, _),) = work.measure(peer)
+    spreads = work.measure({"fused": peer})["fused"].spreads
     return spreads["graph" if "graph" in spreads else "hot"].p50
 
 

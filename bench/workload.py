@@ -2,27 +2,18 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ggam_fast.reference import GGAMHeadReference
 
-from . import environment, floor, parity, peers, rows, timing
+from . import environment, floor, parity, peers, rows, side_by_side, timing
 from .cases import Case
 from .peers import Peer, Results
+from .side_by_side import Timed
 
 OP = "ggam"
-
-
-class Timed(NamedTuple):
-    """A provider whose results were right, and how long it takes."""
-
-    peer: Peer
-    parity: float
-    spreads: dict[str, timing.Spread]
-    missing: list[str]
 
 
 class Workload:
@@ -83,36 +74,34 @@ class Workload:
     @cached_property
     def memcpy(self) -> dict[str, timing.Spread]:
         """A copy of A under each kind of timing."""
-        return self.measure(self.build("memcpy", "copy"))[0][0]
+        return self.measure({"memcpy": self.build("memcpy", "copy")})["memcpy"].spreads
 
-    def measure(self, *peers: Peer) -> list[tuple[dict[str, timing.Spread], list[str]]]:
-        calls, graphs = [self.call(peer) for peer in peers], [peer.capturable for peer in peers]
-        return timing.measure_all(calls, len(self.features), graphs)
+    def measure(self, peers: dict[str, Peer]) -> dict[str, timing.Measured]:
+        calls = {name: self.call(peer) for name, peer in peers.items()}
+        captured = [name for name, peer in peers.items() if peer.capturable]
+        return timing.measure(calls, len(self.features), captured)
 
-    def timed(self, run: str, providers: Sequence[str]) -> dict[str, Timed | Exception]:
-        """Each provider built, checked, and timed with the others, or why it was not."""
-        found: dict[str, Timed | Exception] = {}
-        built: dict[str, Peer] = {}
-        shares: dict[str, float] = {}
-        # Building one makes the compiler forget the others: all are built before one is called.
-        for name in providers:
-            with timing.failure_in(found, name):
-                built[name] = self.build(name, run)
-        for name, peer in built.items():
-            with timing.failure_in(found, name):
-                shares[name] = self.check(name, run, peer)
-        names = [name for name in shares if name != "memcpy"]
-        measured = {"memcpy": (self.memcpy, [])}
-        measured |= zip(names, self.measure(*(built[name] for name in names)), strict=True)
-        return found | {name: Timed(built[name], share, *measured[name]) for name, share in shares.items()}
+    def timed(self, run: str, providers: Sequence[str]) -> dict[str, Timed[Peer] | Exception]:
+        """Providers of one pass, side by side; what memcpy takes is known already."""
+
+        def measure(peers: dict[str, Peer]) -> dict[str, timing.Measured]:
+            known = {"memcpy": timing.Measured(self.memcpy, [])}
+            return known | self.measure({name: peer for name, peer in peers.items() if name not in known})
+
+        return side_by_side.timed(
+            providers,
+            build=lambda name: self.build(name, run),
+            check=lambda name, peer: self.check(name, run, peer),
+            measure=measure,
+        )
 
     def call(self, peer: Peer) -> timing.Call:
         inputs = self.inputs(peer)
         return lambda i: peer(inputs[i], self.target)
 
-    def rows(self, provider: str, run: str, timed: Timed, bandwidth: float) -> list[rows.Row]:
+    def rows(self, provider: str, run: str, timed: Timed[Peer], bandwidth: float) -> list[rows.Row]:
         """One row for each kind of timing; memory and launches are counted now."""
-        peer, share, spreads, _ = timed
+        peer = timed.peer
         run = "copy" if provider == "memcpy" else run
         memcpy = self.memcpy
         peer.release(self.inputs(peer)[0])
@@ -128,9 +117,9 @@ class Workload:
             rows.Row(
                 OP, provider, run, case.n, case.c, h, w, case.type_name, case.layout, kind,
                 *(x * 1e6 for x in s), counted, *_ratios(kind, s.p50, counted, memcpy.get(kind), least),
-                peak, launched, now, gradients, share,
+                peak, launched, now, gradients, timed.parity,
             )
-            for kind, s in spreads.items()
+            for kind, s in timed.measured.spreads.items()
         ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import torch
 
 from bench import parity, peers, timing
 from bench.cases import CAM_LIBRARIES, PASSES, Case
-from bench.workload import Timed, Workload
+from bench.side_by_side import Timed
+from bench.workload import Workload
 from ggam_fast import GGAMHead, GGAMLoss, functional
 
 CASE = Case(4, 32, 5, 3, torch.float32)

@@ -5,11 +5,18 @@
     forward    loss = sum_c S (log S - log b~)              g = S + S (log S - log b~)
     de = scale (g - S sum_c g) + S (dS - <dS, S>)
 
-beta counts as constant in de, and dS is what comes from elsewhere.  Touches nothing of A's size.
+beta counts as constant in de, and dS is what comes from elsewhere.  Given each image's share of a mean, 0 for
+one that does not count: its loss is 0, scale is times the share (of a sum: 1 or 0), and who is last adds up
+
+    guidance = sum_n share_n loss_n (of a sum: sum_n loss_n)     total = sum_n share_n ce_n + scale guidance
+
+Touches nothing of A's size.
 """
 
 import triton
 import triton.language as tl
+
+from .arrival import is_last, row_sum
 
 SIGMOID_CAM = tl.constexpr(0)
 SOFTMAX_CAM = tl.constexpr(1)
@@ -62,10 +69,16 @@ def guidance_kernel(
     grad_logits_ptr,  # (N, C) float32: de
     scale,
     temperature,
+    share_ptr,  # (N,) float32, or None
+    counter_ptr,  # () int32 zero: images done; None: no sums over images
+    cross_entropies_ptr,  # (N,) float32: ce; like the total None where not asked for
+    guidance_ptr,  # () float32
+    total_ptr,  # () float32
     C: tl.constexpr,
     L: tl.constexpr,
     CAM_NORM: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    MEAN: tl.constexpr,  # over images, not their sum; matters with share alone
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -117,9 +130,19 @@ def guidance_kernel(
         loss, g = 0.5 * tl.sum(gap * difference, axis=0), 0.5 * (gap + s * difference)
     else:
         loss, g = tl.sum(s * difference, axis=0), s + s * difference
-    tl.store(loss_ptr + n, loss)
-
     de = scale * (g - s * tl.sum(g, axis=0))
+    if share_ptr is not None:
+        share = tl.load(share_ptr + n)
+        loss = tl.where(share > 0.0, loss, 0.0)
+        de = tl.where(share > 0.0, de * share if MEAN else de, 0.0)
+    tl.store(loss_ptr + n, loss)
     if grad_channel_ptr is not None:
         de += s * (ds - tl.sum(ds * s, axis=0))
     tl.store(grad_logits_ptr + row, de, mask=mask)
+
+    if counter_ptr is not None and is_last(counter_ptr):
+        guidance = row_sum(loss_ptr, share_ptr if MEAN else None, tl.num_programs(0), BLOCK_C)
+        tl.store(guidance_ptr, guidance)
+        if total_ptr is not None:
+            ce = row_sum(cross_entropies_ptr, share_ptr, tl.num_programs(0), BLOCK_C)
+            tl.store(total_ptr, ce + scale * guidance)

@@ -1,4 +1,4 @@
-"""D[n, c, l] = A[n, c, l] * t[n, l], or A[n, c, l] * s[n, c] for channel attention alone.
+"""D[n, c, l] = scale A[n, c, l] * t[n, l], or scale A[n, c, l] * s[n, c] for channel attention alone.
 
 The attended map, for classifiers that need all of it.  Reads A once, writes D once.
 """
@@ -14,6 +14,7 @@ def hadamard_kernel(
     features_ptr,  # (N, C, L), any dtype
     weights_ptr,  # float32, contiguous: (N, L), or (N, C) with BY_CHANNEL
     out_ptr,  # (N, C, L)
+    scale,
     stride_n,
     out_stride_n,
     C: tl.constexpr,
@@ -40,5 +41,6 @@ def hadamard_kernel(
     else:
         d = a * tl.load(weights_ptr + n * L + l, mask=l < L, other=0.0)[None, :]
 
+    d *= scale
     out_offsets = image_offsets(c[:, None], l[None, :], C, L, OUT_STRIDE_C, OUT_STRIDE_L)
     tl.store(out_ptr + n * out_stride_n + out_offsets, d.to(out_ptr.dtype.element_ty), mask=mask)

@@ -2,7 +2,8 @@
 
     dW_jc = scale sum_n dy_nj x_nc        db_j = scale sum_n dy_nj
 
-With the error of float32 (`tf32`).  Reads dy and x once a tile, writes dW and db.
+With the error of float32 (`tf32`).  Reads dy and x once a tile, writes dW and db.  Up to two vectors, the
+gradients of batch norms, are scaled on the way, so that those of all parameters are one launch.
 """
 
 import triton
@@ -11,7 +12,16 @@ import triton.language as tl
 from .tf32 import add_product, combined
 
 
-@triton.jit(do_not_specialize=["N", "J", "C", "J_1", "C_1", "J_2", "C_2", "J_3", "C_3"])
+@triton.jit
+def _scaled(vector_ptr, out_ptr, scale_ptr, block, V, BLOCK: tl.constexpr):
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(vector_ptr + at, mask=at < V, other=0.0)
+    if scale_ptr is not None:
+        x *= tl.load(scale_ptr).to(tl.float32)
+    tl.store(out_ptr + at, x, mask=at < V)
+
+
+@triton.jit(do_not_specialize=["N", "J", "C", "J_1", "C_1", "J_2", "C_2", "J_3", "C_3", "V", "V_1"])
 def layer_grads_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr,  # (N, J), (N, C), (J, C), (J,) float32, contiguous; for each layer
     dy_1_ptr, x_1_ptr, weight_1_ptr, bias_1_ptr,  # or None
@@ -19,6 +29,9 @@ def layer_grads_kernel(
     dy_3_ptr, x_3_ptr, weight_3_ptr, bias_3_ptr,
     scale_ptr,  # (), any dtype, or None
     N, J, C, J_1, C_1, J_2, C_2, J_3, C_3,
+    vector_ptr, vector_out_ptr,  # (V,) float32, or None
+    vector_1_ptr, vector_1_out_ptr,  # (V_1,) float32, or None
+    V, V_1,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -28,8 +41,19 @@ def layer_grads_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program does a BLOCK_J x BLOCK_C tile of a dW; with the first of a row of tiles, BLOCK_J of db."""
-    tile = tl.program_id(0)  # counted from the first layer to the last
+    """This program does a BLOCK_J x BLOCK_C tile of a dW; with the first of a row of tiles, BLOCK_J of db.
+    Those before the tiles do as many elements of the vectors."""
+    tile = tl.program_id(0)  # counted from the first layer to the last, after the vectors
+    if vector_ptr is not None:
+        if tile < tl.cdiv(V, BLOCK_J * BLOCK_C):
+            _scaled(vector_ptr, vector_out_ptr, scale_ptr, tile, V, BLOCK_J * BLOCK_C)
+            return
+        tile -= tl.cdiv(V, BLOCK_J * BLOCK_C)
+    if vector_1_ptr is not None:
+        if tile < tl.cdiv(V_1, BLOCK_J * BLOCK_C):
+            _scaled(vector_1_ptr, vector_1_out_ptr, scale_ptr, tile, V_1, BLOCK_J * BLOCK_C)
+            return
+        tile -= tl.cdiv(V_1, BLOCK_J * BLOCK_C)
     if dy_1_ptr is not None:
         tiles = tl.cdiv(J, BLOCK_J) * tl.cdiv(C, BLOCK_C)
         if tile >= tiles:

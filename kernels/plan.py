@@ -25,6 +25,14 @@ class Sums(NamedTuple):
     stages: int
 
 
+class Columns(NamedTuple):
+    """Columns of a matrix that one program of `batch_norm` owns, and how many rows it takes at a time."""
+
+    block_n: int
+    block_c: int
+    num_warps: int
+
+
 # The tile of a pass without sums always holds 2,048 elements, 16 a thread of four warps: four 8-byte loads in
 # flight a thread for two-byte types, and few enough registers for several resident programs.  What only
 # writes has one warp: on an H100, features_grad in bfloat16, N = 128, takes 41.3 us for 41.6 with four
@@ -38,6 +46,16 @@ _TILE_LENGTH = (16, 256)
 # (largest L, (positions in a sweep's block at most, warps)).  A program holds a whole image's block: 8
 # values a thread of 32-thread warps, and at most the 1,024 threads that a program may have with AMD's 64.
 _NORM_BLOCK = ((1024, (1024, 4)), (None, (4096, 16)))
+
+# (largest C, columns): few columns leave a GPU idle, and 8 are one 32-byte sector of each row.  128 rows at
+# a time are 16 values a thread, in flight together, and most batches.  Not timed yet.
+_BATCH_NORM = ((1024, Columns(128, 8, 2)), (None, Columns(128, 16, 4)))
+
+LARGEST_CLASSES = 4096
+"""Classes of an image that one program of `cross_entropy` holds; of more, it goes through them in sweeps."""
+
+SCALE_BLOCK = 1024
+"""Elements of a program of `cross_entropy_grad`, of four warps."""
 
 MEANS_TILE = Tile(64, 32, 8)
 """grad_cam_means reads two maps and keeps two accumulators: with 4 warps a register spills on sm_100.
@@ -158,12 +176,12 @@ def _copied_ahead(positions: int, itemsize: int) -> bool:
     return positions * itemsize % 4 == 0
 
 
-def product(m: int, n: int, k: int, has_bias: bool, may_split: bool) -> Product | None:
-    """The plan of (m, k) times (k, n), m counting the rows of both where there are two; None where torch's is
-    better.  A long sum over k is shared by as many programs as n and k alone ask for, but a row's last bits
-    may change where m asks for larger tiles, or for torch.  With a bias large tiles spill for sm_100 (Triton
-    3.8)."""
-    if m * n * k > LARGEST_PRODUCT:
+def product(m: int, n: int, k: int, has_bias: bool, may_split: bool, must: bool = False) -> Product | None:
+    """The plan of (m, k) times (k, n), m counting the rows of both where there are two; None where torch's
+    is better, unless there `must` be one.  A long sum over k is shared by as many programs as n and k alone
+    ask for, but a row's last bits may change where m asks for larger tiles, or for torch.  With a bias
+    large tiles spill for sm_100 (Triton 3.8)."""
+    if m * n * k > LARGEST_PRODUCT and not must:
         return None
     if m * n >= 1 << 19 and not has_bias:
         return LARGE_PRODUCT
@@ -193,3 +211,14 @@ def channels_block(channels: int) -> tuple[int, int] | None:
         return None
     block = max(power_of_2(channels), 128)
     return block, min(max(block // 256, 1), 16)
+
+
+def batch_norm(channels: int) -> Columns:
+    """For any number of rows, so that batches of all sizes are one kernel."""
+    return _row(_BATCH_NORM, channels)
+
+
+def cross_entropy(classes: int) -> tuple[int, int]:
+    """(BLOCK_K, warps) of a program that does an image's classes, 8 a thread."""
+    block = min(max(power_of_2(classes), 128), LARGEST_CLASSES)
+    return block, max(block // 256, 1)

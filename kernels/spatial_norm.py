@@ -6,9 +6,9 @@
     sigmoid   T_l = 1 / (1 + exp(-U_l))            dU = dT T (1 - T)
     none      T_l = U_l                            channel_sum, added up in a fixed order
 
-with dT = scale sum_p partials[p] + extra in the backward, of R = 1 or 2 gradients.  Touches nothing of A's
-size.  A map of up to BLOCK_L positions is added up once and stays in registers; a larger one is added up anew
-in each sweep.
+with kappa T_l, what multiplies A, beside T_l where it is asked for, and dT = scale sum_p partials[p] + extra
+in the backward, of R = 1 or 2 gradients.  Touches nothing of A's size.  A map of up to BLOCK_L positions is
+added up once and stays in registers; a larger one is added up anew in each sweep.
 """
 
 import triton
@@ -47,8 +47,10 @@ def _dt(partials_ptr, extra_ptr, scale, l, P, L: tl.constexpr, BLOCK_L: tl.const
 def spatial_norm_kernel(
     partials_ptr,  # (N, P, L) float32
     attention_ptr,  # (N, L) float32: T
+    weights_ptr,  # (N, L) float32: kappa T, or None
     total_ptr,  # (N,) float32
     P,
+    kappa,
     L: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -92,6 +94,8 @@ def spatial_norm_kernel(
             tl.static_assert(NORM == NONE)
             t = u
         tl.store(attention_ptr + n * L + l, t, mask=l < L)
+        if weights_ptr is not None:
+            tl.store(weights_ptr + n * L + l, kappa * t, mask=l < L)
 
 
 @triton.jit

@@ -13,13 +13,15 @@ import triton.language as tl
 from .offsets import image_offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["clear"])
 def spatial_sum_kernel(
     features_ptr,  # (N, C, L), any dtype
     weights_ptr, weights_1_ptr,  # (N, L) float32, contiguous; None but for the R first
     out_ptr, out_1_ptr,  # (N, C) float32, contiguous; the second is None unless R = 2
     scale,
     stride_n,
+    clear_ptr,  # (clear,) int32, or None
+    clear,
     C: tl.constexpr,
     L: tl.constexpr,
     STRIDE_C: tl.constexpr,
@@ -31,7 +33,13 @@ def spatial_sum_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """This program sums TASK_C channels of one image over all positions, with up to STAGES - 1 tiles on their
-    way to shared memory."""
+    way to shared memory.  The first one clears the counters that later launches count on."""
+    if clear_ptr is not None and tl.program_id(0) == 0:
+        start = 0
+        while start < clear:
+            at = start + tl.arange(0, 128)
+            tl.store(clear_ptr + at, tl.zeros((128,), tl.int32), mask=at < clear)
+            start += 128
     tasks: tl.constexpr = (C + TASK_C - 1) // TASK_C
     n = (tl.program_id(0) // tasks).to(tl.int64)
     first = tl.program_id(0) % tasks * TASK_C

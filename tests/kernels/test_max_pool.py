@@ -8,7 +8,7 @@ from ggam_fast import checks
 if not checks.TRITON_AVAILABLE:
     pytest.skip("needs triton", allow_module_level=True)
 
-from ggam_fast import ops
+from ggam_fast.backends.triton import TRITON
 
 INF, NAN = float("inf"), float("nan")
 
@@ -35,7 +35,7 @@ def test_few_values(
         torch.randint(5, (3, positions), device=device)
     ]
     d = a.float() * t.unsqueeze(1) if weighted else a.float()
-    peak, index = ops.TRITON.max_pool(a, t if weighted else None)
+    peak, index = TRITON.max_pool(a, t if weighted else None)
     first = torch.where(d.isnan().any(2, keepdim=True), d.isnan(), d == d.amax(2, keepdim=True))
     assert torch.equal(index, first.int().argmax(2)), "the first of the maxima, or the first NaN"
     there = a.float().gather(2, index.unsqueeze(2)).squeeze(2)

@@ -50,11 +50,11 @@ def test_loads(strides: tuple[int, int, int]) -> None:
     tile = {"BLOCK_C": 32, "BLOCK_L": 64}
     launches = {
         "spatial_sum": lambda: spatial_sum.spatial_sum_kernel[(2 * N,)](
-            a, t, t, out, out, 1.0, strides[0], R=2, TASK_C=32, STAGES=1, **geometry, **tile),
+            a, t, t, out, out, 1.0, strides[0], None, 0, R=2, TASK_C=32, STAGES=1, **geometry, **tile),
         "channel_sum": lambda: channel_sum.channel_sum_kernel[(N,)](
             a, s, s, out, strides[0], R=2, PARTIAL_C=64, STAGES=1, **geometry, **tile),
         "hadamard": lambda: hadamard.hadamard_kernel[(2 * N,)](
-            a, t, out, strides[0], C * L, OUT_STRIDE_C=L, OUT_STRIDE_L=1, BY_CHANNEL=False,
+            a, t, out, 1.0, strides[0], C * L, OUT_STRIDE_C=L, OUT_STRIDE_L=1, BY_CHANNEL=False,
             **geometry, **tile),
         "max_pool": lambda: max_pool.max_pool_kernel[(2 * N,)](
             a, t, out, index, strides[0], **geometry, **tile),
@@ -99,7 +99,7 @@ def test_stores(strides: tuple[int, int, int]) -> None:
     }
     with traced(execute=False) as trace:
         hadamard.hadamard_kernel[(2 * N,)](
-            a, s, out, C * L, strides[0], STRIDE_C=L, STRIDE_L=1, BY_CHANNEL=True, **tile
+            a, s, out, 1.0, C * L, strides[0], STRIDE_C=L, STRIDE_L=1, BY_CHANNEL=True, **tile
         )
     assert np.array_equal(apart(trace.stores, [a]), expected(strides, out))
     with traced(execute=False) as trace:

@@ -77,3 +77,29 @@ def test_no_program_has_more_threads_than_amd_allows() -> None:
 @pytest.mark.parametrize(("size", "block", "expected"), [(0, 8, 0), (1, 8, 1), (8, 8, 1), (9, 8, 2)])
 def test_blocks(size: int, block: int, expected: int) -> None:
     assert plan.blocks(size, block) == expected
+
+
+@pytest.mark.parametrize("channels", SIZES)
+def test_columns_of_batch_norm_are_sectors(channels: int) -> None:
+    """Whole 32-byte sectors of each row, 16 values a thread, and a GPU full of programs where there are
+    columns for them."""
+    cut = plan.batch_norm(channels)
+    assert cut.block_c % 8 == 0
+    assert cut.block_n * cut.block_c == 16 * 32 * cut.num_warps
+    assert plan.blocks(channels, cut.block_c) >= min(channels // 8, 65)
+
+
+def test_every_row_of_batch_norm_is_reached() -> None:
+    assert {plan.batch_norm(size) for size in SIZES} == {cut for _, cut in plan._BATCH_NORM}
+    assert plan.blocks(2048, plan.batch_norm(2048).block_c) == 128
+    assert plan.blocks(512, plan.batch_norm(512).block_c) == 64
+
+
+@pytest.mark.parametrize("classes", SIZES)
+def test_classes_of_an_image_are_held_or_swept(classes: int) -> None:
+    block, warps = plan.cross_entropy(classes)
+    assert block & (block - 1) == 0
+    assert block >= min(classes, plan.LARGEST_CLASSES)
+    assert block == 128 or block < 2 * classes
+    assert block <= 8 * 32 * warps
+    assert warps <= 16

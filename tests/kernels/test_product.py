@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from ggam_fast import checks
-from ggam_fast.stages import Stages
+from ggam_fast.backends.torch import Backend
 from tests.kernels.trace import needs_interpreter
 
 if not checks.TRITON_AVAILABLE:
@@ -15,12 +15,13 @@ if not checks.TRITON_AVAILABLE:
 
 import triton
 import triton.language as tl
-from ggam_fast.kernels import tf32
+from ggam_fast.kernels import plan, tf32
 from triton.runtime import interpreter
 
-from ggam_fast import ops
+from ggam_fast.backends.triton import TRITON as S
+from ggam_fast.backends.triton import layers as layer_operators
+from ggam_fast.backends.triton.register import OPERATORS
 
-S = ops.TRITON
 SIZES = [(1, 1, 1), (3, 5, 7), (16, 32, 64), (17, 33, 65), (40, 200, 130), (2, 20, 700), (33, 64, 515)]
 TOLERANCE = 1e-6  # relative, of the whole matrix: cuBLAS in float32 has 3e-7 on an H100, one TF32 part 3e-4
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -28,16 +29,16 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 TILES = {
     "planned": None,
-    "large": ops.plan.LARGE_PRODUCT,
-    "wide": ops.plan.WIDE_PRODUCT,
-    "wide, in parts": ops.plan.WIDE_PRODUCT._replace(split=4),
+    "large": plan.LARGE_PRODUCT,
+    "wide": plan.WIDE_PRODUCT,
+    "wide, in parts": plan.WIDE_PRODUCT._replace(split=4),
 }
 
 
 @pytest.fixture(params=TILES)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if TILES[request.param] is not None:
-        monkeypatch.setattr(ops.plan, "product", lambda *_, **__: TILES[request.param])
+        monkeypatch.setattr(plan, "product", lambda *_, **__: TILES[request.param])
 
 
 def close(found: Tensor, expected: Tensor, *terms: Tensor) -> None:
@@ -115,18 +116,18 @@ def test_parts_of_a_number(device: torch.device) -> None:
 
 
 def test_sums_are_shared_where_there_are_few_tiles(device: torch.device) -> None:
-    plan = ops.plan.product
-    assert plan(32, 128, 2048, False, True).split == 16
-    assert plan(32, 128, 2048, False, False).split == 1
-    assert plan(32, 512, 2048, True, True) == plan(256, 512, 2048, True, True)
-    assert plan(32, 512, 2048, True, True).split == 8
-    assert plan(32, 2048, 512, False, True).split == 1
-    assert plan(32, 512, 200, False, True).block_n == 64
-    assert plan(32, 2048, 128, False, True).block_n == 32
-    assert plan(256, 2048, 512, False, True).block_m == 32
-    assert plan(256, 2048, 512, True, True).block_m == 16
-    assert plan(513, 512, 2048, False, True) is None
-    assert plan(5, 10, 700, False, True).split == 4
+    planned = plan.product
+    assert planned(32, 128, 2048, False, True).split == 16
+    assert planned(32, 128, 2048, False, False).split == 1
+    assert planned(32, 512, 2048, True, True) == planned(256, 512, 2048, True, True)
+    assert planned(32, 512, 2048, True, True).split == 8
+    assert planned(32, 2048, 512, False, True).split == 1
+    assert planned(32, 512, 200, False, True).block_n == 64
+    assert planned(32, 2048, 128, False, True).block_n == 32
+    assert planned(256, 2048, 512, False, True).block_m == 32
+    assert planned(256, 2048, 512, True, True).block_m == 16
+    assert planned(513, 512, 2048, False, True) is None
+    assert planned(5, 10, 700, False, True).split == 4
     x, w = torch.randn(5, 700, device=device), torch.randn(700, 10, device=device)
     whole = S.product([x], w)[0]
     for _ in range(3):
@@ -143,7 +144,7 @@ def test_whoever_is_last_adds_up_all_parts(order: str, monkeypatch: pytest.Monke
     expected = S.product([x, -x], w, b, relu=True)
     builder = interpreter.interpreter_builder
     set_grid_idx = builder.set_grid_idx
-    programs = 2 * 2 * 2 * ops.plan.product(40, 40, 1030, True, True).split
+    programs = 2 * 2 * 2 * plan.product(40, 40, 1030, True, True).split
     order_of = torch.arange(programs).flip(0) if order == "last first" else torch.randperm(programs)
     seen = []
 
@@ -174,15 +175,15 @@ def test_nan_and_infinity(device: torch.device) -> None:
     w, b = torch.randn(6, 5, device=device).abs(), torch.zeros(5, device=device)
     mask = torch.randn(4, 5, device=device)
     mask[0, 0] = float("nan")
-    found, expected = S.product([x], w, b, relu=True)[0], Stages().product([x], w, b, relu=True)[0]
+    found, expected = S.product([x], w, b, relu=True)[0], Backend().product([x], w, b, relu=True)[0]
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf())
-    close(S.product([x[:1]], w, mask=mask[:1])[0], Stages().product([x[:1]], w, mask=mask[:1])[0])
+    close(S.product([x[:1]], w, mask=mask[:1])[0], Backend().product([x[:1]], w, mask=mask[:1])[0])
 
 
 def test_where_tensor_cores_take_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's, and what knows no TF32."""
-    monkeypatch.setattr(ops, "_dot_options", lambda _: {"PRECISION": "ieee"})
+    monkeypatch.setattr(layer_operators, "_dot_options", lambda _: {"PRECISION": "ieee"})
     x, w, dy = (torch.randn(shape, device=device) for shape in ((20, 300), (300, 40), (20, 40)))
     close(S.product([x], w)[0], x.double() @ w.double())
     close(S.layer_grads([(dy, x)])[0][0], dy.double().t() @ x.double())
@@ -210,13 +211,13 @@ def test_empty(device: torch.device) -> None:
 
 
 def test_large_products_are_torchs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.plan, "LARGEST_PRODUCT", 5)
+    monkeypatch.setattr(plan, "LARGEST_PRODUCT", 5)
     x, w = torch.randn(4, 6, device=device), torch.randn(6, 5, device=device)
     with torch.autocast(device.type, torch.bfloat16):
         both = S.product([x, x + 1], w)
     for found, expected in zip(both, (x @ w, (x + 1) @ w), strict=True):
         torch.testing.assert_close(found, expected)
-    opcheck(ops._product, (x, x + 1, w, None, None, False))
-    opcheck(ops._layer_grads, (x, x, *[None] * 7))
+    opcheck(OPERATORS["product"], (x, x + 1, w, None, None, False))
+    opcheck(OPERATORS["layer_grads"], (x, x, *[None] * 9))
     torch.testing.assert_close(S.layer_grads([(x, x)])[0][0], x.t() @ x)
     assert not S.layer_grads([])

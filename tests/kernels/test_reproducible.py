@@ -11,10 +11,9 @@ from ggam_fast import checks
 if not checks.TRITON_AVAILABLE:
     pytest.skip("needs triton", allow_module_level=True)
 
-from ggam_fast import ops
-from ggam_fast.stages import CamTerms
+from ggam_fast.backends.torch import CamTerms
+from ggam_fast.backends.triton import TRITON as S
 
-S = ops.TRITON
 N, C, L = 3, 300, 49
 
 
@@ -27,7 +26,7 @@ class Inputs:
         )
 
 
-CAM = ("standardized", 0.7, "symmetric", 0.3, False)
+CAM = ("standardized", 0.7, "symmetric", 0.3)
 
 OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
     "spatial_sum": lambda x: S.spatial_sum(x.a, x.t, 0.5),
@@ -53,6 +52,8 @@ OPERATORS: dict[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]] = {
         [x.a[:, :, 0].float()], torch.linspace(-1, 1, 20 * C, device=x.a.device).view(C, 20)
     )[0],
     "guidance": lambda x: S.guidance(x.a[:, :, 0].float(), CamTerms(x.s, x.t, x.extra, x.v), x.v, L, *CAM),
+    "channel softmax": lambda x: S.softmax(x.a[:, :, 0].float()),
+    "softmax_grad": lambda x: S.softmax_grad(x.a[:, :, 0].float(), x.s, x.v),
     "features_grad": lambda x: S.features_grad(x.a, "max", x.a[:, :, 0].float(), x.index, x.t, x.t, x.s, x.v),
     "features_grad dense": lambda x: S.features_grad(x.a, "", x.a, x.index, x.t, x.t, x.s, x.v),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ggam_fast import checks, ops
+from ggam_fast import checks
 
 needs_interpreter = pytest.mark.skipif(
     not checks.TRITON_AVAILABLE or torch.cuda.is_available(), reason="watches Triton's interpreter"
@@ -62,6 +62,8 @@ def traced(execute: bool = True) -> Iterator[Trace]:
     """Watch all kernels launched inside; without `execute` nothing is loaded (zeros are) or stored."""
     from triton.runtime import interpreter
 
+    from ggam_fast.backends.triton import shapes
+
     trace, builder, empty = Trace(), interpreter.InterpreterBuilder, torch.empty
     load, store, launch = builder.create_masked_load, builder.create_masked_store, builder.set_grid_dim
 
@@ -91,5 +93,5 @@ def traced(execute: bool = True) -> Iterator[Trace]:
         patch.setattr(builder, "create_masked_load", traced_load)
         patch.setattr(builder, "create_masked_store", traced_store)
         patch.setattr(builder, "set_grid_dim", counted_launch)
-        patch.setattr(ops.torch, "empty", kept)
+        patch.setattr(shapes.torch, "empty", kept)
         yield trace

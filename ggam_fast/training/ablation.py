@@ -58,8 +58,12 @@ class StudyConfig:
     """How the channel sum becomes the spatial attention."""
     pool_type: Literal["avg", "max", "flatten"] = "avg"
     """How the attended map reaches the classifier."""
+    attention_scale: Literal["unit_mean", "printed"] = "unit_mean"
+    """Whether the weights of the map average to one, or are 1/L of that, as the paper prints them."""
     hidden_size: int = 512
     """Width of the classifier's hidden layer; 0 for one linear layer."""
+    norm_eps: float = HeadConfig.norm_eps
+    """Eps of the classifier's first batch norm; the same for every cell."""
     backbone: str = "tf_efficientnet_lite0"
     """Any timm model that ends in a feature map or in patch tokens; it stays frozen."""
     pretrained: bool = True
@@ -116,7 +120,9 @@ class AblateConfig:
                 cam_norm=cam_norm,  # type: ignore[arg-type]
                 spatial_norm=study.spatial_norm,
                 pool_type=study.pool_type,
+                attention_scale=study.attention_scale,
                 hidden_size=study.hidden_size,
+                norm_eps=study.norm_eps,
             ),
             optim=OptimConfig(
                 epochs=study.epochs,

@@ -24,6 +24,14 @@ best mean validation accuracy; test images chose nothing."""
 _NO_GUIDED_ROW = """\
 Without channel attention S is 1/C whatever is trained, so guidance has nothing to move in `none` and
 `spatial`: they have no row with it."""
+_SAME_SCALE = """\
+The weights of the map average to one in every row, so every row's features have the scale of plain pooling,
+and the first batch norm's eps of {norm_eps:g} means the same to all of them."""
+_OTHER_SCALE = """\
+The weights of the map are as printed, so that attention makes features smaller than plain pooling's. The
+first batch norm's eps of {norm_eps:g} then weighs more in those rows: L^2 times as much where the weights sum
+to one over L positions, C^2 times for `channel`. A difference between two rows of other attention is a
+difference of that eps as well; `--attention-scale unit_mean` takes it away."""
 _BETA = """\
 Means over the validation images. Spread: standard deviation over mean of b~ over channels; where it is near
 0, b~ is the same for every channel and says nothing of the image. Above floor: the guidance loss of an
@@ -176,6 +184,7 @@ def markdown(
         "## Attention and guidance",
         _accuracy_table(rows),
         f"{_NO_GUIDED_ROW} Guidance here is `{norms[0]}`.",
+        _scale(cell["options"]),
         _differences(rows),
         "![accuracy of every seed](table.png)",
     ]
@@ -227,6 +236,14 @@ def _accuracy_table(rows: Sequence[Group]) -> str:
     lines.append(["commonest class", "-", f"{100 * majority:.1f}", "-", "-", "-"])
     header = ["attention", "val accuracy", "test accuracy", "balanced accuracy", "macro F1", "training, s"]
     return _table(header, lines)
+
+
+def _scale(options: Mapping[str, Any]) -> str:
+    """What the scale of the attended map does to the comparison; nothing without a batch norm."""
+    if not options["hidden_size"]:
+        return ""
+    text = _SAME_SCALE if options["attention_scale"] == "unit_mean" else _OTHER_SCALE
+    return text.format(**options)
 
 
 def _differences(rows: Sequence[Group]) -> str:

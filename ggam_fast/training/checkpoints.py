@@ -100,9 +100,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         description = json.loads(metadata[_METADATA_KEY])
         backbone = create_backbone(**description["backbone"], pretrained=False)
         classes = tuple(description["classes"])
-        model = GGAMClassifier(
-            backbone, create_head(backbone, len(classes), HeadConfig(**description["head"]))
-        )
+        options = HeadConfig.from_saved(description["head"])
+        description["head"] = options.keywords()
+        model = GGAMClassifier(backbone, create_head(backbone, len(classes), options))
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")

@@ -1,12 +1,16 @@
-"""A backbone with a GGAM head on top."""
+"""A backbone with a GGAM head on top, and the loss of one of its training steps."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ggam_fast import GGAMHead, GGAMOutput
+from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.training.backbones import Backbone
 from ggam_fast.training.config import HeadConfig
+from ggam_fast.training.devices import autocast
+from ggam_fast.training.mixing import hard
 
 
 class GGAMClassifier(nn.Module):
@@ -19,6 +23,40 @@ class GGAMClassifier(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor | None = None) -> Tensor | GGAMOutput:
         return self.head(self.backbone(images), target)
+
+
+class GuidedLoss(nn.Module):
+    """Inputs (maps for a head, images for a classifier) and targets to the loss of a batch, and to its
+    (loss, guidance loss, accuracy) without a graph.
+
+    The fused loss, in a module's forward: what is compiled, and what DistributedDataParallel wraps, which
+    only looks after gradients that its own forward leads to.
+    """
+
+    def __init__(
+        self,
+        trained: GGAMHead | GGAMClassifier,
+        guidance_weight: float,
+        label_smoothing: float,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.trained = trained
+        self._weights = {"guidance_weight": guidance_weight, "label_smoothing": label_smoothing}
+        self._device = device
+        self._dtype = dtype
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        trained = self.trained
+        with autocast(self._device, self._dtype):
+            if isinstance(trained, GGAMClassifier):
+                head, features = trained.head, trained.backbone(inputs)
+            else:
+                head, features = trained, inputs
+            loss, out = fused_ggam_loss(head, features, targets, **self._weights)
+        accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
+        return loss, torch.stack([loss.detach(), out.guidance_loss, accuracy])
 
 
 def create_head(backbone: Backbone, num_classes: int, options: HeadConfig) -> GGAMHead:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ggam_fast.training.config import HeadConfig, TrainConfig
+from ggam_fast.training.config import BEFORE, HeadConfig, TrainConfig
 from ggam_fast.training.config_file import as_arguments, read_config_file
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.help import screen
@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 # The options of `train` that its --help describes; of the others it gives name and default.
 _EVERYDAY = (
     *("data", "root", "backbone", "finetune", "preset", "attention", "recipe", "epochs", "batch_size"),
-    *("lr", "guidance_weight", "seed", "out", "resume", "device"),
+    *("lr", "guidance_weight", "seed", "out", "resume"),
 )
 # What the parts of one run may differ in.
 _PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
@@ -265,7 +265,7 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
 
     if not (folder / OPTIONS).is_file():
         raise TrainError(f"--resume {folder}: no run of ggam-fast train there (no {OPTIONS})")
-    saved = read_config_file(folder / OPTIONS, TrainConfig().values())
+    saved = {**BEFORE, **read_config_file(folder / OPTIONS, TrainConfig().values())}
     before = _cli("train", TrainConfig(), as_arguments(saved))
     config = _cli("train", before, arguments)
     old, new = before.values(), config.values()

@@ -22,7 +22,7 @@ from ggam_fast.training.backbones import Backbone, create_backbone
 from ggam_fast.training.batches import Batches, ImageBatches, MapBatches
 from ggam_fast.training.classifier import GGAMClassifier, create_head
 from ggam_fast.training.compiling import compile_or_eager
-from ggam_fast.training.config import DataConfig, RunConfig, TrainConfig
+from ggam_fast.training.config import DataConfig, HeadConfig, RunConfig, TrainConfig
 from ggam_fast.training.config_file import write_config_file
 from ggam_fast.training.devices import autocast, device_name, precision, resolve_device
 from ggam_fast.training.distributed import ALONE, World, joined, local_device
@@ -217,6 +217,7 @@ class Kept:
             TrainError: no snapshot, or one of another model or data set.
         """
         state = snapshots.load_snapshot(self._out)
+        state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
         for name, value in self._run.items():
             if state["run"].get(name, value) != value:  # older snapshots do not know their images
                 raise TrainError(

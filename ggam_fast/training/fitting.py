@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ggam_fast import GGAMLoss
+from ggam_fast import GGAMHead
 from ggam_fast.training.batches import Batches
+from ggam_fast.training.classifier import GGAMClassifier, GuidedLoss
 from ggam_fast.training.compiling import compile_or_eager
 from ggam_fast.training.config import OptimConfig
 from ggam_fast.training.devices import autocast
 from ggam_fast.training.distributed import ALONE, World
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.mixing import Mix, hard
+from ggam_fast.training.mixing import Mix
 from ggam_fast.training.reports import Bar, Report
 from ggam_fast.training.run_log import RunLog
 from ggam_fast.training.snapshots import random_state, set_random_state
@@ -42,7 +43,7 @@ class Fit:
 
     def __init__(
         self,
-        trained: nn.Module,
+        trained: GGAMHead | GGAMClassifier,
         groups: Groups,
         optim: OptimConfig,
         num_classes: int,
@@ -63,9 +64,6 @@ class Fit:
         self._compile = compile
         self._world = world
         self._check = check
-        self._criterion = GGAMLoss(
-            guidance_weight=optim.guidance_weight, label_smoothing=optim.label_smoothing
-        )
         self._mix = Mix(num_classes, optim.mixup, optim.cutmix)
         # Without float16 on a GPU it does nothing.
         self._scaler = torch.amp.GradScaler(
@@ -227,20 +225,13 @@ class Fit:
     def _step_function(
         self, train: Batches, report: Report | None
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Loss of a batch, and its (loss, guidance loss, accuracy) without a graph; compiled if asked for."""
-
-        def loss_by(module: Callable[..., Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-            def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-                with autocast(self._device, self._dtype):
-                    out = module(inputs, targets)
-                    loss = self._criterion(out, targets)
-                accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
-                return loss, torch.stack([loss, out.guidance_loss, accuracy]).detach()
-
-            return loss_of
-
+        """`GuidedLoss` of what is trained; compiled if asked for."""
+        optim = self._optim
+        step = GuidedLoss(
+            self.trained, optim.guidance_weight, optim.label_smoothing, self._device, self._dtype
+        )
         if not self._compile:
-            return loss_by(self._world.wrap(self.trained, self._device))
+            return self._world.wrap(step, self._device)
         note = (lambda text: None) if report is None else report.note
         note("compiling the training step")
         self.trained.train()
@@ -250,11 +241,8 @@ class Fit:
         def probe(loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
             loss_of(inputs, targets)[0].backward()
 
-        if self._world.size == 1:
-            return compile_or_eager(loss_by(self.trained), self.trained, probe, note)
         # The compiler does not look into DistributedDataParallel, so it gets the module inside.
-        module = compile_or_eager(self.trained, self.trained, lambda module: probe(loss_by(module)), note)
-        return loss_by(self._world.wrap(module, self._device))
+        return self._world.wrap(compile_or_eager(step, step, probe, note), self._device)
 
 
 def _optimizer(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -26,7 +26,8 @@ class HeatMaps(NamedTuple):
 def heat_maps(head: GGAMHead, features: Tensor, classes: Tensor | None = None) -> HeatMaps:
     """The maps of `features` (N, C, h, w); Grad-CAM is that of `classes` (N,), by default of the predicted.
 
-    Grad-CAM is relu(sum_c beta_c A_c), or of D = A T where the head takes beta (`cam_at="attended"`).
+    Grad-CAM is relu(sum_c beta_c A_c), or of A T, which is D but for a constant, where the head takes beta
+    at D (`cam_at="attended"`).
     """
     if classes is None:
         classes = head(features).argmax(1)

@@ -91,12 +91,27 @@ def test_it_goes_on_where_it_was_interrupted(study, report, monkeypatch):
     assert len(cells(study)) == len(after) + 1
 
 
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [("unit_mean", "eps of 0.5 means the same to all"), ("printed", "is a\ndifference of that eps as well")],
+)
+def test_the_report_says_what_the_eps_of_the_norm_means(study, report, scale, words):
+    rows = {"attentions": ("none", "spatial"), "seeds": (0,), "attention_scale": scale, "norm_eps": 0.5}
+    assert ablate(replace(study, study=replace(study.study, **rows, hidden_size=4)), report, "")
+    assert words in (study.study.out / "report.md").read_text()
+    for path in (study.study.out / "cells").iterdir():
+        options = json.loads(path.read_text())["options"]
+        assert (options["attention_scale"], options["norm_eps"]) == (scale, 0.5)
+
+
 def test_cells_of_other_options_are_refused(study, report):
     short = replace(study, study=replace(study.study, attentions=("none",), seeds=(0,)))
     assert ablate(short, report, "")
     before = cells(study)
     with pytest.raises(TrainError, match="--epochs 1, not 2"):
         ablate(replace(short, study=replace(short.study, epochs=2)), report, "")
+    with pytest.raises(TrainError, match="--norm-eps"):
+        ablate(replace(short, study=replace(short.study, norm_eps=0.5)), report, "")
     path = study.study.out / "cells" / "none-unguided-seed0.json"
     assert cells(study) == before
     path.write_text("{")

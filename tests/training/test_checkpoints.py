@@ -40,6 +40,7 @@ def save(folder, model: GGAMClassifier, head: HeadConfig):
     [
         HeadConfig(),
         HeadConfig(hidden_size=0, pool_type="flatten", attention="spatial"),
+        HeadConfig(attention_scale="printed", norm_eps=0.5),
         HeadConfig.from_preset("release"),
     ],
 )
@@ -57,12 +58,35 @@ def test_round_trip_gives_the_same_bits(tmp_path, head):
         assert load_checkpoint(path).model(IMAGES).equal(model(IMAGES))
 
 
+@pytest.mark.parametrize("forgotten", ["the description", "the weights", "both"])
+def test_file_from_before_the_scale_and_eps_could_be_chosen(tmp_path, forgotten):
+    from safetensors.torch import load_file, save_file
+
+    model = classifier(HeadConfig(attention_scale="printed", norm_eps=1e-5))
+    path = save(tmp_path, model, HeadConfig(attention_scale="printed", norm_eps=1e-5))
+    tensors, description = load_file(path), json.loads((tmp_path / "config.json").read_text())
+    if forgotten != "the weights":
+        del description["head"]["attention_scale"], description["head"]["norm_eps"]
+    if forgotten != "the description":
+        del tensors["head.unit_mean"]
+    save_file(tensors, path, {"ggam_fast": json.dumps(description)})
+    loaded = load_checkpoint(path)
+    assert loaded.model.head.attention_scale == "printed"
+    assert loaded.model.head.classifier[0].eps == 1e-5
+    assert loaded.model.head.classifier[0].eps != HeadConfig().norm_eps
+    assert loaded.description["head"]["attention_scale"] == "printed"
+    assert loaded.description["head"]["norm_eps"] == 1e-5
+    with torch.no_grad():
+        assert loaded.model(IMAGES).equal(model(IMAGES))
+
+
 def test_json_says_what_the_weights_file_carries(tmp_path):
     path = save(tmp_path, classifier(HeadConfig()), HeadConfig())
     with safe_open(path, framework="pt") as stored:
         carried = json.loads(stored.metadata()["ggam_fast"])
     assert json.loads((tmp_path / "config.json").read_text()) == carried
-    assert carried["head"]["cam_norm"] == HeadConfig().cam_norm
+    for name in ("cam_norm", "attention_scale", "norm_eps"):
+        assert carried["head"][name] == getattr(HeadConfig(), name)
     assert carried["optim"]["seed"] == 0
 
 

@@ -151,6 +151,8 @@ def test_preset_fills_in_and_options_beside_it_win():
         **ggam_fast.presets.RELEASE,
         "pool_type": "avg",
     }
+    assert (keywords["attention_scale"], keywords["norm_eps"]) == ("printed", 1e-5)
+    assert parse_train(["--preset", "paper", "--norm-eps", "0.5"]).head.norm_eps == 0.5
     assert config.optim.epochs == 3
     assert parse_train([]).head.preset is None
 

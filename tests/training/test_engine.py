@@ -23,6 +23,8 @@ def numbers(folder) -> dict:
 
 
 def test_run_learns_and_leaves_all_its_results(tiny_config, report):
+    # At the default rate 24 steps change little: what it then answers is chance.
+    tiny_config = replace(tiny_config, optim=replace(tiny_config.optim, lr=3e-3))
     outcome = engine.train(tiny_config, report)
     out = tiny_config.run.out
     names = {path.name for path in out.iterdir()}
@@ -32,7 +34,7 @@ def test_run_learns_and_leaves_all_its_results(tiny_config, report):
     epochs = numbers(out)["epochs"]
     assert len(epochs) == 4
     assert epochs[-1]["loss"] < epochs[0]["loss"]
-    assert outcome.metrics.accuracy > outcome.metrics.majority
+    assert outcome.metrics.accuracy == 1.0
     assert f"accuracy {outcome.metrics.accuracy:.3f}" in said(report)
     assert outcome.checkpoint == out / "model.safetensors"
 

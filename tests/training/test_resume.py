@@ -268,6 +268,33 @@ def test_options_of_another_run_are_refused(tiny_config, report, capsys):
     assert "no run of ggam-fast train there" in capsys.readouterr().err
 
 
+def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
+    tiny_config, report, elsewhere, monkeypatch
+):
+    config = replace(tiny_config, head=replace(tiny_config.head, attention_scale="printed", norm_eps=1e-5))
+    config = replace(config, optim=replace(config.optim, ema=0.9))
+    engine.train(config, report)
+    stopped = elsewhere(config, "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Stopped):
+            engine.train(stopped, report)
+    out = stopped.run.out
+    lines = (out / "options.yaml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("attention_scale:", "norm_eps:"))]
+    assert len(kept) == len(lines) - 2
+    (out / "options.yaml").write_text("\n".join(kept) + "\n")
+    for path in (out / snapshots.FOLDER).iterdir():
+        state = torch.load(path, weights_only=True)
+        del state["run"]["head"]["attention_scale"], state["run"]["head"]["norm_eps"]
+        del state["fit"]["trained"]["unit_mean"], state["fit"]["average"]["module.unit_mean"]
+        torch.save(state, path)
+    assert main(["train", "--resume", str(out)]) == 0
+    ours, theirs = weights(out), weights(config.run.out)
+    assert same(ours, theirs)
+    assert not ours["head.unit_mean"]
+
+
 def test_another_architecture_or_data_set_is_refused(tiny_config, report, photos):
     engine.train(tiny_config, report)
     resumed = replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out))

@@ -1,13 +1,14 @@
 """ggam_fast: Grad-CAM guided channel-spatial attention (arXiv 2101.09666), fused."""
 
 from . import checks, functional, presets, reference
+from .backends import differentiable as _differentiable  # noqa: F401  (registers itself)
 from .base import GGAMOutput
 from .functional import cam
 from .head import GGAMHead
 from .losses import GGAMLoss
 
 if checks.TRITON_AVAILABLE:
-    from . import ops as _ops  # noqa: F401  (registers the operators)
+    from .backends import triton as _triton  # noqa: F401  (registers itself and the operators)
 
 __all__ = ["GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference"]
 __version__ = "0.1.0"

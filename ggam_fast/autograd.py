@@ -1,9 +1,36 @@
-"""The base of this library's autograd nodes."""
+"""Every autograd Function of the library.
+
+    channel_sum(A, s)[l] = sum_c s_c A_cl        d/dA = s (x) u    d/ds = spatial_sum(A, u)
+    spatial_sum(A, t)[c] = sum_l t_l A_cl        d/dA = w (x) t    d/dt = channel_sum(A, w)
+
+Everything GGAM does to A goes through these two contractions.  Each backward is made of the other one and
+an outer product, so derivatives of derivatives stay inside the set, and no kernel needs a second-order
+version of itself.  `Attention` and `HeldGradient` are the closed form as one node; differentiated twice,
+`Attention` goes back through the contractions.
+"""
 
 import inspect
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .backends.registry import get_backend, get_differentiable
+from .backends.torch import CamTerms, softmax_grad
+from .closed_form import (
+    Attended,
+    ChannelMLP,
+    Factors,
+    Options,
+    attend,
+    features_grad,
+    held_grads,
+    like_parameters,
+    mlp_grads,
+    pull_back,
+)
+from .guidance import kl_guidance_with_grad
+from .precision import as_type, full_precision
 
 
 class Function(torch.autograd.Function):
@@ -12,3 +39,315 @@ class Function(torch.autograd.Function):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         vars(cls.forward)["__signature__"] = inspect.signature(cls.forward)
+
+
+class ChannelSum(Function):
+    """channel_sum(A (N, C, L), s (N, C)) -> (N, L)"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor, weights: Tensor, backend: str) -> Tensor:
+        return get_backend(backend).channel_sum(features, weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.backend = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (u,) = grads
+        features, s = ctx.saved_tensors
+        da = ds = None
+        with full_precision(features):
+            if ctx.needs_input_grad[0]:
+                da = (s.unsqueeze(-1) * u.unsqueeze(-2)).to(features.dtype)
+            if ctx.needs_input_grad[1]:
+                ds = SpatialSum.apply(features, u, ctx.backend)
+        return da, ds, None
+
+
+class SpatialSum(Function):
+    """spatial_sum(A (N, C, L), t (N, L)) -> (N, C)"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor, weights: Tensor, backend: str) -> Tensor:
+        return get_backend(backend).spatial_sum(features, weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.backend = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (w,) = grads
+        features, t = ctx.saved_tensors
+        da = dt = None
+        with full_precision(features):
+            if ctx.needs_input_grad[0]:
+                da = (w.unsqueeze(-1) * t.unsqueeze(-2)).to(features.dtype)
+            if ctx.needs_input_grad[1]:
+                dt = ChannelSum.apply(features, w, ctx.backend)
+        return da, dt, None
+
+
+class Linear(Function):
+    """y = x W^T + b for x (N, C), W (J, C) and b (J,) or None, of one type -> y (N, J)
+
+        dx = dy W        dW = dy^T x        db = sum_n dy_n
+
+    torch's own would follow its TF32 switches on a GPU, which the backend's products do not.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        return get_backend(backend).product([x], weight.t(), bias)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.backend = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        # torch's operations have derivatives of every order.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        backend = get_backend("torch" if again else ctx.backend)
+        with full_precision(x):
+            if ctx.needs_input_grad[0]:
+                (dx,) = backend.product([dy], weight)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                ((dw, db),) = backend.layer_grads([(dy, x)])
+        return dx, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None, None
+
+
+class Attention(Function):
+    """`attend` as one autograd node.  Outputs are those of `Attended`; the first three carry gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        features: Tensor,
+        fc1_weight: Tensor | None,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor | None,
+        fc2_bias: Tensor | None,
+        attention: str,
+        spatial_norm: str,
+        pool_type: str,
+        attention_scale: str,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        options = Options(attention, spatial_norm, pool_type, attention_scale)
+        mlp = ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        return tuple(attend(get_backend(backend), features, mlp, options)[:-1])  # S is e's, with its gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options, ctx.backend = Options(*inputs[5:9]), inputs[9]
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        out = Attended(*output)
+        constant = list(output[3:])
+        if not ctx.options.uses_channel:
+            constant.append(out.channel_logits)
+        if not ctx.options.uses_spatial:
+            constant.append(out.spatial)
+        ctx.mark_non_differentiable(*constant)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        features, w1, b1, w2, b2, *small = ctx.saved_tensors
+        mlp, options = ChannelMLP(w1, b1, w2, b2), ctx.options
+        attended = Attended(grads[0], *small)  # `pooled` itself is not needed, and S is computed again
+        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        _ = features.stride()
+        with full_precision(features):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return _differentiable_backward(features, mlp, options, ctx.backend, grads[:3])
+            return _backward(ctx, features, mlp, options, attended, *grads[:3])
+
+
+def _backward(
+    ctx: Any,
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    attended: Attended,
+    grad_pooled: Tensor,
+    grad_logits: Tensor,
+    grad_spatial: Tensor,
+) -> tuple[Tensor | None, ...]:
+    backend = get_backend(ctx.backend)
+    f = pull_back(
+        backend, features, mlp, options, attended, grad_pooled,
+        grad_logits if options.uses_channel else None,
+        grad_spatial if options.uses_spatial else None,
+    )  # fmt: skip
+    da = None
+    if ctx.needs_input_grad[0]:
+        da = features_grad(backend, features, options, attended.spatial_weights, attended.peak_index, f)
+    return da, *like_parameters(mlp_grads(backend, attended, f), mlp), *[None] * 5
+
+
+def _differentiable_backward(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    backend: str,
+    grads: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """The backward under create_graph=True: through the contractions, which have every order."""
+
+    def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+        assert inputs[0] is not None
+        stages = get_differentiable(backend)
+        return tuple(attend(stages, inputs[0], ChannelMLP(*inputs[1:]), options)[:3])
+
+    given = [x for x in (features, *mlp) if x is not None]
+    if torch._C._are_functorch_transforms_active():
+        absent = [None] * (5 - len(given))  # the channel MLP comes whole or not at all
+        found = torch.func.vjp(lambda *inputs: forward(*inputs, *absent), *given)[1](tuple(grads))
+        return *found, *[None] * (10 - len(found))
+    # Outside of torch.func: vjp refuses to work under saved-tensor hooks, which checkpointing has.
+    inputs = [None if x is None else x.view_as(x) for x in (features, *mlp)]
+    outputs = [(y, dy) for y, dy in zip(forward(*inputs), grads, strict=True) if y.requires_grad]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    ys, dys = zip(*outputs, strict=True)
+    pulled = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    grad = [next(pulled) if x is not None and x.requires_grad else None for x in inputs]
+    return *grad, *[None] * 5
+
+
+class Guidance(Function):
+    """(beta, S, guidance loss of each image) from the channel logits e; beta counts as constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        first: Tensor,
+        spatial: Tensor | None,
+        grad_map: Tensor | None,
+        grad_mean: Tensor | None,
+        positions: int,
+        terms: tuple[str, float, str],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        beta_terms = CamTerms(first, spatial, grad_map, grad_mean)
+        beta, *rest = get_backend(backend).guidance(logits, beta_terms, None, positions, *terms, 1.0)
+        return first.view_as(first) if beta is first else beta, *rest  # no input may be an output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        beta, s, _, de = output
+        ctx.terms = inputs[6]
+        ctx.save_for_backward(inputs[0], beta.clone(), s, de)  # beta is the caller's, to change in place
+        ctx.mark_non_differentiable(beta, de)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, _beta: None, grad_s: Tensor | None, grad_loss: Tensor | None, _de: None
+    ) -> tuple[Tensor | None, ...]:
+        logits, beta, s, de = ctx.saved_tensors
+        with full_precision(logits):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                log_s = torch.log_softmax(logits, -1)
+                s = log_s.exp()
+                if grad_loss is not None:
+                    de = kl_guidance_with_grad(log_s, s, beta, *ctx.terms)[1]
+            found = None if grad_loss is None else grad_loss.unsqueeze(-1) * de
+            if grad_s is not None:
+                of_s = softmax_grad(grad_s, s)
+                found = of_s if found is None else found + of_s
+        return found, *[None] * 7
+
+
+class HeldGradient(Function):
+    """CE + guidance_weight * guidance, which may be added already; the backward scales the held factors, and
+    writes dA from them."""
+
+    @staticmethod
+    def forward(
+        entropy: Tensor,
+        guidance: Tensor | None,
+        features: Tensor,
+        first: Tensor,
+        channel: Tensor,
+        grad_map: Tensor | None,
+        grad_mean: Tensor | None,
+        weights: Tensor,
+        peak_index: Tensor,
+        guidance_weight: float,
+        options: Options,
+        backend: str,
+        products: tuple[bool, ...],
+        *layers: Tensor | None,  # weight, bias, left, right of each `LayerGradient`
+    ) -> Tensor:
+        if guidance is None:
+            return entropy.clone()
+        return torch.add(entropy, guidance, alpha=guidance_weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        flat = inputs[13:]
+        ctx.save_for_backward(*inputs[2:9], *flat[2::4], *flat[3::4])
+        ctx.options, ctx.backend, ctx.products = Options(*inputs[10]), *inputs[11:13]
+        ctx.types = [None if p is None else p.dtype for p in (*flat[0::4], *flat[1::4])]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad ask for "
+                "more: use GGAMLoss()(head(features, target), target)"
+            )
+        features, first, channel, grad_map, grad_mean, weights, peak_index, *rows = ctx.saved_tensors
+        backend, count = get_backend(ctx.backend), len(ctx.products)
+        lefts, rights = rows[:count], rows[count:]
+        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        _ = features.stride()
+        da = None
+        with full_precision(features):
+            if ctx.needs_input_grad[2]:
+                f = Factors(None, first, channel, grad_map, grad_mean, None, None)
+                da = features_grad(backend, features, ctx.options, weights, peak_index, f, grad)
+            layers = list(zip(lefts, rights, strict=True))
+            pairs = held_grads(backend, layers, ctx.products, grad)
+            grads: list[Tensor | None] = []
+            for i, pair in enumerate(pairs):
+                for gradient, dtype in zip(pair, (ctx.types[i], ctx.types[count + i]), strict=True):
+                    grads.append(None if dtype is None else as_type(gradient, dtype))
+                grads += [None, None]
+        return grad, None, da, *[None] * 10, *grads
+
+
+class Anchored(Function):
+    """x as a function of `anchor`, which gets no gradient from it.
+
+    A compiled step cannot return what depends on a leaf made inside it, as `scores_by_autograd` makes one
+    of an x without a graph.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, anchor: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None

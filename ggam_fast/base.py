@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .norm import SettlingBatchNorm1d
 
 
 class GGAMOutput(NamedTuple):
@@ -44,6 +45,7 @@ class GGAMHeadBase(nn.Module):
         rd_ratio: float = 1 / 16,
         rd_channels: int | None = None,
         pool_type: str = "avg",
+        attention_scale: str = "unit_mean",
         hidden_size: int | None = 512,
         classifier: nn.Module | None = None,
         cam_at: str = "features",
@@ -53,8 +55,10 @@ class GGAMHeadBase(nn.Module):
         cam_temperature: float = 1.0,
         divergence: str = "symmetric",
         guidance_reduction: str | None = None,
+        ignore_index: int | None = None,
         drop_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm1d,
+        norm_layer: Callable[..., nn.Module] = SettlingBatchNorm1d,
+        norm_eps: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.ELU,
         input_fmt: str = "NCHW",
         feat_size: int | tuple[int, int] | None = None,
@@ -68,6 +72,11 @@ class GGAMHeadBase(nn.Module):
         self.attention = checks.one_of("attention", attention, checks.ATTENTION)
         self.spatial_norm = checks.one_of("spatial_norm", spatial_norm, checks.SPATIAL_NORM)
         self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
+        scale = checks.one_of("attention_scale", attention_scale, checks.ATTENTION_SCALE)
+        # In the state dict, so that files saved before there was a choice are known: they load as printed.
+        self.unit_mean: Tensor
+        self.register_buffer("unit_mean", torch.tensor(scale == "unit_mean", device=device))
+        self._attention_scale = scale
         self.hidden_size = checks.positive_int("hidden_size", hidden_size or 0, minimum=0)
         self.cam_at = checks.one_of("cam_at", cam_at, checks.CAM_AT)
         self.cam_class = checks.one_of("cam_class", cam_class, checks.CAM_CLASS)
@@ -78,6 +87,7 @@ class GGAMHeadBase(nn.Module):
         self.cam_temperature = checks.temperature(cam_temperature)
         self.divergence = checks.one_of("divergence", divergence, checks.DIVERGENCE)
         self.guidance_reduction = checks.reduction("guidance_reduction", guidance_reduction, self.divergence)
+        self.ignore_index = checks.label("ignore_index", ignore_index)
         if not 0.0 <= checks.number("drop_rate", drop_rate) < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate!r}")
         self.input_fmt = checks.one_of("input_fmt", input_fmt, checks.INPUT_FMT)
@@ -87,6 +97,7 @@ class GGAMHeadBase(nn.Module):
             if not callable(layer):
                 raise TypeError(f"{name} must make a layer when called; got {layer!r}")
         self._norm_layer, self._act_layer = norm_layer, act_layer
+        self._norm_eps = None if norm_eps is None else checks.epsilon("norm_eps", norm_eps)
         if classifier is not None and not isinstance(classifier, nn.Module):
             raise TypeError(f"classifier must be an nn.Module; got {type(classifier).__name__}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -116,6 +127,28 @@ class GGAMHeadBase(nn.Module):
                 f"rd_channels must be between 1 and in_features={self.in_features}; got {rd_channels}"
             )
         return rd_channels
+
+    @property
+    def attention_scale(self) -> str:
+        """ "unit_mean" or "printed"; a state dict brings its own."""
+        return self._attention_scale
+
+    @attention_scale.setter
+    def attention_scale(self, value: str) -> None:
+        self._attention_scale = checks.one_of("attention_scale", value, checks.ATTENTION_SCALE)
+        self.unit_mean = torch.tensor(value == "unit_mean", device=self.unit_mean.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any
+    ) -> None:
+        name = f"{prefix}unit_mean"
+        parts = tuple(f"{prefix}{part}." for part in ("fc1", "fc2", "classifier"))
+        own = any(key.startswith(parts) for key in state_dict)
+        if name not in state_dict and own:
+            state_dict[name] = torch.tensor(False, device=self.unit_mean.device)
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
+        if name in state_dict and not state_dict[name].is_meta:
+            self._attention_scale = "unit_mean" if bool(state_dict[name]) else "printed"
 
     @property
     def pooled_features(self) -> int:
@@ -150,7 +183,8 @@ class GGAMHeadBase(nn.Module):
         last = self._last_linear(factory)
         if not self.hidden_size:
             return last
-        norms = [self._norm_layer(width) for width in (self.pooled_features, self.hidden_size)]
+        first = {} if self._norm_eps is None else {"eps": self._norm_eps}
+        norms = [self._norm_layer(self.pooled_features, **first), self._norm_layer(self.hidden_size)]
         if any(given is not None for given in factory.values()):
             norms = [norm.to(**factory) for norm in norms]
         return nn.Sequential(
@@ -214,6 +248,7 @@ class GGAMHeadBase(nn.Module):
         }
         source = "se_module." if any(k.startswith("se_module.") for k in found) else "s_se_module."
         own = self.state_dict()
+        del own["unit_mean"]  # theirs has none: it loads as printed
         converted: dict[str, Tensor] = {}
         for key, value in found.items():
             if key.startswith(source):
@@ -252,7 +287,8 @@ class GGAMHeadBase(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        names = ("attention", "spatial_norm", "pool_type", "cam_at", "cam_class", "cam_detach",
+        names = ("attention", "spatial_norm", "pool_type", "attention_scale", "cam_at", "cam_class",
+        "cam_detach",
                  "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend")  # fmt: skip
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.in_features}, {self.num_classes}, {options}"

@@ -2,7 +2,6 @@
 argument, what came and what is expected."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 ATTENTION = ("channel_spatial", "channel", "spatial", "none")
 SPATIAL_NORM = ("softmax", "sum", "sigmoid")
 POOL_TYPE = ("avg", "max", "flatten", "")
+ATTENTION_SCALE = ("unit_mean", "printed")
 CAM_AT = ("features", "attended")
 CAM_CLASS = ("label", "predicted")
 CAM_NORM = ("sigmoid", "softmax", "standardized")
@@ -56,6 +56,20 @@ def temperature(value: float) -> float:
     """Return a finite cam_temperature > 0, else raise."""
     if not 0.0 < number("cam_temperature", value) < float("inf"):
         raise ValueError(f"cam_temperature must be positive and finite; got {value!r}")
+    return float(value)
+
+
+def label(argument: str, value: int | None) -> int | None:
+    """Return an int or None, else raise TypeError."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{argument} must be an int or None; got {value!r}")
+    return value
+
+
+def epsilon(argument: str, value: float) -> float:
+    """Return a finite value >= 0, else raise."""
+    if not 0.0 <= number(argument, value) < float("inf"):
+        raise ValueError(f"{argument} must be finite and not negative; got {value!r}")
     return float(value)
 
 
@@ -118,27 +132,6 @@ def like_input(x: Tensor, spatial_shape: tuple[int, ...], input_fmt: str) -> Ten
     return x.transpose(1, 2).unflatten(1, spatial_shape)
 
 
-def compute_dtype(features: Tensor) -> torch.dtype:
-    """float32 for half precision and float32 features, float64 for float64."""
-    return torch.promote_types(features.dtype, torch.float32)
-
-
-def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this type, without the microsecond that `x.to` takes to find that it has nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def full_precision(features: Tensor) -> AbstractContextManager[object]:
-    """Switch autocast off for the features' device."""
-    # Only where it is on: torch.export (2.15) fails to save some autocast blocks.
-    return torch.autocast(features.device.type, enabled=False) if autocasts(features) else nullcontext()
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-
-
 def _floating(argument: str, value: object, names: str) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -170,12 +163,15 @@ def scores(logits: Tensor, batch: int, num_classes: int) -> None:
         )
 
 
-def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
+def target(
+    value: Tensor, batch: int, num_classes: int, ignore_index: int | None = None, in_kernel: bool = False
+) -> Tensor:
     """Check class indices (N,) or class probabilities (N, K) and return them.
 
-    Whether indices are in range is checked at once on the CPU, and on CUDA by a device-side assertion that
-    needs no synchronisation; `GGAM_FAST_CHECKS=1` makes it an immediate ValueError on every device. A
-    compiled function, vmap and tracers have torch's own checks alone: its cross entropy ignores -100.
+    An index must be in [0, K), or be `ignore_index` where one is given.  That is checked at once on the
+    CPU; on CUDA and in a compiled function by an assertion that needs no synchronisation.
+    `GGAM_FAST_CHECKS=1` makes it an immediate ValueError on every device.  vmap and tracers look at no
+    values.  `in_kernel`: a kernel that reads the target asserts the same.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a tensor; got {type(value).__name__}")
@@ -192,12 +188,19 @@ def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
         )
     if tuple(value.shape) != (batch,):
         raise ValueError(f"target with class indices must be (N,) = ({batch},); got {tuple(value.shape)}")
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or value.is_meta:
+    expected = f"target must be in [0, {num_classes})" + (
+        f" or ignore_index={ignore_index}" if ignore_index is not None else ""
+    )
+    if torch.compiler.is_exporting() or value.is_meta:
         return value
-    in_range = (value.clamp(0, num_classes - 1) == value).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(_in_range(value, num_classes, ignore_index), expected)
+        return value
     at_once = value.device.type == "cpu" or os.environ.get("GGAM_FAST_CHECKS") == "1"
-    expected = f"target must be in [0, {num_classes})"
+    if in_kernel and not at_once:
+        return value
     try:
+        in_range = _in_range(value, num_classes, ignore_index)
         if value.device.type == "cuda" and not at_once:
             torch._assert_async(in_range, expected)
         refused = at_once and not in_range
@@ -208,14 +211,20 @@ def target(value: Tensor, batch: int, num_classes: int) -> Tensor:
     return value
 
 
+def _in_range(value: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+    inside = value.clamp(0, num_classes - 1) == value
+    return (inside if ignore_index is None else inside | (value == ignore_index)).all()
+
+
 def backend(value: str, features: Tensor) -> str:
     """Resolve `backend` for these features: "triton" or "torch".
 
     `GGAM_FAST_BACKEND` overrides "auto".  "auto" is Triton on a GPU tensor of a type the kernels take.
     """
-    choice = one_of("backend", value, BACKEND)
+    choice = value if value in BACKEND else one_of("backend", value, BACKEND)
     if choice == "auto":
-        choice = one_of("GGAM_FAST_BACKEND", os.environ.get("GGAM_FAST_BACKEND", "auto"), BACKEND)
+        choice = os.environ.get("GGAM_FAST_BACKEND", "auto")
+        choice = choice if choice in BACKEND else one_of("GGAM_FAST_BACKEND", choice, BACKEND)
     device = features.device.type
     if choice == "auto":
         usable = device in ("cuda", "xpu") and features.dtype != torch.float64 and TRITON_AVAILABLE

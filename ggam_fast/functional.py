@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import attention as _attention
-from . import checks, gradcam, guidance, losses
-from .attention import ChannelMLP, Options
+from . import checks, entropy, guidance, precision, step
+from .backends.registry import get_backend, get_differentiable
 from .base import GGAMHeadBase
-from .contractions import DifferentiableStages, get_stages
-from .fused_loss import FusedLoss
+from .closed_form import ChannelMLP, Options
+from .step import FusedLoss
 
 
 class GGAMAttention(NamedTuple):
@@ -40,7 +39,7 @@ class GradCamMeans(NamedTuple):
 
 
 def _weights(argument: str, value: Tensor, shape: tuple[int, ...], names: str, like: Tensor) -> Tensor:
-    return checks.small(argument, value, shape, names).to(checks.compute_dtype(like))
+    return checks.small(argument, value, shape, names).to(precision.compute_dtype(like))
 
 
 def channel_sum(
@@ -53,8 +52,8 @@ def channel_sum(
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("channel_weights", channel_weights, tuple(x.shape[:2]), "(N, C)", x)
-    with checks.full_precision(x):
-        stages = DifferentiableStages(checks.backend(backend, x))
+    with precision.full_precision(x):
+        stages = get_differentiable(checks.backend(backend, x))
         return stages.channel_sum(x, weights).unflatten(1, shape)
 
 
@@ -68,8 +67,8 @@ def spatial_sum(
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("spatial_weights", spatial_weights, (x.shape[0], *shape), "(N, H, W)", x)
-    with checks.full_precision(x):
-        return DifferentiableStages(checks.backend(backend, x)).spatial_sum(x, weights.flatten(1))
+    with precision.full_precision(x):
+        return get_differentiable(checks.backend(backend, x)).spatial_sum(x, weights.flatten(1))
 
 
 def _mlp(
@@ -97,11 +96,12 @@ def _mlp(
     return ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
-def _options(attention: str, spatial_norm: str, pool_type: str) -> Options:
+def _options(attention: str, spatial_norm: str, pool_type: str, attention_scale: str) -> Options:
     return Options(
         checks.one_of("attention", attention, checks.ATTENTION),
         checks.one_of("spatial_norm", spatial_norm, checks.SPATIAL_NORM),
         checks.one_of("pool_type", pool_type, checks.POOL_TYPE),
+        checks.one_of("attention_scale", attention_scale, checks.ATTENTION_SCALE),
     )
 
 
@@ -115,20 +115,22 @@ def ggam_attention(
     attention: str = "channel_spatial",
     spatial_norm: str = "softmax",
     pool_type: str = "avg",
+    attention_scale: str = "unit_mean",
     input_fmt: str = "NCHW",
     backend: str = "auto",
 ) -> GGAMAttention:
-    """Channel-spatial attention and pooling as one autograd node (equations in `ggam_fast.attention`).
+    """Channel-spatial attention and pooling as one autograd node (equations in `ggam_fast.closed_form`).
 
-        g = mean_l A;  S = softmax(fc2(relu(fc1(g))));  T = norm(sum_c S_c A_c);  D = A T
+        g = mean_l A;  S = softmax(fc2(relu(fc1(g))));  T = norm(sum_c S_c A_c);  D = kappa A T
 
-    fc1 is (C/r, C), (C/r,) and fc2 (C, C/r), (C,), None for "spatial" and "none". Second and higher
-    derivatives (`create_graph=True`) work too; they go through the two contractions.
+    kappa is one over the mean of the weights that multiply A for `attention_scale="unit_mean"`, 1 for
+    "printed". fc1 is (C/r, C), (C/r,) and fc2 (C, C/r), (C,), None for "spatial" and "none". Second and
+    higher derivatives (`create_graph=True`) work too; they go through the two contractions.
     """
     x, shape = checks.feature_map(features, input_fmt)
-    options = _options(attention, spatial_norm, pool_type)
+    options = _options(attention, spatial_norm, pool_type, attention_scale)
     mlp = _mlp(x, options, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    out = _attention.ggam_attention(x, mlp, options, checks.backend(backend, x))
+    out = step.ggam_attention(x, mlp, options, checks.backend(backend, x))
     pooled = out.pooled
     if pool_type == "flatten":
         pooled = pooled.flatten(1)
@@ -148,19 +150,20 @@ def grad_cam_weights(
     attention: str = "channel_spatial",
     spatial_norm: str = "softmax",
     pool_type: str = "avg",
+    attention_scale: str = "unit_mean",
     cam_at: str = "features",
     input_fmt: str = "NCHW",
     backend: str = "auto",
     differentiable: bool = False,
 ) -> Tensor:
-    """beta (N, C) = mean over positions of d y / d A, in closed form (equations in `ggam_fast.gradcam`).
+    """beta (N, C) = mean over positions of d y / d A, in closed form (equations in `ggam_fast.closed_form`).
 
     `grad_attended` is d y / d attended, in the shape `ggam_attention` gives: (N, C) for "avg" and "max",
     (N, C*L) for "flatten", the map's shape for "". No backward pass runs. beta is detached unless
     `differentiable`, which keeps a graph of every order.
     """
     x, _ = checks.feature_map(features, input_fmt)
-    options = _options(attention, spatial_norm, pool_type)
+    options = _options(attention, spatial_norm, pool_type, attention_scale)
     checks.one_of("cam_at", cam_at, checks.CAM_AT)
     mlp = _mlp(x, options, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     batch, channels, positions = x.shape
@@ -174,8 +177,8 @@ def grad_cam_weights(
         v = _weights("grad_attended", grad_attended, (batch, channels), "(N, C)", x)
     resolved = checks.backend(backend, x)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        out = _attention.ggam_attention(x, mlp, options, resolved, differentiable)
-        return gradcam.grad_cam_weights(x, mlp, options, out, v, cam_at, resolved, differentiable)
+        out = step.ggam_attention(x, mlp, options, resolved, differentiable)
+        return step.grad_cam_weights(x, mlp, options, out, v, cam_at, resolved, differentiable)
 
 
 def grad_cam_means(
@@ -200,8 +203,8 @@ def grad_cam_means(
     if spatial_attention is not None:
         expected = (x.shape[0], *shape)
         t = _weights("spatial_attention", spatial_attention, expected, "(N, H, W)", x).flatten(1)
-    with torch.no_grad(), checks.full_precision(x):
-        means, _, grad_map = get_stages(checks.backend(backend, x)).grad_cam_means(x, g, t)
+    with torch.no_grad(), precision.full_precision(x):
+        means, _, grad_map = get_backend(checks.backend(backend, x)).grad_cam_means(x, g, t)
         if grad_map.dim() == 3:
             grad_map = grad_map.sum(1)
     return GradCamMeans(means, grad_map.unflatten(1, shape))
@@ -266,11 +269,11 @@ def guidance_loss(
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)
     reduction = checks.reduction("reduction", reduction, divergence)
-    s = channel_attention.to(checks.compute_dtype(channel_attention))
+    s = channel_attention.to(precision.compute_dtype(channel_attention))
     log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
     temperature = checks.temperature(cam_temperature)
     per_image = guidance.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
-    return losses.reduce_batch(per_image, reduction)
+    return entropy.reduce_batch(per_image, reduction)
 
 
 def cam(features: Tensor, cam_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto") -> Tensor:

@@ -6,32 +6,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .attention import ChannelMLP, Options, ggam_attention
+from . import checks, step
+from .autograd import Anchored
+from .backends.layer import Layer
+from .backends.registry import get_backend
 from .base import GGAMHeadBase, GGAMOutput
-from .classifier import (
-    Anchored,
-    LayerGradient,
-    Scores,
-    closed_form_layers,
-    custom_scores,
-    hooked,
-    layers_of,
-    run,
-    score_gradient,
-    scores,
-)
-from .contractions import get_stages
-from .fused_loss import FusedLoss, LossTerms, fused_loss
-from .gradcam import cam_and_guidance, grad_cam_weights
+from .classifier.layers import hooked, known_layers, modules_of
+from .classifier.rules import LayerGradient, Scores, run, scores
+from .classifier.scores import custom_scores
+from .closed_form import ChannelMLP, Options
+from .entropy import loss_weights, reduce_batch
 from .guidance import kl_guidance
-from .losses import GGAMLoss, loss_weights, reduce_batch
+from .losses import GGAMLoss
+from .precision import autocasts, full_precision
+from .step import FusedLoss, LossTerms
+
+if checks.TRITON_AVAILABLE:
+    from . import compiled, recorded
+else:
+    compiled = recorded = None  # type: ignore[assignment]
 
 
 class GGAMHead(GGAMHeadBase):
     """Grad-CAM guided channel-spatial attention and classifier (arXiv 2101.09666).
 
-        g = mean_l A;  S = softmax(FC2(relu(FC1(g))));  U = sum_c S_c A_c;  T = norm(U);  D = A T
+        g = mean_l A;  S = softmax(FC2(relu(FC1(g))));  U = sum_c S_c A_c;  T = norm(U);  D = kappa A T
         logits = classifier(pool(D));  beta = mean_l d y / d A;  L = divergence(S, norm(beta))
 
     `head(features)` returns logits (N, K): a drop-in for pooling and a linear layer; beta is never
@@ -40,8 +39,11 @@ class GGAMHead(GGAMHeadBase):
     Args:
         in_features: C, channels of the features.
         num_classes: K; 0 for no classifier (timm's convention).
-        attention: "channel_spatial"; "channel" (D = S A); "spatial" (S = 1/C); "none" (D = A).
+        attention: "channel_spatial"; "channel" (D = kappa S A); "spatial" (S = 1/C); "none" (D = A).
         spatial_norm: "softmax" over positions; "sum" (U / sum U, uniform where that is 0); "sigmoid".
+        attention_scale: kappa. "unit_mean": the weights that multiply A average to one, so kappa is L for
+            "softmax" and "sum", 1 for "sigmoid", C for attention="channel". "printed": kappa = 1, as in the
+            paper and its script. It is in the state dict; one without it loads as "printed".
         rd_ratio: hidden width of the channel MLP as a share of C, in (0, 1]; `rd_channels` sets it outright.
         pool_type: "avg", "max" (ties to the first position), "flatten" (needs `feat_size`), or "" to hand
             the attended map to `classifier`.
@@ -55,10 +57,14 @@ class GGAMHead(GGAMHeadBase):
         cam_norm, cam_temperature, divergence: the guidance loss, see `guidance`.
         guidance_reduction: "mean" or "sum" over the batch; None follows the divergence's source: mean for
             "symmetric", sum for "forward".
+        ignore_index: a label whose images have no loss, no guidance and no gradient, and do not count in
+            the means; give `GGAMLoss` the same. Any other label outside [0, K) is an error.
         drop_rate: dropout before the classifier's last layer, in [0, 1); a classifier that is not an
             nn.Sequential is one layer.
-        norm_layer, act_layer: layers of the hidden classifier. Others than BatchNorm1d, ELU, ReLU and
-            Identity, or a hook on the classifier or one of its layers, make it a custom classifier.
+        norm_layer, act_layer: layers of the hidden classifier. Others than SettlingBatchNorm1d (see `norm`),
+            BatchNorm1d, ELU, ReLU and Identity, or a hook on the classifier or one of its layers, make it a
+            custom classifier.
+        norm_eps: eps of the first norm, finite and >= 0; None for the layer's own (1e-5).
         input_fmt: "NCHW" (any memory order; NCHW and channels-last are read in place), "NHWC" or "NLC".
         feat_size: (H, W) for "flatten", whose features are ordered C, H, W for every input format.
         backend: "auto" (Triton on a GPU tensor, torch elsewhere), "triton" or "torch".
@@ -84,30 +90,57 @@ class GGAMHead(GGAMHeadBase):
     ) -> Tensor | GGAMOutput:
         """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
         self._check_request(target, pre_logits)
+        if (
+            type(self) is GGAMHead
+            and recorded is not None
+            and not (pre_logits or torch.compiler.is_compiling())
+        ):
+            replayed: Tensor | GGAMOutput | None
+            if target is None:
+                replayed = recorded.logits(self, features)
+            else:
+                replayed = recorded.guided(self, features, target)
+            if replayed is not None:
+                return replayed
         x, spatial_shape, mlp, options, backend = self._inputs(features)
         second_order = target is not None and not self.cam_detach and torch.is_grad_enabled()
 
-        attended = ggam_attention(x, mlp, options, backend, differentiable=second_order)
+        attended = step.ggam_attention(x, mlp, options, backend, differentiable=second_order)
         if target is None:
             return self._classify(attended.pooled, spatial_shape, pre_logits, backend)
 
-        target = checks.target(target, x.shape[0], self.num_classes)
-        layers = closed_form_layers(self.classifier, self.drop)
+        target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
+        layers = known_layers(self.classifier, self.drop)
         logits, pull_back = self._score(layers, attended.pooled, spatial_shape, not second_order, backend)
         checks.scores(logits, x.shape[0], self.num_classes)
-        (v,), _ = pull_back([score_gradient(logits, target, self.cam_class)])
-        terms = (self.cam_norm, self.cam_temperature, self.divergence)
+        seed, share = get_backend("torch").class_scores(logits, target, self.cam_class, self.ignore_index)
+        (v,), _ = pull_back([seed])
+        terms = self._loss_terms()
         if second_order:
-            with checks.full_precision(x):
-                beta = grad_cam_weights(
+            with full_precision(x):
+                beta = step.grad_cam_weights(
                     x, mlp, options, attended, v, self.cam_at, backend, differentiable=True
                 )
                 log_s = torch.log_softmax(attended.channel_logits, -1)
-                s, guidance = log_s.exp(), kl_guidance(log_s, beta, *terms)
+                norm = (self.cam_norm, self.cam_temperature, self.divergence)
+                s, per_image = log_s.exp(), kl_guidance(log_s, beta, *norm)
+                guidance = reduce_batch(per_image, self.guidance_reduction, share)
         else:
-            beta, s, guidance = cam_and_guidance(x, mlp, options, attended, v, self.cam_at, backend, *terms)
+            beta, s, guidance = step.cam_and_guidance(x, mlp, options, attended, v, share, backend, terms)
         t = attended.spatial.unflatten(1, spatial_shape)
-        return GGAMOutput(logits, s, t, beta, reduce_batch(guidance, self.guidance_reduction))
+        return GGAMOutput(logits, s, t, beta, guidance)
+
+    def _check(self, features: Tensor, target: Tensor | None) -> None:
+        """Raise where they do not fit the head or each other."""
+        x = self._inputs(features)[0]
+        if target is not None:
+            checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
+
+    def _loss_terms(self, guidance_weight: float = 1.0, label_smoothing: float = 0.0) -> LossTerms:
+        return LossTerms(
+            self.cam_at, self.cam_class, self.cam_norm, self.divergence, self.guidance_reduction,
+            self.ignore_index, self.cam_temperature, guidance_weight, label_smoothing,
+        )  # fmt: skip
 
     def fused_loss(
         self, features: Tensor, target: Tensor, guidance_weight: float = 0.1, label_smoothing: float = 0.0
@@ -118,15 +151,23 @@ class GGAMHead(GGAMHeadBase):
         self._check_request(target, pre_logits=False)
         if not self.cam_detach or self.pool_type in ("flatten", "") or not torch.is_grad_enabled():
             out = self(features, target)
-            loss = GGAMLoss(weight, smoothing)(out, target)
+            loss = GGAMLoss(weight, smoothing, self.ignore_index)(out, target)
             return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
+        terms = self._loss_terms(weight, smoothing)
+        if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
+            replayed = recorded.fused(self, features, target, terms)
+            if replayed is not None:
+                return replayed
         x, spatial_shape, mlp, options, backend = self._inputs(features)
-        target = checks.target(target, x.shape[0], self.num_classes)
-        terms = LossTerms(weight, smoothing, self.cam_at, self.cam_class, self.cam_norm,
-                          self.cam_temperature, self.divergence, self.guidance_reduction)  # fmt: skip
+        target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
 
-        layers = closed_form_layers(self.classifier, self.drop)
+        layers = known_layers(self.classifier, self.drop)
         known = layers is not None
+        if torch.compiler.is_compiling() and backend == "triton" and layers is not None:
+            assert compiled is not None
+            if compiled.applies(x, mlp, options, layers, target):
+                loss, out = compiled.fused_loss(x, mlp, options, layers, target, terms)
+                return FusedLoss(loss, _with_map(out, spatial_shape))
 
         def score(pooled: Tensor) -> Scores:
             if torch.compiler.is_compiling() and not known:
@@ -137,14 +178,14 @@ class GGAMHead(GGAMHeadBase):
             checks.scores(result.logits, x.shape[0], self.num_classes)
             return result
 
-        loss, (logits, s, t, beta, guidance) = fused_loss(x, mlp, options, backend, score, target, terms)
-        return FusedLoss(loss, GGAMOutput(logits, s, t.unflatten(1, spatial_shape), beta, guidance))
+        loss, out = step.fused_loss(x, mlp, options, backend, score, known, target, terms)
+        return FusedLoss(loss, _with_map(out, spatial_shape))
 
     def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
         """Features as (N, C, L), their spatial shape, the channel MLP, the options, the resolved backend."""
         x, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
         self._check_positions(spatial_shape)
-        options = Options(self.attention, self.spatial_norm, self.pool_type)
+        options = Options(self.attention, self.spatial_norm, self.pool_type, self.attention_scale)
         mlp = ChannelMLP(None, None, None, None)
         if options.uses_channel:
             parameters: list[Tensor] = []
@@ -173,11 +214,11 @@ class GGAMHead(GGAMHeadBase):
     def _classify(
         self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool, backend: str
     ) -> Tensor:
-        layers = closed_form_layers(self.classifier, self.drop)
+        layers = known_layers(self.classifier, self.drop)
         if layers is None or self.pool_type == "":
             return self._custom(pooled, spatial_shape, pre_logits)
-        with checks.full_precision(pooled):
-            return run(layers[:-1] if pre_logits else layers, pooled.flatten(1), get_stages(backend))
+        with full_precision(pooled):
+            return run(layers[:-1] if pre_logits else layers, pooled.flatten(1), backend)
 
     def _custom(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool = False) -> Tensor:
         """Run a classifier of unknown layers in its parameters' type, or under the caller's autocast."""
@@ -186,9 +227,9 @@ class GGAMHead(GGAMHeadBase):
         else:
             x = pooled.flatten(1)
         parameter = next((p for p in self.classifier.parameters() if p.is_floating_point()), None)
-        if parameter is not None and not checks.autocasts(x):
+        if parameter is not None and not autocasts(x):
             x = x.to(parameter.dtype)
-        *body, last = layers_of(self.classifier)
+        *body, last = modules_of(self.classifier)
         if body and not pre_logits and hooked(self.classifier):
             classifier = self.classifier
             if self.drop.training and self.drop.p:
@@ -202,7 +243,7 @@ class GGAMHead(GGAMHeadBase):
 
     def _score(
         self,
-        layers: list[nn.Module] | None,
+        layers: list[Layer] | None,
         pooled: Tensor,
         spatial_shape: tuple[int, ...],
         detach: bool,
@@ -211,12 +252,18 @@ class GGAMHead(GGAMHeadBase):
         """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
         if layers is None or self.pool_type == "":
             return custom_scores(lambda x: self._custom(x, spatial_shape), pooled, detach)
-        with checks.full_precision(pooled):
-            result = scores(layers, pooled.flatten(1), detach, get_stages(backend))
+        with full_precision(pooled):
+            result = scores(layers, pooled.flatten(1), detach, backend)
 
         def pull_back(seeds: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
-            with checks.full_precision(pooled):
+            with full_precision(pooled):
                 rows, gradients = result.pull_back(seeds)
                 return [v.view(pooled.shape) for v in rows], gradients
 
         return Scores(result.logits, pull_back)
+
+
+def _with_map(out: GGAMOutput, shape: tuple[int, ...]) -> GGAMOutput:
+    # Not _replace: torch 2.11 does not compile it.
+    logits, channel, spatial, beta, guidance = out
+    return GGAMOutput(logits, channel, spatial.unflatten(1, shape), beta, guidance)

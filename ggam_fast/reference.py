@@ -24,7 +24,11 @@ class GGAMHeadReference(GGAMHeadBase):
         if target is None:
             attended = self.attend(a)[0]
             return self.classify(attended, spatial_shape, pre_logits)
-        target = checks.target(target, a.shape[0], self.num_classes)
+        target = checks.target(target, a.shape[0], self.num_classes, self.ignore_index)
+        counts = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
+        if self.ignore_index is not None and not target.is_floating_point():
+            counts = target != self.ignore_index
+            target = target.where(counts, 0)
 
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -34,11 +38,11 @@ class GGAMHeadReference(GGAMHeadBase):
             logits = self.classify(d, spatial_shape)
 
             if self.cam_class == "predicted":
-                y = logits.max(1).values.sum()
+                y = logits.max(1).values[counts].sum()
             elif target.is_floating_point():
                 y = (target.to(logits.dtype) * logits).sum()
             else:
-                y = logits.gather(1, target.unsqueeze(1)).sum()
+                y = logits.gather(1, target.unsqueeze(1))[counts].sum()
             looked_at = a if self.cam_at == "features" else d
             (gradient,) = torch.autograd.grad(
                 y, looked_at, retain_graph=keep_graph, create_graph=keep_graph and not self.cam_detach
@@ -46,13 +50,14 @@ class GGAMHeadReference(GGAMHeadBase):
             beta = gradient.mean(2)
             if self.cam_detach:
                 beta = beta.detach()
-            loss = self.guidance(log_s, beta)
+            loss = self.guidance(log_s[counts], beta[counts])
         out = GGAMOutput(logits, log_s.exp(), t.unflatten(1, spatial_shape), beta, loss)
         return out if keep_graph else GGAMOutput(*(x.detach() for x in out))
 
     def attend(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """D (N, C, L), log S (N, C) and T (N, L) of the features A (N, C, L)."""
         channels, positions = a.shape[1:]
+        unit_mean = self.attention_scale == "unit_mean"
         if self.attention in ("channel_spatial", "channel"):
             g = a.mean(2)  # F_cg
             log_s = F.log_softmax(self.fc2(F.relu(self.fc1(g))), 1)  # F_cr
@@ -61,7 +66,8 @@ class GGAMHeadReference(GGAMHeadBase):
         s = log_s.exp()
         if self.attention in ("channel", "none"):
             t = a.new_ones(a.shape[0], positions)
-            return (a * s.unsqueeze(2) if self.attention == "channel" else a * 1), log_s, t
+            kappa = channels if unit_mean else 1
+            return (kappa * a * s.unsqueeze(2) if self.attention == "channel" else a * 1), log_s, t
         b = s.unsqueeze(2) * a  # F_cm
         u = b.sum(1)  # F_fa
         if self.spatial_norm == "softmax":
@@ -72,7 +78,8 @@ class GGAMHeadReference(GGAMHeadBase):
             total = u.sum(1, keepdim=True)
             empty = total == 0
             t = torch.where(empty, 1 / positions, u / torch.where(empty, 1, total))
-        return a * t.unsqueeze(1), log_s, t  # F_sm
+        kappa = positions if unit_mean and self.spatial_norm != "sigmoid" else 1
+        return kappa * a * t.unsqueeze(1), log_s, t  # F_sm
 
     def classify(self, d: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool = False) -> Tensor:
         """F_tc: pool D, drop out, classify."""

@@ -15,6 +15,7 @@ C, H, W, K, N = 24, 3, 5, 6, 4
 OPTIONS: dict[str, Sequence[Any]] = {
     "attention": ("channel_spatial", "channel", "spatial", "none"),
     "spatial_norm": ("softmax", "sum", "sigmoid"),
+    "attention_scale": ("unit_mean", "printed"),
     "cam_at": ("features", "attended"),
     "cam_class": ("label", "predicted"),
     "cam_detach": (True, False),

@@ -19,41 +19,61 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS = ROOT / "ggam_fast", ROOT / "kernels"
 
 LAYERS = (
-    ("autograd", "checks", "_checkout", "guidance", "launch"),
-    ("base", "stages"),
-    ("contractions",),
-    ("linear",),
-    ("ops",),
-    ("attention",),
-    ("gradcam", "classifier", "losses"),
-    ("fused_loss",),
+    ("backends.layer",),
+    ("_checkout", "checks", "guidance", "norm", "precision", "backends.registry", "backends.triton.launch"),
+    ("base", "entropy", "backends.torch", "backends.triton.record", "backends.triton.register",
+     "backends.triton.shapes"),
+    ("closed_form", "classifier.layers", "backends.triton.classifier",
+     "backends.triton.features_grad", "backends.triton.guidance", "backends.triton.layers",
+     "backends.triton.pooling"),
+    ("autograd", "backends.triton.sums"),
+    ("backends.differentiable", "backends.triton", "classifier.rules"),
+    ("classifier.scores", "step"),
+    ("recorded",),
+    ("compiled", "losses"),
     ("functional", "head", "reference"),
     ("presets",),
-)
-"""Each file imports from the rows above its own alone."""
-
-# get_stages imports the kernels' operators when they are first asked for, so that torch is enough.
-LAZY = {("contractions", "ops")}
+)  # fmt: skip
+"""Each module imports from the rows above its own alone."""
 
 
-def imports(path: Path, top_level: bool = False) -> Iterator[str]:
-    """Absolute names of the modules a file imports, anywhere or at its top level."""
+def modules() -> dict[str, Path]:
+    """The library's own modules by dotted name; not packages that hold a docstring alone."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] in ("training", "__init__"):
+            continue
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+            if len(ast.parse(path.read_text()).body) == 1:
+                continue
+        found[".".join(parts)] = path
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports, anywhere but for types alone."""
     tree = ast.parse(path.read_text())
-    nodes = ast.iter_child_nodes(tree) if top_level else ast.walk(tree)
-    package = "ggam_fast.kernels" if path.parent == KERNELS else "ggam_fast"
-    for node in nodes:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    package = ["ggam_fast", "kernels"] if path.parent == KERNELS else list(path.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, [package if node.level else "", node.module]))
-            yield base
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            if node.module:
+                yield base
             yield from (f"{base}.{name.name}" for name in node.names)
 
 
 def own(names: Iterator[str]) -> set[str]:
-    """The library's own modules among these names."""
-    parts = [name.split(".") for name in names]
-    return {p[1] for p in parts if p[0] == "ggam_fast" and len(p) > 1}
+    """The library's own modules among these names, and the packages they are in."""
+    found = [name.removeprefix("ggam_fast.").split(".") for name in names if name.startswith("ggam_fast.")]
+    return {".".join(parts[:i]) for parts in found for i in range(1, len(parts) + 1)}
 
 
 def test_public_names() -> None:
@@ -64,8 +84,8 @@ def test_public_names() -> None:
     assert ggam_fast.cam is functional.cam
     public = {n for n in dir(functional) if callable(getattr(functional, n)) and n[0].islower()}
     assert public == {
-        "cam", "channel_sum", "fused_ggam_loss", "get_stages", "ggam_attention", "grad_cam_means",
-        "grad_cam_weights", "guidance_loss", "spatial_sum",
+        "cam", "channel_sum", "fused_ggam_loss", "get_backend", "get_differentiable", "ggam_attention",
+        "grad_cam_means", "grad_cam_weights", "guidance_loss", "spatial_sum",
     }  # fmt: skip
 
 
@@ -89,21 +109,22 @@ def test_kernels_import_triton_and_themselves_alone() -> None:
 
 def test_each_layer_imports_downward() -> None:
     rank = {name: i for i, row in enumerate(LAYERS) for name in row}
-    files = {p.stem: p for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
+    files = modules()
     assert files.keys() == rank.keys()
     for name, path in files.items():
         for other in own(imports(path)) & rank.keys():
-            if (name, other) not in LAZY:
-                assert rank[other] < rank[name], f"{name}.py imports {other}"
+            # A module of a package has that package above it in its own name alone.
+            if not f"{name}.".startswith(f"{other}."):
+                assert rank[other] < rank[name], f"{name} imports {other}"
 
 
 def test_autograd_nodes_know_their_signature() -> None:
     """torch looks it up at every call, which takes longer than a launch."""
-    modules = [importlib.import_module(f"ggam_fast.{name}") for row in LAYERS for name in row]
     nodes = {
         x
-        for module in modules
-        for x in vars(module).values()
+        for name in modules()
+        if checks.TRITON_AVAILABLE or "triton" not in name
+        for x in vars(importlib.import_module(f"ggam_fast.{name}")).values()
         if isinstance(x, type) and issubclass(x, torch.autograd.Function) and "forward" in vars(x)
     }
     assert {node.__name__ for node in nodes} >= {"Attention", "HeldGradient", "Linear"}
@@ -115,14 +136,14 @@ def test_autograd_nodes_know_their_signature() -> None:
             vars(node.forward)["__signature__"] = remembered
 
 
-def test_only_ops_sees_the_kernels() -> None:
-    for path in PACKAGE.glob("*.py"):
-        if path.stem != "ops":
-            assert "kernels" not in own(imports(path)), path.name
+def test_only_the_triton_backend_sees_the_kernels() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent != PACKAGE / "backends" / "triton":
+            assert "kernels" not in own(imports(path)), path
 
 
 def test_the_library_does_not_know_training() -> None:
-    for path in [*PACKAGE.glob("*.py"), *KERNELS.glob("*.py")]:
+    for path in [*modules().values(), PACKAGE / "__init__.py", *KERNELS.glob("*.py")]:
         assert "training" not in own(imports(path)), path.name
     assert "ggam_fast.training" not in run("import ggam_fast, sys; print(*sys.modules)").split()
 
@@ -148,7 +169,7 @@ import torch, ggam_fast
 head = ggam_fast.GGAMHead(32, 5)
 out = head(torch.rand(4, 32, 3, 3), torch.tensor([0, 1, 2, 3]))
 ggam_fast.GGAMLoss()(out, torch.tensor([0, 1, 2, 3])).backward()
-assert "ggam_fast.ops" not in sys.modules
+assert "ggam_fast.backends.triton" not in sys.modules
 try:
     ggam_fast.GGAMHead(32, 5, backend="triton")(torch.rand(4, 32, 3, 3))
 except RuntimeError as error:
@@ -159,7 +180,7 @@ except RuntimeError as error:
 
 @pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
 def test_kernels_are_an_attribute_of_the_package() -> None:
-    assert "Triton device code" in run("import ggam_fast.ops; print(ggam_fast.kernels.__doc__)")
+    assert "Triton device code" in run("import ggam_fast; print(ggam_fast.kernels.__doc__)")
 
 
 def test_import_is_light() -> None:

@@ -15,7 +15,7 @@ import pytest
 from ggam_fast import checks
 
 if checks.TRITON_AVAILABLE:
-    from ggam_fast.ops import plan
+    from ggam_fast.kernels import plan
 
 pytestmark = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
 
@@ -41,7 +41,8 @@ READS = (
 )
 WRITES = ("hadamard", "features_grad")
 SMALL = {
-    "spatial_norm", "spatial_norm_grad", "position_scatter", "guidance", "product", "layer_grads"
+    "spatial_norm", "spatial_norm_grad", "position_scatter", "product", "layer_grads", "batch_norm",
+    "batch_norm_grad", "softmax", "softmax_grad", "cross_entropy", "cross_entropy_grad", "guidance",
 }  # fmt: skip
 
 
@@ -96,6 +97,8 @@ def test_wide_accesses_of_features(shape: tuple[int, int, bool], dtype: str, wid
     assert {name for name, *_ in rows} == {*READS, *WRITES}
     for name, code, row in rows:
         assert code["stack"] == 0, row
+        if code["L"] == 1:  # of small tensors
+            continue
         itemsize = 2 if dtype == "bfloat16" else 4
         size = (*shape[:2], itemsize, layout)
         cuts = {"channel_sum": plan.channel_sum(*size), "spatial_sum": plan.spatial_sum(*size, 2)}

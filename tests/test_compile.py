@@ -16,6 +16,8 @@ from tests.parity import relative_error
 C, K, N, SIZE = 32, 6, 4, 5
 OPTIONS: dict[str, dict[str, Any]] = {
     "paper": {**presets.PAPER, "hidden_size": 16},
+    "unit_mean": {"hidden_size": 16},
+    "unit_mean_channel": {"hidden_size": 16, "attention": "channel", "pool_type": "max"},
     "release": {**presets.RELEASE, "hidden_size": 16},
     "second_order": {"cam_detach": False, "hidden_size": 16, "cam_norm": "standardized"},
     "flatten": {"pool_type": "flatten", "feat_size": SIZE, "hidden_size": 16},
@@ -79,7 +81,7 @@ def test_training_step(name: str, device: torch.device) -> None:
     check(GGAMHead(C, K, **OPTIONS[name]), device, "aot_eager")
 
 
-@pytest.mark.parametrize("name", ["paper", pytest.param("release", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["paper", "unit_mean", pytest.param("release", marks=pytest.mark.slow)])
 def test_training_step_by_inductor(name: str, device: torch.device) -> None:
     check(GGAMHead(C, K, **OPTIONS[name]), device, "inductor")
 

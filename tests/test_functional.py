@@ -35,9 +35,10 @@ def mlp(device: torch.device) -> dict[str, Tensor]:
 
 
 def plain_attention(
-    x: Tensor, p: dict[str, Tensor], attention: str, norm: str
+    x: Tensor, p: dict[str, Tensor], attention: str, norm: str, scale: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """D (N, C, H, W), S (N, C) and T (N, H, W) in one line each."""
+    unit_mean = scale == "unit_mean"
     hidden = torch.relu(x.mean((2, 3)) @ p["fc1_weight"].T + p["fc1_bias"])
     s = torch.softmax(hidden @ p["fc2_weight"].T + p["fc2_bias"], 1)
     if attention in ("spatial", "none"):
@@ -45,19 +46,20 @@ def plain_attention(
     if attention == "none":
         return x, s, torch.ones_like(x[:, 0])
     if attention == "channel":
-        return x * s[:, :, None, None], s, torch.ones_like(x[:, 0])
+        return x * s[:, :, None, None] * (C if unit_mean else 1), s, torch.ones_like(x[:, 0])
     u = (s[:, :, None, None] * x).sum(1)
     if norm == "softmax":
         t = torch.exp(u) / torch.exp(u).sum((1, 2), keepdim=True)
     else:
         t = 1 / (1 + torch.exp(-u)) if norm == "sigmoid" else u / u.sum((1, 2), keepdim=True)
-    return x * t.unsqueeze(1), s, t
+    kappa = H * W if unit_mean and norm != "sigmoid" else 1
+    return x * t.unsqueeze(1) * kappa, s, t
 
 
 def pool(d: Tensor, pool_type: str, input_fmt: str) -> Tensor:
     if pool_type == "":
         return as_format(d, input_fmt)
-    reduced = {"avg": d.mean((2, 3)), "max": d.flatten(2).amax(2), "flatten": d.flatten(1)}
+    reduced = {"avg": d.mean((2, 3)), "max": d.flatten(2).max(2).values, "flatten": d.flatten(1)}
     return reduced[pool_type]
 
 
@@ -81,19 +83,20 @@ def test_contractions(name: str, input_fmt: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("pool_type", POOLS)
 @pytest.mark.parametrize("attention", OPTIONS["attention"])
+@pytest.mark.parametrize("scale", OPTIONS["attention_scale"])
 @pytest.mark.parametrize(
     ("spatial_norm", "input_fmt"), list(zip(OPTIONS["spatial_norm"], FORMATS, strict=True))
 )
 def test_ggam_attention(
-    pool_type: str, attention: str, spatial_norm: str, input_fmt: str, device: torch.device
+    pool_type: str, attention: str, scale: str, spatial_norm: str, input_fmt: str, device: torch.device
 ) -> None:
     x, p = features(device).requires_grad_(), mlp(device)
     uses_mlp = attention in ("channel_spatial", "channel")
     found = functional.ggam_attention(
         as_format(x, input_fmt), **(p if uses_mlp else {}), attention=attention, spatial_norm=spatial_norm,
-        pool_type=pool_type, input_fmt=input_fmt,
+        pool_type=pool_type, attention_scale=scale, input_fmt=input_fmt,
     )  # fmt: skip
-    d, s, t = plain_attention(x, p, attention, spatial_norm)
+    d, s, t = plain_attention(x, p, attention, spatial_norm, scale)
     t = t.flatten(1) if input_fmt == "NLC" else t
     expected = (pool(d, pool_type, input_fmt), s, t)
     for a, b in zip(found, expected, strict=True):
@@ -165,19 +168,22 @@ def test_vmap_and_func_grad_over_attention(pool_type: str, device: torch.device)
 @pytest.mark.parametrize("pool_type", POOLS)
 @pytest.mark.parametrize("cam_at", OPTIONS["cam_at"])
 @pytest.mark.parametrize("attention", OPTIONS["attention"])
+@pytest.mark.parametrize("scale", OPTIONS["attention_scale"])
 @pytest.mark.parametrize("input_fmt", FORMATS)
 def test_grad_cam_weights(
-    pool_type: str, cam_at: str, attention: str, input_fmt: str, device: torch.device
+    pool_type: str, cam_at: str, attention: str, scale: str, input_fmt: str, device: torch.device
 ) -> None:
     x, p = features(device).requires_grad_(), mlp(device)
-    d, _, _ = plain_attention(x, p, attention, "softmax")
+    d, _, _ = plain_attention(x, p, attention, "softmax", scale)
     d = d * 1
     pooled = pool(d, pool_type, input_fmt)
     v = torch.randn_like(pooled).requires_grad_()
     (gradient,) = torch.autograd.grad(pooled, x if cam_at == "features" else d, v, create_graph=True)
     expected = gradient.mean((2, 3))
     arguments = (as_format(x, input_fmt), v)
-    options: dict[str, Any] = {**p, "attention": attention, "pool_type": pool_type, "cam_at": cam_at}
+    options: dict[str, Any] = {
+        **p, "attention": attention, "pool_type": pool_type, "attention_scale": scale, "cam_at": cam_at
+    }  # fmt: skip
     found = functional.grad_cam_weights(*arguments, input_fmt=input_fmt, **options)
     assert relative_error(found, expected) < 1e-10
     assert not found.requires_grad
@@ -193,15 +199,18 @@ def test_grad_cam_weights(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", OPTIONS["attention_scale"])
 @pytest.mark.parametrize("pool_type", ["avg", "max"])
-def test_grad_cam_weights_are_the_heads(pool_type: str, device: torch.device) -> None:
-    head, _ = pair(device=device, hidden_size=0, pool_type=pool_type)
+def test_grad_cam_weights_are_the_heads(pool_type: str, scale: str, device: torch.device) -> None:
+    head, _ = pair(device=device, hidden_size=0, pool_type=pool_type, attention_scale=scale)
     x, target = features(device), hard_target(device)
     p = {
         "fc1_weight": head.fc1.weight, "fc1_bias": head.fc1.bias,
         "fc2_weight": head.fc2.weight, "fc2_bias": head.fc2.bias,
     }  # fmt: skip
-    found = functional.grad_cam_weights(x, head.classifier.weight[target], **p, pool_type=pool_type)
+    found = functional.grad_cam_weights(
+        x, head.classifier.weight[target], **p, pool_type=pool_type, attention_scale=scale
+    )
     out = head(x, target)
     assert relative_error(found, out.cam_weights) < 1e-10
     loss = functional.guidance_loss(out.channel_attention, found)
@@ -224,15 +233,16 @@ def test_grad_cam_means(input_fmt: str, weighted: bool, device: torch.device) ->
     torch.testing.assert_close(found.grad_map, (g * x).sum(1).detach().reshape(shape))
 
 
-@pytest.mark.parametrize("function", ["ggam_attention", "channel_sum", "spatial_sum"])
+@pytest.mark.parametrize("function", ["ggam_attention", "printed", "channel_sum", "spatial_sum"])
 def test_kernels_agree(function: str, device: torch.device) -> None:
     x, p = features(device).float(), mlp(device)
     arguments = {
         "channel_sum": {"channel_weights": torch.randn(N, C, device=device)},
         "spatial_sum": {"spatial_weights": torch.randn(N, H, W, device=device)},
         "ggam_attention": p,
+        "printed": {**p, "attention_scale": "printed"},
     }[function]
-    run = getattr(functional, function)
+    run = getattr(functional, "ggam_attention" if function == "printed" else function)
     found, expected = (run(x, **arguments, backend=backend) for backend in ("triton", "torch"))
     for a, b in zip(*((y,) if isinstance(y, Tensor) else y for y in (found, expected)), strict=True):
         assert relative_error(a, b) < 1e-5

@@ -13,8 +13,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ggam_fast.head
+import ggam_fast.step
 from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
 from ggam_fast.guidance import kl_guidance
+from ggam_fast.norm import SettlingBatchNorm1d
 from ggam_fast.reference import GGAMHeadReference
 from tests.parity import (
     OPTIONS,
@@ -442,7 +444,9 @@ def test_without_target_beta_is_never_computed(device: torch.device, monkeypatch
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("computed for a forward without target")
 
-    for name in ("cam_and_guidance", "grad_cam_weights", "kl_guidance", "scores", "custom_scores"):
+    for name in ("cam_and_guidance", "grad_cam_weights"):
+        monkeypatch.setattr(ggam_fast.step, name, refuse)
+    for name in ("kl_guidance", "scores", "custom_scores"):
         monkeypatch.setattr(ggam_fast.head, name, refuse)
     assert torch.equal(head(x), expected)
     with pytest.raises(AssertionError, match="without target"):
@@ -501,12 +505,13 @@ def test_eval_logits_are_those_of_the_guided_forward(options: dict[str, Any], de
     assert torch.equal(head(x), head(x, target).logits)
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, SettlingBatchNorm1d])
 @pytest.mark.parametrize("momentum", [0.1, 0.3, None])
 @pytest.mark.parametrize("guided", [True, False])
 def test_batch_norm_statistics_move_once_a_step(
-    guided: bool, momentum: float | None, device: torch.device
+    guided: bool, momentum: float | None, kind: type[nn.BatchNorm1d], device: torch.device
 ) -> None:
-    head, _ = pair(device=device, hidden_size=10, norm_layer=lambda n: nn.BatchNorm1d(n, momentum=momentum))
+    head, _ = pair(device=device, hidden_size=10, norm_layer=lambda n: kind(n, momentum=momentum))
     head.train()
     expected = copy.deepcopy(head.classifier)
     for step in range(3):
@@ -515,7 +520,9 @@ def test_batch_norm_statistics_move_once_a_step(
         combine(out).backward()
         with torch.no_grad():
             bare = GGAMHead(C, 0, rd_channels=6, hidden_size=0).to(device, torch.float64)
-            bare.load_state_dict({k: v for k, v in head.state_dict().items() if k.startswith("fc")})
+            bare.load_state_dict(
+                {k: v for k, v in head.state_dict().items() if not k.startswith("classifier")}
+            )
             expected(bare(x))
         assert head.classifier[0].num_batches_tracked == step + 1
         for a, b in zip(head.classifier.buffers(), expected.buffers(), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ggam_fast import GGAMHead, GGAMLoss
-from ggam_fast.classifier import closed_form_layers
+from ggam_fast.classifier.layers import known_layers
 from ggam_fast.functional import ggam_attention
 from tests.parity import C, K, N, assert_parity, combine, features, gradients, hard_target, pair
 
@@ -139,8 +139,8 @@ def test_sync_batch_norm_goes_through_autograd(device: torch.device) -> None:
     head, _ = pair(device=device, hidden_size=10)
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(head))
     assert isinstance(synced.classifier[0], nn.SyncBatchNorm)
-    assert closed_form_layers(head.classifier, head.drop) is not None
-    assert closed_form_layers(synced.classifier, synced.drop) is None
+    assert known_layers(head.classifier, head.drop) is not None
+    assert known_layers(synced.classifier, synced.drop) is None
     x, target = features(device), hard_target(device)
     assert_parity(synced.eval()(x, target), head.eval()(x, target), 1e-10)
 
@@ -151,7 +151,7 @@ def test_subclasses_have_no_closed_form(device: torch.device) -> None:
             return 2 * super().forward(input)
 
     own = Doubled(C, K)
-    assert closed_form_layers(own, nn.Dropout(0.0)) is None
+    assert known_layers(own, nn.Dropout(0.0)) is None
     head, reference = pair(device=device, build_classifier=lambda: Doubled(C, K))
     x, target = features(device), hard_target(device)
     assert_parity(head(x, target), reference(x, target), 1e-10)

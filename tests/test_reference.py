@@ -16,7 +16,7 @@ def softmax(x: np.ndarray, axis: int) -> np.ndarray:
     return e / e.sum(axis, keepdims=True)
 
 
-def numpy_head(a: np.ndarray, p: dict[str, np.ndarray], target: np.ndarray) -> list[np.ndarray]:
+def numpy_head(a: np.ndarray, p: dict[str, np.ndarray], kappa: int) -> list[np.ndarray]:
     """The paper with average pooling and one linear layer, loops over images; a is (N, C, L)."""
     logits, channel, spatial = [], [], []
     for image in a:
@@ -25,23 +25,24 @@ def numpy_head(a: np.ndarray, p: dict[str, np.ndarray], target: np.ndarray) -> l
         s = softmax(p["fc2.weight"] @ hidden + p["fc2.bias"], 0)
         u = sum(s[c] * image[c] for c in range(len(s)))
         t = softmax(u, 0)
-        z = np.array([(image[c] * t).mean() for c in range(len(s))])
+        z = np.array([kappa * (image[c] * t).mean() for c in range(len(s))])
         logits.append(p["classifier.weight"] @ z + p["classifier.bias"])
         channel.append(s), spatial.append(t)
     return [np.stack(x) for x in (logits, channel, spatial)]
 
 
-def test_against_numpy() -> None:
+@pytest.mark.parametrize(("scale", "kappa"), [("printed", 1), ("unit_mean", 6)])
+def test_against_numpy(scale: str, kappa: int) -> None:
     """Values by hand, beta by central differences of the label's score, the loss from its definition."""
     n, c, h, w, k = 2, 4, 2, 3, 3
-    reference = GGAMHeadReference(c, k, rd_channels=2, hidden_size=0).double()
+    reference = GGAMHeadReference(c, k, rd_channels=2, hidden_size=0, attention_scale=scale).double()
     p = {name: t.detach().numpy() for name, t in reference.state_dict().items()}
     x = torch.rand(n, c, h, w, dtype=torch.float64)
     target = torch.tensor([2, 0])
     out = reference(x, target)
 
     a = x.flatten(2).numpy()
-    logits, channel, spatial = numpy_head(a, p, target.numpy())
+    logits, channel, spatial = numpy_head(a, p, kappa)
     np.testing.assert_allclose(out.logits.detach(), logits, rtol=1e-12)
     np.testing.assert_allclose(out.channel_attention.detach(), channel, rtol=1e-12)
     np.testing.assert_allclose(out.spatial_attention.detach().flatten(1), spatial, rtol=1e-12)
@@ -54,7 +55,7 @@ def test_against_numpy() -> None:
                 for sign in (1, -1):
                     moved = a.copy()
                     moved[image, i, l] += sign * step
-                    scores.append(numpy_head(moved, p, target.numpy())[0][image, target[image]])
+                    scores.append(numpy_head(moved, p, kappa)[0][image, target[image]])
                 beta[image, i] += (scores[0] - scores[1]) / (2 * step) / (h * w)
     np.testing.assert_allclose(out.cam_weights, beta, rtol=1e-5, atol=1e-10)
 
@@ -64,12 +65,18 @@ def test_against_numpy() -> None:
 
 
 @pytest.mark.parametrize("kind", [GGAMHead, GGAMHeadReference])
-def test_the_default_is_the_paper(kind: type[GGAMHead]) -> None:
+def test_the_default_is_the_paper_at_a_plain_heads_scale(kind: type[GGAMHead]) -> None:
     defaults = {n: p.default for n, p in inspect.signature(kind).parameters.items()}
     default, paper = kind(32, 5), kind(32, 5, **presets.PAPER)
     for name, value in presets.PAPER.items():
         assert name in defaults
-        if name != "rd_ratio":
+        if name == "attention_scale":
+            assert (getattr(default, name), getattr(paper, name), value) == (
+                "unit_mean",
+                "printed",
+                "printed",
+            )
+        elif name != "rd_ratio":
             assert getattr(default, name) == getattr(paper, name) == value, name
     assert default.rd_channels == paper.rd_channels == 2
 

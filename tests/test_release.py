@@ -103,7 +103,8 @@ def our_name(name: str) -> str:
 @pytest.mark.parametrize("kind", [GGAMHead, GGAMHeadReference])
 @pytest.mark.parametrize("training", [True, False])
 def test_one_step(kind: type[GGAMHead], training: bool, network: Network, device: torch.device) -> None:
-    head = kind(C, K, **presets.RELEASE).to(device, torch.float64)
+    # Theirs is torch's norm, whose running statistics remember 0 and 1.
+    head = kind(C, K, norm_layer=nn.BatchNorm1d, **presets.RELEASE).to(device, torch.float64)
     head.load_release_state_dict(network.state_dict())
     maps = torch.randn(N, C, SIZE, SIZE, dtype=torch.float64, device=device).relu_()
     target = torch.randint(K, (N,), device=device)
@@ -144,11 +145,16 @@ def renamed(state: dict[str, Tensor], style: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("style", ["plain", "whole", "parts"])
 @pytest.mark.parametrize("dropped", ["", "se_module.", "s_se_module.", "features."])
-def test_load_release_state_dict(style: str, dropped: str, network: Network, device: torch.device) -> None:
+@pytest.mark.parametrize("scale", ["printed", "unit_mean"])
+def test_load_release_state_dict(
+    scale: str, style: str, dropped: str, network: Network, device: torch.device
+) -> None:
     """Either copy of the attention will do, with or without the backbone."""
     state = {n: v for n, v in network.state_dict().items() if not dropped or not n.startswith(dropped)}
-    head = GGAMHead(C, K, **presets.RELEASE).to(device, torch.float64)
+    # A checkpoint of theirs is printed, whatever the head was built for.
+    head = GGAMHead(C, K, **{**presets.RELEASE, "attention_scale": scale}).to(device, torch.float64)
     head.load_release_state_dict(renamed(state, style))
+    assert head.attention_scale == "printed"
     maps = torch.rand(N, C, SIZE, SIZE, dtype=torch.float64, device=device)
     expected = network.eval().head(maps)[0]
     assert relative_error(head.eval()(maps), expected) < 1e-12

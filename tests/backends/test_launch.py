@@ -17,9 +17,9 @@ from tests.parity import relative_error
 if not checks.TRITON_AVAILABLE:
     pytest.skip("needs triton", allow_module_level=True)
 
-from ggam_fast import launch, ops
+from ggam_fast.backends.triton import TRITON, launch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Kernel:
@@ -122,12 +122,13 @@ def test_what_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PROGRAM = """
 import itertools
-from ggam_fast import launch, ops
+from ggam_fast.backends.triton import launch
+from ggam_fast.kernels import product
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-kernel = ops.product.product_kernel
+kernel = product.product_kernel
 backend = make_backend(GPUTarget("cuda", 90, 32))
 bind = create_function_from_signature(kernel.signature, kernel.params, backend)
 numbers = [0, 1, 2, 8, 15, 16, 17, 48, 2**31 - 1, 2**31 - 16, 2**31, 2**31 + 1, 2**33, -1, -16]
@@ -159,8 +160,8 @@ def test_on_a_gpu(device: torch.device) -> None:
 
     w = torch.randn(128, 32, device=device)
     for first in (0, 1, 0, 16, 3, 1):
-        found, exact = ops.TRITON.product([rows(first)], w)[0], rows(first).double() @ w.double()
+        found, exact = TRITON.product([rows(first)], w)[0], rows(first).double() @ w.double()
         assert relative_error(found, exact) <= 1e-6
     for _ in range(2):
         with pytest.raises(RuntimeError, match="input's device"):
-            ops.TRITON.product([rows(0)], w.cpu())
+            TRITON.product([rows(0)], w.cpu())

@@ -21,13 +21,16 @@ POOLS = {
 
 @pytest.mark.parametrize("pool_type", POOLS)
 @pytest.mark.parametrize("attention", OPTIONS["attention"])
+@pytest.mark.parametrize("scale", OPTIONS["attention_scale"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("soft", [True, False])
 def test_beta_is_the_mean_of_autograds_gradient(
-    pool_type: str, attention: str, training: bool, soft: bool, device: torch.device
+    pool_type: str, attention: str, scale: str, training: bool, soft: bool, device: torch.device
 ) -> None:
     """beta against autograd through the head itself, in training mode with the batch's coupling."""
-    head, _ = pair(device=device, hidden_size=10, attention=attention, **POOLS[pool_type])
+    head, _ = pair(
+        device=device, hidden_size=10, attention=attention, attention_scale=scale, **POOLS[pool_type]
+    )
     head.train(training)
     x = features(device).requires_grad_()
     target = soft_target(device) if soft else hard_target(device)
@@ -38,9 +41,12 @@ def test_beta_is_the_mean_of_autograds_gradient(
 
 
 @pytest.mark.parametrize("cam_at", OPTIONS["cam_at"])
-def test_beta_of_a_linear_classifier_written_out(cam_at: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("scale", "kappa"), [("printed", 1), ("unit_mean", H * W)])
+def test_beta_of_a_linear_classifier_written_out(
+    scale: str, kappa: int, cam_at: str, device: torch.device
+) -> None:
     """Average pooling and one linear layer, the formulas of the paper's Grad-CAM by hand."""
-    head, _ = pair(device=device, hidden_size=0, cam_at=cam_at)
+    head, _ = pair(device=device, hidden_size=0, cam_at=cam_at, attention_scale=scale)
     x, target = features(device), hard_target(device)
     out = head(x, target)
     positions = H * W
@@ -49,13 +55,13 @@ def test_beta_of_a_linear_classifier_written_out(cam_at: str, device: torch.devi
     if cam_at == "attended":
         beta = v / positions
     else:
-        dt = torch.einsum("ncl,nc->nl", a, v) / positions
+        dt = kappa * torch.einsum("ncl,nc->nl", a, v) / positions
         du = t * (dt - (dt * t).sum(1, keepdim=True))
         ds = torch.einsum("ncl,nl->nc", a, du)
         de = s * (ds - (ds * s).sum(1, keepdim=True))
         alive = a.mean(2) @ head.fc1.weight.T + head.fc1.bias > 0
         dg = (de @ head.fc2.weight * alive) @ head.fc1.weight
-        beta = (v / positions + dg) / positions
+        beta = (kappa * v / positions + dg) / positions
     assert relative_error(out.cam_weights, beta) < 1e-10
 
 
@@ -134,6 +140,6 @@ def test_cam(input_fmt: str, device: torch.device) -> None:
 
 def test_raw_beta_is_tiny_with_a_fresh_head(device: torch.device) -> None:
     """Why "standardized" exists: sigmoid(beta) of a fresh head is 0.5 for every channel."""
-    head = GGAMHeadReference(256, 10, hidden_size=0).to(device)
+    head = GGAMHeadReference(256, 10, hidden_size=0, attention_scale="printed").to(device)
     out = head(torch.rand(2, 256, 7, 7, device=device), torch.tensor([1, 2], device=device))
     assert (out.cam_weights.sigmoid() - 0.5).abs().max() < 1e-3

@@ -1,7 +1,7 @@
 """The stages of GGAM over an (N, C, L) feature map, in torch operations.
 
-This is the closed form's vocabulary: `attention` and `gradcam` are written once in these terms.
-`ops.TritonStages` does the same with kernels, `contractions.DifferentiableStages` so that derivatives
+This is the closed form's vocabulary: `closed_form` and `step` are written once in these terms.
+`triton.TritonBackend` does the same with kernels, `differentiable.DifferentiableBackend` so that derivatives
 of any order exist.  A is (N, C, L) of any type; everything small is float32, or float64 for float64 A.
 """
 
@@ -12,8 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import as_type, compute_dtype
-from .guidance import kl_guidance_with_grad
+from ggam_fast.guidance import kl_guidance_with_grad
+from ggam_fast.norm import settle
+from ggam_fast.precision import as_type, compute_dtype
+
+from .layer import ELU, RELU, Layer
+from .registry import register
+
+aten = torch.ops.aten
 
 
 def spatial_norm(u: Tensor, norm: str) -> tuple[Tensor, Tensor]:
@@ -45,7 +51,7 @@ def softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
     # autocast with types that it was not traced with, and this operator does not promote.
     if torch.compiler.is_compiling():
         return s * (ds - (ds * s).sum(-1, keepdim=True))
-    return torch.ops.aten._softmax_backward_data(ds, s, -1, ds.dtype)
+    return aten._softmax_backward_data(ds, s, -1, ds.dtype)
 
 
 def relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
@@ -53,7 +59,50 @@ def relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
     # As for `softmax_grad`.
     if torch.compiler.is_compiling():
         return torch.where(hidden <= 0, 0.0, dh)
-    return torch.ops.aten.threshold_backward(dh, hidden, 0)
+    return aten.threshold_backward(dh, hidden, 0)
+
+
+def batch_norm(
+    layer: Layer, x: Tensor, gamma: Tensor | None, beta: Tensor | None, give: bool = False
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The norm of x (N, C), its running statistics moved, and with `give` the batch's mean and one over its
+    deviation, where they are at hand."""
+    # The operator behind F.batch_norm gives the statistics too; of one image F.batch_norm says what is wrong.
+    give = give and layer.from_batch and x.shape[0] > 1
+    own_mean, own_var, momentum = layer.running_mean, layer.running_var, layer.momentum
+    settles = layer.moves and layer.settling and momentum is not None
+    if own_mean is None or own_var is None or settles:
+        if give:
+            y, *saved = aten._native_batch_norm_legit.no_stats(x, gamma, beta, True, 0.0, layer.eps)
+            found = (saved[0], saved[1])
+        else:
+            y, found = F.batch_norm(x, None, None, gamma, beta, True, 0.0, layer.eps), None
+        if settles:
+            assert momentum is not None
+            settle(x, own_mean, own_var, layer.tracked, momentum)
+        return y, found
+    if layer.training and layer.tracked is not None:
+        layer.tracked.add_(1)
+        if momentum is None:  # the cumulative average of torch's BatchNorm
+            momentum = 1.0 / float(layer.tracked)
+    mean, var = as_type(own_mean, x.dtype), as_type(own_var, x.dtype)
+    if give:
+        y, *saved = aten._native_batch_norm_legit(x, gamma, beta, mean, var, True, momentum or 0.0, layer.eps)
+        found = (saved[0], saved[1])
+    else:
+        y = F.batch_norm(x, mean, var, gamma, beta, layer.training, momentum or 0.0, layer.eps)
+        found = None
+    if layer.training and mean is not own_mean:  # statistics of another type: move the copy
+        own_mean.copy_(mean)
+        own_var.copy_(var)
+    return y, found
+
+
+def probabilities(logits: Tensor, target: Tensor) -> Tensor:
+    """The target as class probabilities (N, K): one-hot for class indices."""
+    if target.is_floating_point():
+        return target.to(logits.dtype)
+    return torch.zeros_like(logits, requires_grad=False).scatter(1, target.unsqueeze(1), 1.0)
 
 
 class CamTerms(NamedTuple):
@@ -77,6 +126,26 @@ def cam_weights(terms: CamTerms, s: Tensor | None, positions: int) -> Tensor:
         # Not alpha=: the compiler drops it from a product that it adds (torch 2.11 and 2.14).
         beta = beta + grad_mean / positions
     return beta
+
+
+class Entropy(NamedTuple):
+    """The cross entropy of each image and the seeds of both gradients; an ignored image has none of them."""
+
+    losses: Tensor  # (N,)
+    share: Tensor | None  # (N,): what an image counts in a mean, 0 for an ignored one; None: all alike
+    score: Tensor  # (N, K): d y / d logits of the class score that Grad-CAM explains
+    grad: Tensor  # (N, K): d mean(loss) / d logits
+
+
+class Guided(NamedTuple):
+    """beta, S and the guidance loss."""
+
+    cam_weights: Tensor  # (N, C): beta
+    channel: Tensor  # (N, C): S
+    losses: Tensor  # (N,)
+    grad_logits: Tensor  # (N, C): de
+    guidance: Tensor  # (): its mean or sum over the batch
+    loss: Tensor  # (): the cross entropy plus the weighted guidance; the guidance where there is no entropy
 
 
 def scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
@@ -123,7 +192,7 @@ def _one_image(x: Tensor) -> bool:
     return guard_or_false(x.shape[0] == 1)
 
 
-class Stages:
+class Backend:
     """The stages in torch operations; `A` is (N, C, L), `s` and `v` are (N, C), `t` is (N, L)."""
 
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
@@ -162,9 +231,67 @@ class Stages:
             return [relu_grad(x, mask) for x in out]
         return [torch.relu(x) for x in out] if relu else out
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b for x (N, C) and W (J, C), which autograd can go through"""
-        return F.linear(x, weight, bias)
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether `product` is the backend's own for matrices of this type, and not torch's."""
+        return False
+
+    def batch_norm(self, x: Tensor, layer: Layer, follows: Layer | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """act(norm(x)) of x (N, C), for the ELU or ReLU that follows, if any, and what the way back needs;
+        running statistics move.  Autograd does not look into it."""
+        gamma = None if layer.weight is None else as_type(layer.weight, x.dtype)
+        beta = None if layer.bias is None else as_type(layer.bias, x.dtype)
+        y, statistics = batch_norm(layer, x, gamma, beta, give=True)
+        saved: tuple[Tensor, ...] = () if statistics is None else statistics
+        if follows is None:
+            return y, saved
+        return F.elu(y, follows.alpha) if follows.kind == ELU else torch.relu(y), (*saved, y)
+
+    def batch_norm_grad(
+        self,
+        rows: Sequence[Tensor],
+        x: Tensor,
+        layer: Layer,
+        follows: Layer | None,
+        saved: tuple[Tensor, ...],
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """dx of each of one or two dy (N, C), and d gamma and d beta (C,) of the last one"""
+        if layer.from_batch:
+            mean, scale = saved[:2]
+            variance = mean
+        else:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            mean, variance = layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype)
+            scale = torch.rsqrt(variance + layer.eps)
+        if follows is not None:
+            y = saved[-1]
+            rows = [
+                aten.threshold_backward(v, y, 0) if follows.kind == RELU
+                else aten.elu_backward(v, follows.alpha, 1, 1, False, y)
+                for v in rows
+            ]  # fmt: skip
+        gamma = None if layer.weight is None else as_type(layer.weight, x.dtype)
+        affine = layer.weight is not None or layer.bias is not None
+        # Without a weight CUDA gives no bias gradient either.  Of a batch's own statistics torch's
+        # backward looks at no variance (but on CUDA asks for one).
+        weight = torch.ones_like(mean) if affine and gamma is None else gamma
+        pulled = [
+            aten.native_batch_norm_backward(
+                row,
+                x,
+                weight,
+                mean,
+                variance,
+                mean,
+                scale,
+                layer.from_batch,
+                layer.eps,
+                [True, affine, affine],
+            )
+            for row in rows
+        ]
+        _, dgamma, dbeta = pulled[-1]
+        return [dx for dx, _, _ in pulled], dgamma if affine else None, dbeta if affine else None
 
     def layer_grads(
         self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
@@ -189,14 +316,37 @@ class Stages:
         (logits,) = self.product([hidden], w2.t(), b2)
         return hidden, logits
 
-    def spatial_attention(self, features: Tensor, s: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-        """T and sum(U) for U = channel_sum(A, s)"""
-        return spatial_norm(self.channel_sum(features, s), norm)
+    def softmax(self, logits: Tensor) -> Tensor:
+        """S (N, C)"""
+        return torch.softmax(logits, -1)
 
-    def attended(self, features: Tensor, s: Tensor, norm: str, pool_type: str) -> tuple[Tensor, ...]:
-        """T and A pooled under it: (pooled, argmax, T, sum(U)); for "max", A at the argmax before T"""
-        t, total = self.spatial_attention(features, s, norm)
-        return *self.pool(features, t, s, pool_type), t, total
+    def softmax_grad(
+        self, ds: Tensor, s: Tensor, extra: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """de (N, C) of dS for S = softmax(e), plus scale times `extra`"""
+        de = softmax_grad(ds, s)
+        if extra is None:
+            return de
+        return de + (extra if scale is None else extra * scale)
+
+    def multiply(self, x: Tensor, y: Tensor, kappa: int) -> Tensor:
+        """kappa x y, all (N, C)"""
+        return x * y if kappa == 1 else x * y * kappa
+
+    def spatial_attention(
+        self, features: Tensor, s: Tensor, norm: str, kappa: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """T, kappa T (empty for kappa = 1) and sum(U) for U = channel_sum(A, s)"""
+        t, total = spatial_norm(self.channel_sum(features, s), norm)
+        return t, t.new_empty(0) if kappa == 1 else t * kappa, total
+
+    def attended(
+        self, features: Tensor, s: Tensor, norm: str, pool_type: str, kappa: int = 1
+    ) -> tuple[Tensor, ...]:
+        """A pooled under kappa T: (pooled, argmax, T, kappa T, sum(U)); for "max", A at the argmax before
+        T"""
+        t, weights, total = self.spatial_attention(features, s, norm, kappa)
+        return *self.pool(features, t if kappa == 1 else weights, s, pool_type), t, weights, total
 
     def pool(self, features: Tensor, t: Tensor | None, s: Tensor, pool_type: str) -> tuple[Tensor, Tensor]:
         """The attended mean, A at the attended maximum, or D; and the argmax, empty but for "max" """
@@ -236,14 +386,15 @@ class Stages:
         norm: str,
     ) -> Tensor:
         """dU for dT = scale channel_sum(A, v) + extra"""
-        return self.spatial_norm_grad(scale * self.channel_sum(features, v), extra, t, total, norm)
+        return self.spatial_norm_grad(self.channel_sum(features, v), scale, extra, t, total, norm)
 
     def spatial_norm_grad(
-        self, dt: Tensor, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+        self, dt: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
     ) -> Tensor:
-        """dU for dT = dt + extra; dt may be (N, L), or (N, P, L) in P parts"""
+        """dU for dT = scale dt + extra; dt may be (N, L), or (N, P, L) in P parts"""
         if dt.dim() == 3:
             dt = dt.sum(1)
+        dt = dt if scale == 1 else dt * scale
         return spatial_norm_grad(dt if extra is None else dt + extra, t, total, norm)
 
     def max_pool(self, features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -282,16 +433,98 @@ class Stages:
         temperature: float,
         divergence: str,
         weight: float,
-        mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C): weight times the gradient
-        of the batch's mean or sum of it, for constant beta, plus what dS brings, if given"""
+        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C): weight times its gradient,
+        for constant beta, plus what dS brings, if given"""
         log_s = torch.log_softmax(logits, -1)
         s = log_s.exp()
         beta = cam_weights(terms, s, positions)
         loss, de = kl_guidance_with_grad(log_s, s, beta, cam_norm, temperature, divergence)
-        de = de * (weight / max(logits.shape[0], 1) if mean else weight)
+        de = de if weight == 1.0 else de * weight
         return beta, s, loss, de if ds is None else de + softmax_grad(ds, s)
+
+    def guided_loss(
+        self,
+        logits: Tensor,
+        terms: CamTerms,
+        ds: Tensor | None,
+        positions: int,
+        cam_norm: str,
+        temperature: float,
+        divergence: str,
+        weight: float,
+        mean: bool,
+        share: Tensor | None,
+        losses: Tensor | None,
+    ) -> Guided:
+        """`guidance` reduced over the images that count by `share` (all: None), de being the weighted
+        gradient of that, plus what dS brings; and the mean of the cross entropies `losses` (N,) plus the
+        weighted guidance"""
+        batch = max(logits.shape[0], 1)
+        if share is None:
+            each = weight / batch if mean else weight
+            beta, s, per_image, de = self.guidance(
+                logits, terms, ds, positions, cam_norm, temperature, divergence, each
+            )
+            guidance = per_image.sum() / batch if mean else per_image.sum()
+        else:
+            beta, s, per_image, de = self.guidance(
+                logits, terms, None, positions, cam_norm, temperature, divergence, weight
+            )
+            counts = share if mean else (share > 0).to(share.dtype)
+            # A product would keep what is not finite of an ignored image.
+            per_image = torch.where(share > 0, per_image, 0.0)
+            de = torch.where((share > 0).unsqueeze(-1), de * counts.unsqueeze(-1), 0.0)
+            de = de if ds is None else de + softmax_grad(ds, s)
+            guidance = (per_image * counts).sum()
+        if losses is None:
+            return Guided(beta, s, per_image, de, guidance, guidance)
+        entropy = losses.sum() / batch if share is None else (losses * share).sum()
+        return Guided(beta, s, per_image, de, guidance, torch.add(entropy, guidance, alpha=weight))
+
+    def cross_entropy(
+        self, logits: Tensor, target: Tensor, smoothing: float, cam_class: str, ignore_index: int | None
+    ) -> Entropy:
+        """The loss of each image for labels (N,) or probabilities (N, K), which need not sum to one, and both
+        seeds; autograd does not look into it"""
+        hard = not target.is_floating_point()
+        share = counts = None
+        if hard and ignore_index is not None:
+            counts = target != ignore_index
+            share = counts.to(logits.dtype) / counts.sum().clamp(min=1)
+            target = target.masked_fill(~counts, 0)
+            logits = torch.where(counts.unsqueeze(-1), logits, 0.0)
+        losses = F.cross_entropy(
+            logits, target if hard else target.to(logits.dtype), reduction="none", label_smoothing=smoothing
+        )
+        q = probabilities(logits, target)
+        y = q if cam_class == "label" else probabilities(logits, logits.argmax(-1))
+        if smoothing:
+            q = q * (1.0 - smoothing) + smoothing / logits.shape[1]
+        p = torch.softmax(logits, -1)
+        grad = p - q if hard else p * q.sum(-1, keepdim=True) - q
+        if share is None or counts is None:
+            return Entropy(losses, None, y, grad / max(logits.shape[0], 1))
+        return Entropy(losses * counts, share, y * counts.unsqueeze(-1), grad * share.unsqueeze(-1))
+
+    def class_scores(
+        self, logits: Tensor, target: Tensor, cam_class: str, ignore_index: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """d y / d logits (N, K) of the class score, 0 for an ignored image, and each image's share as in
+        `Entropy`; None where all count alike"""
+        share = None
+        if ignore_index is not None and not target.is_floating_point():
+            counts = target != ignore_index
+            share = counts.to(logits.dtype) / counts.sum().clamp(min=1)
+            target = target.masked_fill(~counts, 0)
+        y = probabilities(logits, logits.detach().argmax(-1) if cam_class == "predicted" else target)
+        return y if share is None else torch.where((share > 0).unsqueeze(-1), y, 0.0), share
+
+    def parameter_grads(
+        self, factors: Sequence[tuple[Tensor, Tensor]], vectors: Sequence[Tensor], scale: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """`layer_grads` of the factors, and the vectors, both times the scale"""
+        return self.layer_grads(factors, scale), list(vectors) if scale is None else scaled(vectors, scale)
 
     def grad_cam_means(
         self, features: Tensor, grad: Tensor, t: Tensor | None
@@ -356,3 +589,6 @@ class Stages:
         if da.shape != dense:
             da = da.expand(dense).contiguous()  # a hook may change it in place
         return da.transpose(1, 2) if channels_last else da
+
+
+register("torch", Backend())

@@ -1,6 +1,7 @@
 """The fused criterion against the head followed by GGAMLoss: same loss, outputs, gradients and state."""
 
 import gc
+import sys
 import weakref
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bench import timing
 from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
+from ggam_fast.backends.torch import Backend
 from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.reference import GGAMHeadReference
-from ggam_fast.stages import Stages
 from tests import parity
 
 OPTIONS = {
@@ -130,19 +131,27 @@ VIEWS = ("view", "t", "transpose", "expand", "unsqueeze", "squeeze", "select", "
 
 
 class Operations(TorchDispatchMode):
-    """How many operations reach the device, views apart."""
+    """How many operations reach the device, views and what Triton's interpreter does apart."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ not in VIEWS
+        self.count += func.overloadpacket.__name__ not in VIEWS and not self.interpreted()
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def interpreted() -> bool:
+        frame = sys._getframe()
+        while frame is not None and not frame.f_code.co_filename.endswith("runtime/interpreter.py"):
+            frame = frame.f_back  # type: ignore[assignment]
+        return frame is not None
 
 
 @pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="")
 def test_a_step_has_fewer_operations_than_the_references(device: torch.device) -> None:
-    """Where the map is small, what a step costs is how many operations it takes."""
-    head, reference = parity.pair(device=device, dtype=torch.float32)
+    """Where the map is small, what a step costs is how many operations it takes; with torch's own norm, as in
+    torch operations (where nothing is recorded) settling statistics take seven more each."""
+    head, reference = parity.pair(device=device, dtype=torch.float32, norm_layer=nn.BatchNorm1d)
     head.backend = "triton"
     x, target = parity.features(device, torch.float32).requires_grad_(), parity.hard_target(device)
     losses = {
@@ -152,6 +161,7 @@ def test_a_step_has_fewer_operations_than_the_references(device: torch.device) -
     }
     found = {}
     for name, loss in losses.items():
+        loss().backward()  # the first one is recorded
         x.grad = None  # nothing is accumulated
         head.zero_grad()
         reference.zero_grad()
@@ -178,7 +188,7 @@ def test_a_step_holds_less_than_a_tenth_of_the_features(
         "features_grad": lambda self, a, *_: torch.empty_like(a),
     }
     for name, stage in small.items():
-        monkeypatch.setattr(Stages, name, stage)
+        monkeypatch.setattr(Backend, name, stage)
     head = GGAMHead(c, 200)
     x = torch.randn(n, c, 14, 14, dtype=torch.bfloat16).requires_grad_()
     target = torch.randint(200, (n,))
@@ -310,7 +320,7 @@ class Confident(nn.Module):
 
 def test_small_gradients_pass_a_classifier_in_float16(device: torch.device) -> None:
     """d CE / d logits of 1e-8 is far below float16, and the loss scale comes after it."""
-    head = GGAMHead(parity.C, parity.K, classifier=Confident()).to(device)
+    head = GGAMHead(parity.C, parity.K, classifier=Confident(), attention_scale="printed").to(device)
     x = parity.features(device, torch.float32).requires_grad_()
     target = torch.zeros(x.shape[0], dtype=torch.int64, device=device)
 

@@ -1,17 +1,19 @@
-"""channel_sum and spatial_sum: values, derivatives of every order, strides, torch.func."""
+"""The autograd nodes: both contractions (values, derivatives of every order, strides, torch.func), and the
+layer, with torch's own values and gradients, whatever its TF32 switches."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from ggam_fast import functional
-from ggam_fast.stages import Stages, rows_times, rows_times_by_sum
-from tests.parity import relative_error
+from ggam_fast import GGAMHead, checks, functional
+from ggam_fast.autograd import Linear
+from tests.parity import K, N, hard_target, relative_error
 
 EQUATIONS = {"channel_sum": "nchw,nc->nhw", "spatial_sum": "nchw,nhw->nc"}
 CONTRACTIONS = {"channel_sum": functional.channel_sum, "spatial_sum": functional.spatial_sum}
@@ -151,20 +153,89 @@ def test_gradients_under_autocast_stay_float32(name: str, device: torch.device) 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("n", [0, 1, 3])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_means_in_both_layouts(n: int, channels_last: bool, dtype: torch.dtype, device: torch.device) -> None:
-    a = torch.randn(n, 5, 7).to(device, dtype)
-    a = a.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else a
-    found = Stages().spatial_sum(a, None, 1 / 7)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), a.double().mean(2), rtol=1e-6, atol=1e-7)
+# The layer
+
+backends = pytest.mark.parametrize(
+    "backend",
+    ["torch", pytest.param("triton", marks=pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason=""))],
+)
+GIVEN = [("x", "weight", "bias"), ("x",), ("weight",), ("bias",)]
 
 
-def test_rows_times_in_both_forms(device: torch.device) -> None:
-    """As a product, and as the sum that a GPU's compiler gets."""
-    rows, matrix = (torch.randn(shape).to(device) for shape in ((3, 2, 5), (3, 5, 7)))
-    expected = torch.matmul(rows.double(), matrix.double())
-    for form in (rows_times, rows_times_by_sum):
-        torch.testing.assert_close(form(rows, matrix).double(), expected, rtol=1e-5, atol=1e-5)
+def layer_inputs(device: torch.device, given: tuple[str, ...] = GIVEN[0]) -> list[Tensor]:
+    shapes = {"x": (5, 7), "weight": (3, 7), "bias": (3,)}
+    return [torch.randn(shape, device=device).requires_grad_(name in given) for name, shape in shapes.items()]
+
+
+@backends
+@pytest.mark.parametrize("given", GIVEN, ids="-".join)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_values_and_gradients_of_a_layer(
+    given: tuple[str, ...], has_bias: bool, backend: str, device: torch.device
+) -> None:
+    x, weight, bias = layer_inputs(device, given)
+    found = Linear.apply(x, weight, bias if has_bias else None, backend)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, bias)]
+    expected = F.linear(exact[0], exact[1], exact[2] if has_bias else None)
+    assert relative_error(found, expected) < 1e-6
+    pairs = list(zip((x, weight, bias), exact, strict=True))[: 3 if has_bias else 2]
+    asked = [(t, e) for t, e in pairs if t.requires_grad]
+    if not asked:
+        assert not found.requires_grad
+        return
+    # of a sum: the gradient that comes in has no strides of its own
+    for scale in (1.0, torch.randn_like(found)):
+        ours = torch.autograd.grad((found * scale).sum(), [t for t, _ in asked], retain_graph=True)
+        theirs = torch.autograd.grad((expected * scale).sum(), [e for _, e in asked], retain_graph=True)
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative_error(a, b) < 1e-6
+
+
+@backends
+def test_second_derivatives_of_a_layer(backend: str, device: torch.device) -> None:
+    given = layer_inputs(device)
+    exact = [t.detach().double().requires_grad_() for t in given]
+
+    # Of a tenth: the sine of large numbers turns their rounding into its own.
+    def ours(*leaves: Tensor) -> Tensor:
+        return Linear.apply(*leaves, backend)
+
+    found, expected = (
+        torch.autograd.grad((layer(*leaves) / 10).sin().sum(), leaves, create_graph=True)
+        for layer, leaves in ((ours, given), (F.linear, exact))
+    )
+    again = [
+        torch.autograd.grad(sum(g.cos().sum() for g in first), leaves)
+        for first, leaves in ((found, given), (expected, exact))
+    ]
+    for a, b in zip((*found, *again[0]), (*expected, *again[1]), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
+@pytest.mark.parametrize("hidden_size", [260, 0])
+def test_a_head_has_one_set_of_logits(hidden_size: int, device: torch.device) -> None:
+    """With a graph and without one, and of the loss in one piece: the same products, so the same bits."""
+    head = GGAMHead(300, K, hidden_size=hidden_size, backend="triton", device=device)
+    x, target = torch.randn(N, 300, 3, 5, device=device), hard_target(device)
+    with torch.no_grad():
+        expected = head(x, target).logits
+    assert torch.equal(head(x, target).logits, expected)
+    assert torch.equal(functional.fused_ggam_loss(head, x, target).out.logits, expected)
+
+
+@pytest.mark.gpu
+def test_torchs_switches_change_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = GGAMHead(512, K, device=device).train()
+    x = torch.randn(N, 512, 5, 5, device=device, requires_grad=True)
+    target = hard_target(device)
+
+    def step() -> list[Tensor]:
+        out = head(x, target)
+        loss = F.cross_entropy(out.logits, target) + out.guidance_loss
+        return [out.logits, *torch.autograd.grad(loss, [x, *head.parameters()])]
+
+    expected = step()
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    for a, b in zip(step(), expected, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,1 @@
+"""What the closed form runs on: torch operations or Triton kernels, found by name in `registry`."""

@@ -1,0 +1,51 @@
+"""The stages with a derivative of every order: the two contractions as autograd nodes, torch for the rest."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ggam_fast.autograd import ChannelSum, SpatialSum
+
+from .registry import register_differentiable
+from .torch import Backend
+
+
+class DifferentiableBackend(Backend):
+    """`name` is the backend that the contractions run on."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
+        if self._traced:
+            return super().channel_sum(features, weights)
+        return ChannelSum.apply(features, weights, self.name)
+
+    @property
+    def _traced(self) -> bool:
+        """Dynamo loses the second derivative of an autograd Function (zeros, silently; torch 2.15)."""
+        return self.name == "torch" and torch.compiler.is_compiling()
+
+    def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        if weights is None or self._traced:  # torch's own sum of A has all its derivatives
+            return super().spatial_sum(features, weights, scale)
+        return SpatialSum.apply(features, weights, self.name) * scale
+
+    def attention_backward(
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+    ) -> list[tuple[Tensor, Tensor]]:
+        (v,) = grads
+        du = self.spatial_attention_grad(features, v, scale, extra, t, total, norm)
+        return [(du, self.spatial_sum(features, du))]
+
+
+for _name in ("torch", "triton"):
+    register_differentiable(_name, DifferentiableBackend(_name))

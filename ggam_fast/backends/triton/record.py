@@ -1,0 +1,496 @@
+"""A step's launches, recorded once from the closed form and replayed without it.
+
+`Recorder` runs the closed form on tensors that have a shape but no memory.  It notes every launch, and
+refuses every other operation on a tensor but allocating one and viewing one: what it accepts is a list of
+launches and nothing else.  `Recorder.tape` turns the notes into a `Tape`, whose launches name their tensors
+by slot and offset:
+
+    environment = [kept, scratch, constants, counters, *inputs, *outputs]        addresses and numbers
+
+What a launch of another tape reads (the backward's) lies in `kept`, all else that is neither input nor
+output in `scratch`.  Both are allocated anew for each replay, so replays may be nested and interleaved.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
+
+from . import launch as launching
+from .launch import record_to, recorder, remembers, trailing
+
+KEPT, SCRATCH, CONSTANTS, COUNTERS, FIRST = range(5)
+_ALIGNMENT = 256  # bytes: of every tensor in an arena
+_FILLS = {"zeros": 0.0, "new_zeros": 0.0, "zeros_like": 0.0, "ones": 1.0, "new_ones": 1.0, "ones_like": 1.0}
+_EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like")
+
+
+class NotRecordable(Exception):
+    """The step does more than launch kernels."""
+
+
+class Number(float):
+    """A number that each replay is given anew; it goes into launches as it is."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise NotRecordable("arithmetic with a number that each replay is given")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __neg__ = _refuse
+    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+class _Memory:
+    """What one storage of the recording is."""
+
+    def __init__(self, tensor: Tensor, fill: float | None = None):
+        self.tensor, self.fill = tensor, fill  # the tensor keeps its storage, and so its key, alive
+        self.offset = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.untyped_storage().nbytes()
+
+
+class _Note(NamedTuple):
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the launches of the closed form; see above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: dict[int, _Memory] = {}
+        self.notes: list[_Note] = []
+        self.passes = 0  # that were taken
+        self.parts: dict[int, tuple[int, int]] = {}  # storages that lie in another, and where
+        with torch.utils._python_dispatch._disable_current_modes():
+            self.counters = torch.empty(1, dtype=torch.int32, device="meta")  # all of a pass, as one
+        self.count = Number(0)
+        self._before: Any = None
+
+    def __enter__(self) -> "Recorder":
+        self._before = recorder()
+        record_to(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        record_to(self._before)
+        super().__exit__(*error)
+
+    def like(self, x: Tensor) -> Tensor:
+        """A tensor that stands for one of x's shape, strides and type."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    def like_each(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One for each; the same for the same."""
+        twins = {id(x): x for x in tensors}
+        made = {key: self.like(x) for key, x in twins.items()}
+        return [made[id(x)] for x in tensors]
+
+    def scalar(self) -> Tensor:
+        """A tensor that stands for a float32 scalar."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            return torch.empty((), device="meta")
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        self.notes.append(_Note(kernel, programs, arguments, constants))
+
+    def take(self) -> list[_Note]:
+        """The launches noted since the last call."""
+        notes, self.notes = self.notes, []
+        self.passes += 1
+        return notes
+
+    def together(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor of all these (each dense and float32) in their order, each at whole blocks of 16
+        bytes."""
+        at = 0
+        with torch.utils._python_dispatch._disable_current_modes():
+            sizes = [(x.numel() + 3) // 4 * 4 for x in tensors]
+            whole = torch.empty(sum(sizes), device="meta")
+            for x, size in zip(tensors, sizes, strict=True):
+                begin = _key(whole), 4 * (at - int(x.storage_offset()))
+                if not x.is_contiguous() or self.parts.setdefault(_key(x), begin) != begin:
+                    raise NotRecordable("a part that is not whole, or not behind its neighbour")
+                if self.memory[_key(x)].fill is not None:
+                    raise NotRecordable("a part that no launch writes")
+                at += size
+        self.memory[_key(whole)] = _Memory(whole)
+        return whole
+
+    def clearing(self) -> tuple[Tensor | None, Any]:
+        """For a launch that can clear counters: those of all that follow, if it is the first one."""
+        return (None, 0) if self.notes or self.passes else (self.counters, self.count)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
+        if name in _EMPTY or name in _FILLS:
+            out = func(*args, **(kwargs | {"device": "meta"}))
+            self.memory[_key(out)] = _Memory(out, _FILLS.get(name))
+            return out
+        views = [r.alias_info for r in func._schema.returns]
+        if views and all(v is not None and not v.is_write for v in views):
+            return func(*args, **kwargs)
+        raise NotRecordable(f"{func} between launches")
+
+
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class Launch:
+    """A launch whose dynamic values are looked up in an environment."""
+
+    def __init__(self, note: _Note, place: Callable[[Any], tuple[int, int]]):
+        self.kernel, self.programs, self.constants = note.kernel, note.programs, note.constants
+        self.values: list[Any] = list(note.arguments)
+        self.dynamic: list[tuple[int, int, int]] = []  # (argument, slot, bytes from the slot's address)
+        self.types: dict[int, torch.dtype] = {}
+        for i, x in enumerate(note.arguments):
+            if isinstance(x, (Tensor, Number)):
+                self.dynamic.append((i, *place(x)))
+                self.values[i] = None
+                if isinstance(x, Tensor):
+                    self.types[i] = x.dtype
+        self.run: Any = None
+        self.count = len(note.arguments)
+
+    def first(self, environment: Sequence[Any], tensors: Sequence[Any]) -> None:
+        """With tensors, through Triton, which compiles; from then on `run` takes addresses."""
+        arguments = self.values[: self.count]
+        for i, slot, offset in self.dynamic:
+            dtype = self.types.get(i)
+            arguments[i] = environment[slot] if dtype is None else _at(tensors[slot], offset, dtype)
+        compiled = self.kernel[(self.programs,)](*arguments, **self.constants)
+        serves = self.run is None and remembers(self.kernel)
+        if serves and launching._serves_all_alike(compiled, tuple(arguments)):
+            # Assigned, not added to: another thread may do the same.
+            self.values = [*self.values[: self.count], *trailing(self.kernel, self.count, self.constants)]
+            self.function, self.packed = compiled.function, compiled.packed_metadata
+            self.run = compiled.run
+
+    def written(self, index: int, names: dict[str, Any]) -> str:
+        """The launch as a line of Python, of an environment's `e0`, `e1`, ...; what it calls goes into
+        `names`."""
+        inner = _Inner(self.run, self.function, self.packed, self.values)
+        names |= {f"call{index}": inner.call, f"middle{index}": inner.middle}
+        values = [repr(x) for x in self.values]
+        for i, slot, offset in self.dynamic:
+            values[i] = f"e{slot} + {offset}" if offset else f"e{slot}"
+        arguments = "".join(f"{x}, " for x in values)
+        if inner.packs:
+            arguments = f"({arguments})"
+        return f"    call{index}({self.programs}, 1, 1, stream, *middle{index}, {arguments})"
+
+
+class _Inner:
+    """The call that Triton's launcher ends in, which takes half the time of the launcher; the launcher
+    itself where it has memory to allocate, or ends in a call of another form."""
+
+    def __init__(self, run: Any, function: Any, packed: Any, values: list[Any]):
+        self.call, self.packs = run, False
+        self.middle: tuple[Any, ...] = (function, packed, None, None, None)
+        if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
+            return
+        found: list[tuple[Any, ...]] = []
+        twin = copy.copy(run)
+        twin.launch = lambda *arguments: found.append(arguments)
+        begin = (7, 1, 1, 11)  # programs and stream
+        twin(*begin, *self.middle, *values)
+        if len(found) != 1 or found[0][:4] != begin:
+            return
+        (inner,) = found
+        if inner[-1] == tuple(values):
+            self.call, self.packs, self.middle = run.launch, True, inner[4:-1]
+        elif inner[-len(values) :] == tuple(values):
+            self.call, self.middle = run.launch, inner[4 : -len(values)]
+
+
+def _arena(
+    size: int, dtype: torch.dtype, device: torch.device, make: Callable[..., Tensor] = torch.empty
+) -> Callable[[], Tensor] | None:
+    return partial(make, size, dtype=dtype, device=device) if size else None
+
+
+def _at(tensor: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """One element of this type, `offset` bytes behind the tensor's first."""
+    start = tensor.storage_offset() * tensor.element_size() + offset
+    out = torch.empty(0, dtype=dtype, device=tensor.device)
+    return out.set_(tensor.untyped_storage(), start // out.element_size(), (1,), (1,))
+
+
+class Tape:
+    """Launches in order, and how much memory each arena of a replay needs."""
+
+    def __init__(self, launches: list[Launch], scratch: int, counters: int, device: torch.device):
+        self.launches, self.device = launches, device
+        self._scratch = _arena(scratch, torch.uint8, device)
+        self._counters = _arena(counters, torch.int32, device, torch.zeros)
+        self.compiled = not launches
+        """Whether a replay takes addresses; else it goes through Triton, as a first one does."""
+        self._launch_all: Callable[[int, tuple[Any, ...]], None] | None = None
+
+    def play(
+        self,
+        kept: Tensor | None,
+        constants: Tensor | None,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        addresses: Sequence[int],
+        numbers: Sequence[float],
+    ) -> None:
+        """Launch all on the current stream of the device; `addresses` are those of the inputs and outputs
+        in their order, and `numbers` follow them."""
+        scratch = None if self._scratch is None else self._scratch()
+        counters = None if self._counters is None else self._counters()
+        environment = (
+            0 if kept is None else kept.data_ptr(),
+            0 if scratch is None else scratch.data_ptr(),
+            0 if constants is None else constants.data_ptr(),
+            0 if counters is None else counters.data_ptr(),
+            *addresses,
+            *map(float, numbers),  # Triton would compile an int for its value
+        )
+        if not self.compiled or _hooked():
+            arenas = (kept, scratch, constants, counters)
+            tensors = [*arenas, *inputs, *outputs]
+            with torch.cuda.device_of(inputs[0]):
+                for launch in self.launches:
+                    launch.first(environment, tensors)
+            self.compiled = all(launch.run is not None for launch in self.launches)
+            return
+        index = self.device.index
+        if index is None or torch.cuda.current_device() == index:
+            self._launch(environment, index)
+        else:
+            with torch.cuda.device(index):
+                self._launch(environment, index)
+
+    def _launch(self, environment: tuple[Any, ...], index: int | None) -> None:
+        stream = driver.active.get_current_stream(index)
+        if self._launch_all is None:
+            self._launch_all = self._written(len(environment))
+        self._launch_all(stream, environment)
+
+    def _written(self, size: int) -> Callable[[int, tuple[Any, ...]], None]:
+        """All launches as one function, as this is what a replay spends its time on: 9 us for the 26 of a
+        step, where a loop over lists takes 37."""
+        names: dict[str, Any] = {}
+        lines = [launch.written(i, names) for i, launch in enumerate(self.launches)]
+        unpacked = "".join(f"e{i}, " for i in range(size))
+        exec(
+            "\n".join(["def launch_all(stream, environment):", f"    {unpacked}= environment", *lines]), names
+        )
+        return names["launch_all"]
+
+
+_runtime = triton.knobs.runtime
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to see every launch, with its arguments."""
+    return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
+
+
+class Pass(NamedTuple):
+    """What was noted of one direction: its launches, what it is given, what it makes."""
+
+    notes: Sequence[_Note]
+    inputs: Sequence[Tensor]
+    numbers: Sequence[Number]
+    outputs: Sequence[Tensor | None]
+
+
+class Recording:
+    """The tapes of a forward and, where there is one, its backward.
+
+    `saved` says what the backward is given beside its own inputs: tensors of the forward, counted through its
+    inputs and then its outputs.
+    """
+
+    def __init__(self, recorder: Recorder, passes: Sequence[Pass], device: torch.device):
+        self.device = device
+        forward = passes[0]
+        shared = [*forward.inputs, *_some(forward.outputs)]
+        touched = [_touched(p) for p in passes]
+        own = [{_key(x) for x in (*p.inputs, *_some(p.outputs))} for p in passes]
+        later = touched[1] - own[1] if len(passes) > 1 else set()
+        self.saved = [i for i, x in enumerate(shared) if _key(x) in later]
+        self.strides = [shared[i].stride() for i in self.saved]
+        lists = [shared]
+        if len(passes) > 1:
+            made = {_key(x): x for x in _some(passes[1].outputs)}  # one slot a storage
+            lists.append([*passes[1].inputs, *(shared[i] for i in self.saved), *made.values()])
+        slots = [{_key(x): FIRST + i for i, x in enumerate(given)} for given in lists]
+
+        self._filled: list[tuple[int, _Memory]] = []
+        sizes = {KEPT: 0, CONSTANTS: 0}
+        placed: dict[int, tuple[int, int]] = {}
+        tapes = []
+        for at, p in enumerate(passes):
+            scratch = counters = 0
+            here = dict(placed)
+            cleared = any(x is recorder.counters for note in p.notes[:1] for x in note.arguments)
+            here |= {
+                k: (slots[at][whole], o) for k, (whole, o) in recorder.parts.items() if whole in slots[at]
+            }
+            for key in _in_order(p):
+                if key in slots[at] or key in here or key == _key(recorder.counters):
+                    continue
+                memory = recorder.memory.get(key)
+                if memory is None:
+                    raise NotRecordable("a tensor that was neither given nor allocated")
+                if memory.fill is None and key in later and at == 0:
+                    placed[key] = here[key] = KEPT, sizes[KEPT]
+                    sizes[KEPT] += _rounded(memory.bytes)
+                elif memory.fill is None:
+                    here[key] = SCRATCH, scratch
+                    scratch += _rounded(memory.bytes)
+                elif memory.tensor.dtype == torch.int32:
+                    here[key] = COUNTERS, 4 * counters
+                    counters += memory.bytes // 4
+                else:
+                    placed[key] = here[key] = CONSTANTS, sizes[CONSTANTS]
+                    self._filled.append((sizes[CONSTANTS], memory))
+                    sizes[CONSTANTS] += _rounded(memory.bytes)
+            if cleared:  # by the first launch: as good as scratch
+                begin = SCRATCH, scratch
+                here |= {k: (SCRATCH, scratch + o) for k, (s, o) in here.items() if s == COUNTERS}
+                here[_key(recorder.counters)] = begin
+                scratch += _rounded(4 * counters)
+            numbers = {id(n): FIRST + len(lists[at]) + i for i, n in enumerate(p.numbers)}
+            place = _placer(slots[at], here, numbers)
+            launches = [Launch(_counted(note, recorder, counters), place) for note in p.notes]
+            tapes.append(Tape(launches, scratch, 0 if cleared else counters, device))
+        self.forward, self.backward = tapes[0], tapes[1] if len(tapes) > 1 else None
+        self.constant: Sequence[int] = ()  # outputs without a gradient
+        self.again: Any = None  # the backward through autograd, where a replay will not do
+        self._constant_bytes = sizes[CONSTANTS]
+        self.kept = _arena(sizes[KEPT], torch.uint8, device)
+        """Makes the memory that lives from a forward to its backward; None if there is none."""
+        self.outputs = [_Blank(x, recorder.memory.get(_key(x)), device) for x in _some(forward.outputs)]
+        wholes = {whole for whole, _ in recorder.parts.values()}
+        for blank, x in zip(self.outputs, _some(forward.outputs), strict=True):
+            if blank.fill is None and _key(x) not in touched[0] and _key(x) not in wholes:
+                raise NotRecordable("an output that no launch writes")
+        self._constants: Tensor | None = None
+        # Of the backward, whose outputs after the first (dA) are the parameters' gradients.
+        da, *grads = passes[1].outputs if len(passes) > 1 else [None]
+        self.da = None if da is None else _Blank(da, None, device)
+        self.gradients = _Gradients(_some(grads), device)
+
+    def constants(self) -> Tensor | None:
+        """Read by launches, never written; filled once."""
+        if self._constants is None and self._constant_bytes:
+            on_gpu = self.device.type == "cuda"
+            capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+            constants = torch.empty(self._constant_bytes, dtype=torch.uint8, device=self.device)
+            for offset, memory in self._filled:
+                part = constants[offset : offset + memory.bytes].view(memory.tensor.dtype)
+                assert memory.fill is not None
+                part.fill_(memory.fill)
+            if capturing:  # a graph's memory is the graph's alone
+                return constants
+            if on_gpu:
+                torch.cuda.current_stream(self.device).synchronize()  # once; other streams will read it
+            self._constants = constants
+        return self._constants
+
+
+class _Blank:
+    """How to make an output before a replay fills it."""
+
+    def __init__(self, x: Tensor, memory: _Memory | None, device: torch.device):
+        self.shape = x.shape
+        self.fill = None if memory is None else memory.fill
+        self.make: Callable[[], Tensor]
+        if self.fill is not None:
+            self.make = partial(torch.full, x.shape, self.fill, dtype=x.dtype, device=device)
+        elif x.is_contiguous():
+            self.make = partial(torch.empty, x.shape, dtype=x.dtype, device=device)
+        else:
+            self.make = partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype, device=device)
+
+
+class _Gradients:
+    """Gradients as views of one tensor, in which the neighbours of a storage stay neighbours."""
+
+    def __init__(self, outputs: list[Tensor], device: torch.device):
+        groups: dict[int, list[int]] = {}
+        for i, x in enumerate(outputs):
+            groups.setdefault(_key(x), []).append(i)
+        self._templates: list[Tensor] = []
+        self._begins: list[int] = []
+        where: dict[int, int] = {}
+        for group in groups.values():
+            self._begins.append(len(self._templates))
+            end = 0
+            for i in sorted(group, key=lambda i: outputs[i].storage_offset()):
+                if outputs[i].storage_offset() != end or not outputs[i].is_contiguous():
+                    raise NotRecordable("a gradient with gaps before it")
+                end += outputs[i].numel()
+                where[i] = len(self._templates)
+                self._templates.append(torch.empty(()).expand(outputs[i].shape))
+            self._templates.append(torch.empty(-end % 4))  # so that each begins at 16 bytes
+        self._where = [where[i] for i in range(len(outputs))]
+        self._flat = partial(torch.empty, sum(x.numel() for x in self._templates), device=device)
+
+    def make(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Where each storage begins, and each gradient."""
+        if not self._where:
+            return [], []
+        parts = torch._C._nn.unflatten_dense_tensors(self._flat(), self._templates)
+        return [parts[i] for i in self._begins], [parts[i] for i in self._where]
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _some(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _in_order(p: Pass) -> list[int]:
+    return list(dict.fromkeys(_key(x) for note in p.notes for x in note.arguments if isinstance(x, Tensor)))
+
+
+def _touched(p: Pass) -> set[int]:
+    return set(_in_order(p))
+
+
+def _counted(note: _Note, recorder: Recorder, counters: int) -> _Note:
+    """The note with how many counters it has to clear, if any."""
+    arguments = [counters if x is recorder.count else x for x in note.arguments]
+    if not counters:
+        arguments = [None if x is recorder.counters else x for x in arguments]
+    return note._replace(arguments=tuple(arguments))
+
+
+def _placer(
+    slots: dict[int, int], here: dict[int, tuple[int, int]], numbers: dict[int, int]
+) -> Callable[[Tensor | Number], tuple[int, int]]:
+    def place(x: Tensor | Number) -> tuple[int, int]:
+        if isinstance(x, Number):
+            return numbers[id(x)], 0
+        key = _key(x)
+        slot, offset = (slots[key], 0) if key in slots else here[key]
+        return slot, offset + int(x.storage_offset()) * x.element_size()
+
+    return place

@@ -1,0 +1,1 @@
+"""The classifier's scores and their gradients: known layers in closed form, any other module by autograd."""

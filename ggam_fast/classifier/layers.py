@@ -1,0 +1,69 @@
+"""Which classifiers are known: a chain of Linear, BatchNorm1d, ELU, ReLU, Dropout and Identity, read layer by
+layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ggam_fast.backends.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
+from ggam_fast.norm import SettlingBatchNorm1d
+
+
+def modules_of(classifier: nn.Module) -> list[nn.Module]:
+    """The layers of an nn.Sequential, else the classifier as one layer."""
+    # A subclass without a forward of its own, such as FSDP makes, runs its layers too.
+    own_forward = type(classifier).forward is not nn.Sequential.forward
+    if isinstance(classifier, nn.Sequential) and not own_forward and len(classifier) > 0:
+        return list(classifier)  # with all occurrences of a layer
+    return [classifier]
+
+
+def known_modules(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | None:
+    """The layers in order, dropout before the last one; None if any has no closed form here."""
+    *body, last = modules_of(classifier)
+    modules = [*body, drop, last]
+    known = all(type(m) in _READERS and not hooked(m) for m in modules)
+    return modules if known and not hooked(classifier) else None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether the module must be called as a module, for its hooks or a forward of its own to run."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks,
+             module._backward_hooks, module._backward_pre_hooks)  # fmt: skip
+    return any(hooks) or "forward" in vars(module)
+
+
+def known_layers(classifier: nn.Module, drop: nn.Dropout) -> list[Layer] | None:
+    """`known_modules`, read."""
+    modules = known_modules(classifier, drop)
+    return None if modules is None else [read(m) for m in modules]
+
+
+def read(module: nn.Module) -> Layer:
+    """What the layer computes with, as it is now."""
+    return _READERS[type(module)](module)
+
+
+def _linear(m: nn.Linear) -> Layer:
+    return Layer(LINEAR, m.weight, m.bias)
+
+
+def _batch_norm(m: nn.BatchNorm1d) -> Layer:
+    mean, var = m.running_mean, m.running_var
+    if m.training and not m.track_running_stats:
+        mean = var = None
+    return Layer(BATCH_NORM, m.weight, m.bias, mean, var, m.num_batches_tracked, m.training, m.eps,
+    m.momentum,
+                 type(m) is SettlingBatchNorm1d)  # fmt: skip
+
+
+_READERS: dict[type, Callable[[Any], Layer]] = {
+    nn.Linear: _linear,
+    nn.BatchNorm1d: _batch_norm,
+    SettlingBatchNorm1d: _batch_norm,
+    nn.ELU: lambda m: Layer(ELU, alpha=m.alpha),
+    nn.ReLU: lambda m: Layer(RELU),
+    nn.Dropout: lambda m: Layer(DROPOUT, training=m.training, p=m.p),
+    nn.Identity: lambda m: Layer(IDENTITY),
+}

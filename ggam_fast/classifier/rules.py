@@ -1,0 +1,201 @@
+"""The known layers in closed form: scores, v = d y / d pooled, and the parameters' gradients as factors.
+
+Each layer's way back is written out; for code that autograd goes through again in torch operations, else in
+the backend's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ggam_fast.autograd import Linear
+from ggam_fast.backends.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
+from ggam_fast.backends.registry import get_backend
+from ggam_fast.backends.torch import Backend, batch_norm
+from ggam_fast.precision import as_type
+
+
+class LayerGradient(NamedTuple):
+    """The gradients of a layer's weight and bias: for dy (N, J) and x (N, C) dy^T x and the sum of dy over
+    the batch, which the caller has yet to take; or, of a batch norm, the two themselves."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    left: Tensor  # dy | d weight
+    right: Tensor  # x | d bias
+    product: bool
+
+
+Pullback = Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], list[LayerGradient]]]
+"""From gradients of the output to those of the input; with gradients disabled also to the parameters', for
+the last of them."""
+
+
+class Scores(NamedTuple):
+    """Logits, and the map from gradients d y / d logits (N, K) to v = d y / d pooled."""
+
+    logits: Tensor
+    pull_back: Pullback
+
+
+def run(layers: Sequence[Layer], x: Tensor, backend: str) -> Tensor:
+    """The layers' output, in the type of x whatever the parameters' type."""
+    return _forward(layers, x, backend)[0]
+
+
+def scores(
+    layers: Sequence[Layer],
+    x: Tensor,
+    detach: bool,
+    backend: str,
+    statistics: list[tuple[Tensor, ...]] | None = None,
+) -> Scores:
+    """Run each layer once (batch statistics move once, one dropout mask) and remember its pullback.  What
+    each batch norm normalised with is added to `statistics`."""
+    y, pullbacks = _forward(layers, x, backend, statistics)
+
+    def pull_back(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        gradients: list[LayerGradient] = []
+        for pull in reversed(pullbacks):
+            rows, found = pull(rows)
+            gradients += found
+        return rows, gradients
+
+    def detached(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        with torch.no_grad():
+            return pull_back(rows)
+
+    return Scores(y, detached if detach else pull_back)
+
+
+def _forward(
+    layers: Sequence[Layer],
+    x: Tensor,
+    backend: str,
+    statistics: list[tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, list[Pullback]]:
+    pullbacks: list[Pullback] = []
+    at = 0
+    while at < len(layers):
+        layer, at = layers[at], at + 1
+        if layer.kind == BATCH_NORM and x.shape[0] and not torch.is_grad_enabled():
+            # A backend does the norm and what follows at once.
+            follows = layers[at] if at < len(layers) and layers[at].kind in (ELU, RELU) else None
+            at += follows is not None
+            x, pull, saved = _norm_and_activation(layer, follows, x, get_backend(backend))
+            if statistics is not None:
+                statistics.append(saved)
+        else:
+            x, pull = _RULES[layer.kind](layer, x, backend)
+        pullbacks.append(pull)
+    return x, pullbacks
+
+
+def _linear(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+    assert layer.weight is not None
+    weight = as_type(layer.weight, x.dtype)
+    bias = None if layer.bias is None else as_type(layer.bias, x.dtype)
+
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        held = LayerGradient(layer.weight, layer.bias, rows[-1], x, True)
+        # torch's products have derivatives of every order.
+        stages = get_backend("torch" if torch.is_grad_enabled() else backend)
+        return stages.product(rows, weight), [held]
+
+    own = get_backend(backend)
+    if not own.multiplies(weight.dtype):
+        return F.linear(x, weight, bias), pull
+    if torch.is_grad_enabled():
+        return Linear.apply(x, weight, bias, backend), pull
+    return own.product([x], weight.t(), bias)[0], pull
+
+
+def _identity(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+    return x, lambda rows: (rows, [])
+
+
+def _dropout(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+    if not layer.training or layer.p == 0.0:
+        return _identity(layer, x, backend)
+    mask = F.dropout(torch.ones_like(x), layer.p)
+    return x * mask, lambda rows: ([v * mask for v in rows], [])
+
+
+def _relu(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+    return torch.relu(x), lambda rows: ([torch.ops.aten.threshold_backward(v, x, 0) for v in rows], [])
+
+
+def _elu(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        if torch.is_grad_enabled():  # torch's own has no third derivative
+            slope = (layer.alpha * x.clamp(max=0).exp()).masked_fill(x > 0, 1.0)
+            return [v * slope for v in rows], []
+        return [torch.ops.aten.elu_backward(v, layer.alpha, 1, 1, False, x) for v in rows], []
+
+    return F.elu(x, layer.alpha), pull
+
+
+def _norm_and_activation(
+    layer: Layer, follows: Layer | None, x: Tensor, backend: Backend
+) -> tuple[Tensor, Pullback, tuple[Tensor, ...]]:
+    y, saved = backend.batch_norm(x, layer, follows)
+
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        found, dgamma, dbeta = backend.batch_norm_grad(rows, x, layer, follows, saved)
+        if dgamma is None or dbeta is None:
+            return found, []
+        return found, [LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)]
+
+    return y, pull, saved
+
+
+def _batch_norm(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+    """In operations that autograd goes through, any number of times."""
+    dtype = x.dtype
+    gamma = None if layer.weight is None else as_type(layer.weight, dtype)
+    beta = None if layer.bias is None else as_type(layer.bias, dtype)
+    if x.shape[0] == 0:
+        # No statistics to take or to move; the parameters stay in the graph.
+        slope = torch.ones_like(x[:1]) if gamma is None else gamma
+
+        def pull_nothing(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+            v = rows[-1]
+            held = LayerGradient(layer.weight, layer.bias, (v * x).sum(0), v.sum(0), False)
+            return [v * slope for v in rows], [held]
+
+        return x * slope + (0.0 if beta is None else beta), pull_nothing
+    y, _ = batch_norm(layer, x, gamma, beta)
+
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        if layer.from_batch:
+            variance, mean = torch.var_mean(x, 0, correction=0)
+        else:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            mean, variance = layer.running_mean.to(dtype), layer.running_var.to(dtype)
+        scale = torch.rsqrt(variance + layer.eps)
+        if torch.is_grad_enabled():
+            weighted = rows if gamma is None else [v * gamma for v in rows]
+            if not layer.from_batch:
+                return [v * scale for v in weighted], []
+            normed = (x - mean) * scale
+            return [scale * (v - v.mean(0) - normed * (v * normed).mean(0)) for v in weighted], []
+        found, dgamma, dbeta = get_backend("torch").batch_norm_grad(rows, x, layer, None, (mean, scale))
+        if dgamma is None or dbeta is None:
+            return found, []
+        return found, [LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)]
+
+    return y, pull
+
+
+_RULES: dict[str, Callable[[Layer, Tensor, str], tuple[Tensor, Pullback]]] = {
+    LINEAR: _linear,
+    BATCH_NORM: _batch_norm,
+    ELU: _elu,
+    RELU: _relu,
+    DROPOUT: _dropout,
+    IDENTITY: _identity,
+}

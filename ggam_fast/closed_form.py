@@ -1,0 +1,351 @@
+"""The mathematics of GGAM alone, in a backend's terms: no autograd, no checks, no launches.
+
+Forward, in the paper's order (A is (N, C, L)):
+
+    g = mean_l A          e = FC2(relu(FC1(g)))        S = softmax_c(e)                      F_cg, F_cr
+    U = channel_sum(A, S)                              T = softmax_l(U)                      F_cm, F_fa
+    D = kappa A * T, pooled: mean, maximum, or D itself                                      F_sm
+
+Backward, given v = d/d pooled:
+
+    dT = kappa channel_sum(A, v) / L       dU = T (dT - <dT, T>)        dS = spatial_sum(A, dU)
+    de = S (dS - <dS, S>)                  dg = (de W2 * [h > 0]) W1
+    dA = kappa (v (x) T) / L + S (x) dU + (dg / L) (x) 1
+
+Grad-CAM's channel weights are the same backward for the class score, v = d y / d pooled, and its mean:
+
+    beta = mean_l dA = ( kappa v * sum(T)/L + S * sum(dU) + dg ) / L      cam_at="features"
+    beta = mean_l d y / d D = v / L                                      cam_at="attended", no pass over A
+
+dA is a sum of outer products: it is written, A is not read for it, and nothing of A's size is saved but A.
+One node means one write: the guidance loss reaches A through e, in the same dA.
+
+kappa makes the weights that multiply A average to one: T sums to one over L positions, so the mean of the
+printed D (kappa = 1) is 1/L of a plain head's features.
+
+Source of Grad-CAM: Selvaraju et al. (arXiv 1610.02391), eq. 1.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.torch import Backend, CamTerms
+from .precision import as_type, compute_dtype
+
+
+class Options(NamedTuple):
+    """What of the method is switched on (checked strings, see `checks`)."""
+
+    attention: str = "channel_spatial"
+    spatial_norm: str = "softmax"
+    pool_type: str = "avg"
+    attention_scale: str = "unit_mean"
+
+    @property
+    def uses_channel(self) -> bool:
+        return self.attention in ("channel_spatial", "channel")
+
+    @property
+    def uses_spatial(self) -> bool:
+        return self.attention in ("channel_spatial", "spatial")
+
+    @property
+    def dense(self) -> bool:
+        return self.pool_type in ("flatten", "")
+
+    def kappa(self, channels: int, positions: int) -> int:
+        """What the weights of A are multiplied by: 1 as printed, else one over their mean."""
+        if self.attention_scale == "printed":
+            return 1
+        if self.uses_spatial:
+            return 1 if self.spatial_norm == "sigmoid" else positions
+        return channels if self.attention == "channel" else 1
+
+
+class ChannelMLP(NamedTuple):
+    """F_cr's two layers: fc1 (C/r, C), (C/r,) and fc2 (C, C/r), (C,); None without channel attention."""
+
+    fc1_weight: Tensor | None
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor | None
+    fc2_bias: Tensor | None
+
+
+class Attended(NamedTuple):
+    """Everything the forward knows, small but for a dense `pooled`; unused entries are empty."""
+
+    pooled: Tensor  # (N, C), or D (N, C, L) for a dense classifier
+    channel_logits: Tensor  # (N, C): e; zeros without channel attention, so that S = 1/C
+    spatial: Tensor  # (N, L): T; ones without spatial attention
+    mean: Tensor  # (N, C): g
+    hidden: Tensor  # (N, C/r): relu(FC1(g))
+    total: Tensor  # (N,): sum(U)
+    peak: Tensor  # (N, C): A at the argmax
+    peak_index: Tensor  # (N, C): the argmax
+    weights: Tensor  # (N, L): kappa T; empty for kappa = 1
+    channel: Tensor | None = None  # (N, C): S, where it is at hand
+
+    @property
+    def spatial_weights(self) -> Tensor:
+        """kappa T, what multiplies A."""
+        return self.weights if self.weights.dim() == 2 else self.spatial
+
+
+class Factors(NamedTuple):
+    """The small factors of dA, and what the MLP's own gradients need."""
+
+    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first kappa mean_l T / L
+    first: Tensor  # (N, C): x, or the dense G
+    channel: Tensor  # (N, C): S; what weights the dense G without spatial attention
+    grad_map: Tensor | None  # (N, L): dU
+    grad_mean: Tensor | None  # (N, C): dg
+    grad_logits: Tensor | None  # (N, C): de
+    grad_hidden: Tensor | None  # (N, C/r): dh, before the ReLU
+
+
+def attend(
+    backend: Backend, features: Tensor, mlp: ChannelMLP, options: Options, mean: Tensor | None = None
+) -> Attended:
+    """The forward, in the backend's terms; `mean` (N, C) is that of A, where it is at hand."""
+    batch, channels, positions = features.shape
+    dtype = compute_dtype(features)
+    kappa = options.kappa(channels, positions)
+
+    def empty() -> Tensor:  # autograd wants every output to be a tensor of its own
+        return features.new_empty(0, dtype=dtype)
+
+    if options.uses_channel:
+        mean = backend.spatial_sum(features, None, 1.0 / positions) if mean is None else mean
+        hidden, logits = backend.channel_mlp(mean, *(p for p in mlp if p is not None))
+    else:
+        mean, hidden = empty(), empty()
+        logits = features.new_zeros((batch, channels), dtype=dtype)
+    s = backend.softmax(logits)
+
+    if options.uses_spatial:
+        out, index, t, weights, total = backend.attended(
+            features, s, options.spatial_norm, options.pool_type, kappa
+        )
+        multiplied = weights if kappa != 1 else t
+    else:
+        t, weights, total = features.new_ones((batch, positions), dtype=dtype), empty(), empty()
+        if options.uses_channel and options.pool_type == "avg":
+            out, index = mean, features.new_empty(0, dtype=torch.int64)
+        else:
+            by_channel = _times(s, kappa) if options.uses_channel else torch.ones_like(s)
+            out, index = backend.pool(features, None, by_channel, options.pool_type)
+
+    if options.pool_type == "max":
+        peak = out
+        pooled = peak * multiplied.gather(1, index) if options.uses_spatial else peak.clone()
+    else:
+        pooled, peak = out, empty()
+    if options.attention == "channel" and not options.dense:  # D = kappa S * A: the scale comes after pooling
+        pooled = backend.multiply(s, pooled, kappa)
+    return Attended(pooled, logits, t, mean, hidden, total, peak, index, weights, s)
+
+
+def _times(x: Tensor, kappa: int) -> Tensor:
+    return x if kappa == 1 else x * kappa
+
+
+class Pulled(NamedTuple):
+    """A gradient of the pooled features, as far as A itself is needed."""
+
+    first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first kappa mean_l T / L
+    first: Tensor  # (N, C): x, or the dense G
+    softmax: Tensor  # (N, C): S
+    channel: Tensor  # (N, C): S, or what weights the dense G without spatial attention
+    grad_map: Tensor | None  # (N, L): dU
+    grad_channel: Tensor | None  # (N, C): dS
+
+
+def pull_back(
+    backend: Backend,
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    attended: Attended,
+    grad_pooled: Tensor,
+    grad_logits: Tensor | None = None,
+    grad_spatial: Tensor | None = None,
+    logits_scale: Tensor | None = None,
+) -> Factors:
+    """The backward down to dA's factors, for d e = `grad_logits` times the scalar `logits_scale` from
+    elsewhere.  Grad-CAM is the same with grad_pooled = d y^k / d pooled."""
+    (pulled,) = pull_back_to_channels(backend, features, options, attended, [grad_pooled], grad_spatial)
+    de = None
+    if pulled.grad_channel is not None:
+        de = backend.softmax_grad(pulled.grad_channel, pulled.softmax, grad_logits, logits_scale)
+    return pull_back_to_mean(backend, mlp, attended, pulled, de)
+
+
+def pull_back_to_channels(
+    backend: Backend,
+    features: Tensor,
+    options: Options,
+    attended: Attended,
+    grads_pooled: Sequence[Tensor],
+    grad_spatial: Tensor | None = None,
+) -> list[Pulled]:
+    """dU and dS of one or two gradients of the pooled features (N, ...), the only part that reads A.
+
+    With average pooling a pair shares its reads of A; only a single gradient may have a grad_spatial.
+    """
+    t, s = attended.spatial, attended.channel
+    s = backend.softmax(attended.channel_logits) if s is None else s
+    norm, total = options.spatial_norm, attended.total
+    _, channels, positions = features.shape
+    if options.pool_type == "avg" and options.attention == "channel_spatial":
+        scale = options.kappa(channels, positions) / positions
+        found = backend.attention_backward(features, grads_pooled, scale, grad_spatial, t, total, norm)
+        return [Pulled(None, first, s, s, *pair) for first, pair in zip(grads_pooled, found, strict=True)]
+    return [_pull_back_one(backend, features, options, attended, s, g, grad_spatial) for g in grads_pooled]
+
+
+def _pull_back_one(
+    backend: Backend,
+    features: Tensor,
+    options: Options,
+    attended: Attended,
+    s: Tensor,
+    grad_pooled: Tensor,
+    grad_spatial: Tensor | None,
+) -> Pulled:
+    """The other poolings, and one attention alone or none."""
+    _, channels, positions = features.shape
+    kappa = options.kappa(channels, positions)
+    t, total, norm = attended.spatial, attended.total, options.spatial_norm
+    scaled = options.attention == "channel"
+    channel = s
+    ds: Tensor | None = None
+    du: Tensor | None = None
+    first_mean: Tensor | None = None
+    first = grad_pooled
+    if options.pool_type == "avg":
+        if scaled:
+            ds = backend.multiply(grad_pooled, attended.mean, kappa)
+            first = backend.multiply(first, s, kappa)
+        if options.uses_spatial:
+            du = backend.spatial_attention_grad(
+                features, first, kappa / positions, grad_spatial, t, total, norm
+            )
+    elif options.pool_type == "max":
+        if scaled:
+            ds = backend.multiply(grad_pooled, attended.peak, kappa)
+            first = backend.multiply(first, s, kappa)
+        if options.uses_spatial:
+            dt = backend.position_scatter(first * attended.peak, attended.peak_index, positions)
+            du = backend.spatial_norm_grad(dt, kappa, grad_spatial, t, total, norm)
+        weights = attended.spatial_weights if options.uses_spatial else t
+        first_mean = first * weights.gather(1, attended.peak_index) / positions
+    else:
+        first_mean, dots, dt = backend.grad_cam_means(
+            features, grad_pooled, attended.spatial_weights if options.uses_spatial else None
+        )
+        if scaled:
+            channel = _times(s, kappa)
+            ds, first_mean = _times(dots, kappa), first_mean * channel
+        elif not options.uses_spatial:
+            channel = torch.ones_like(s)
+        if options.uses_spatial:
+            du = backend.spatial_norm_grad(dt, kappa, grad_spatial, t, total, norm)
+    if options.uses_channel and du is not None:
+        ds = backend.spatial_sum(features, du)
+    return Pulled(first_mean, first, s, channel, du, ds)
+
+
+def pull_back_to_mean(
+    backend: Backend, mlp: ChannelMLP, attended: Attended, pulled: Pulled, de: Tensor | None
+) -> Factors:
+    """From de, the gradient of the channel logits, through the channel MLP to dg; None without one."""
+    first_mean, first, _, channel, du, _ = pulled
+    if de is None:
+        return Factors(first_mean, first, channel, du, None, None, None)
+    assert mlp.fc1_weight is not None
+    assert mlp.fc2_weight is not None
+    (dh,) = backend.product([de], as_type(mlp.fc2_weight, de.dtype), mask=attended.hidden)
+    (dg,) = backend.product([dh], as_type(mlp.fc1_weight, de.dtype))
+    return Factors(first_mean, first, channel, du, dg, de, dh)
+
+
+def cam_terms(f: Factors, attended: Attended) -> CamTerms:
+    """beta = mean_l dA, as terms that have yet to be added up, where f are those of d y^k / d A."""
+    if f.first_mean is None:
+        return CamTerms(f.first, attended.spatial_weights, f.grad_map, f.grad_mean)
+    return CamTerms(f.first_mean, None, f.grad_map, f.grad_mean)
+
+
+def cam_terms_of(
+    backend: Backend,
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    attended: Attended,
+    grad_pooled: Tensor,
+    cam_at: str,
+) -> tuple[CamTerms, Tensor | None]:
+    """The terms of beta for v = `grad_pooled` = dy/dpooled (dy/dD if dense), and the S that weights one of
+    them, if any."""
+    positions = features.shape[2]
+    if cam_at == "features":
+        f = pull_back(backend, features, mlp, options, attended, grad_pooled)
+        return cam_terms(f, attended), f.channel
+    if options.dense:
+        return CamTerms(backend.spatial_sum(grad_pooled, None, 1.0 / positions)), None
+    # A mean over positions of a gradient that is the same at each.
+    return CamTerms(
+        grad_pooled, features.new_ones((features.shape[0], positions), dtype=grad_pooled.dtype)
+    ), None
+
+
+def features_grad(
+    backend: Backend,
+    features: Tensor,
+    options: Options,
+    weights: Tensor,
+    peak_index: Tensor,
+    f: Factors,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """dA, written from its factors and the kappa T that multiplies A; times the scalar `scale`."""
+    return backend.features_grad(
+        features, options.pool_type, f.first, peak_index, weights if options.uses_spatial else None,
+        f.grad_map, f.channel, f.grad_mean, scale,
+    )  # fmt: skip
+
+
+def mlp_factors(attended: Attended, f: Factors) -> list[tuple[Tensor, Tensor]]:
+    """(dy, x) of fc1 and of fc2, whose product dy^T x is the weight's gradient; none without them."""
+    if f.grad_hidden is None or f.grad_logits is None:
+        return []
+    return [(f.grad_hidden, attended.mean), (f.grad_logits, attended.hidden)]
+
+
+def mlp_grads(backend: Backend, attended: Attended, f: Factors) -> list[Tensor | None]:
+    """d fc1 and d fc2 in the type of the small tensors; None without channel attention."""
+    factors = mlp_factors(attended, f)
+    return [x for pair in backend.layer_grads(factors) for x in pair] if factors else [None] * 4
+
+
+def held_grads(
+    backend: Backend,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    products: Sequence[bool],
+    scale: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of each layer's weight and bias times the scale: of factors (dy, x), or themselves."""
+    factors = [pair for pair, product in zip(layers, products, strict=True) if product]
+    vectors = [x for pair, product in zip(layers, products, strict=True) if not product for x in pair]
+    pairs, whole = backend.parameter_grads(factors, vectors, scale)
+    multiplied, rest = iter(pairs), iter(whole)
+    return [next(multiplied) if product else (next(rest), next(rest)) for product in products]
+
+
+def like_parameters(grads: Sequence[Tensor | None], mlp: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each gradient in its parameter's type."""
+    pairs = zip(grads, mlp, strict=True)
+    return [None if d is None or p is None else as_type(d, p.dtype) for d, p in pairs]

@@ -1,0 +1,699 @@
+"""A head's steps replayed: the launches of `step`'s closed form as one list, and one autograd node for the
+head.
+
+The first call with a key records (`backends.triton.record`), later calls replay.  The key holds whatever
+the recorded launches depend on: shapes, strides, types, alignment, device, options, layers and their modes,
+and which inputs need a gradient.  Addresses and the numbers that change every step are arguments of a
+replay.  Whatever has no recording goes the way it would go without this file: every function here then
+returns None.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+from . import checks, step
+from .autograd import Function
+from .backends.layer import Layer
+from .backends.registry import get_backend
+from .backends.triton import classifier
+from .backends.triton.launch import options as triton_options
+from .backends.triton.record import NotRecordable, Number, Pass, Recorder, Recording
+from .base import GGAMOutput
+from .classifier.layers import known_layers
+from .classifier.rules import scores
+from .closed_form import ChannelMLP, Options
+from .entropy import cross_entropy
+from .norm import SettlingBatchNorm1d
+from .step import FusedLoss, LossTerms
+
+if TYPE_CHECKING:
+    from .head import GGAMHead
+
+BACKEND = "triton"
+enabled = True
+"""False: every step goes unrecorded."""
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "tracked")
+_PLAIN = {Tensor, nn.Parameter, nn.Buffer}
+_SMALL_TYPES = (torch.float32, torch.int64)
+_MOST = 64
+_recordings: dict[tuple[Any, ...], Recording | None] = {}
+_lock = threading.Lock()
+# What of a layer's numbers a recording holds, by its kind; other layers have none.
+_NORM = itemgetter("training", "eps", "momentum", "track_running_stats")
+_NUMBERS: dict[type, Callable[[dict[str, Any]], tuple[Any, ...]] | None] = {
+    nn.Linear: None,
+    nn.BatchNorm1d: _NORM,
+    SettlingBatchNorm1d: _NORM,
+    nn.ELU: itemgetter("alpha", "training"),
+    nn.ReLU: None,
+    nn.Dropout: itemgetter("p", "training"),
+    nn.Identity: None,
+}
+_OPTIONS = itemgetter(
+    "attention", "spatial_norm", "pool_type", "_attention_scale", "cam_at", "cam_class", "cam_norm",
+    "divergence", "guidance_reduction", "ignore_index", "input_fmt", "num_classes",
+)  # fmt: skip
+
+
+class Call(NamedTuple):
+    """One call of a head that can be replayed."""
+
+    key: tuple[Any, ...]
+    given: list[Tensor]  # features, target or not, parameters, buffers
+    addresses: list[int]
+    parameters: list[Tensor]
+    buffers: int  # how many of those given
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether dA is asked for."""
+        return self.given[0].requires_grad
+
+    @property
+    def needs_parameters(self) -> bool:
+        """Whether a parameter's gradient is asked for."""
+        return any(p.requires_grad for p in self.parameters)
+
+
+def _structure(head: "GGAMHead") -> tuple[list[Any], list[Tensor], list[Tensor]] | None:
+    """(what a recording holds of the head beside its tensors, its parameters, its buffers); None where it
+    cannot have one."""
+    own = vars(head)
+    modules = own["_modules"]
+    if not own["cam_detach"] or own["pool_type"] != "avg":
+        return None
+    key: list[Any] = [*_OPTIONS(own)]
+    parameters: list[Tensor] = []
+    buffers: list[Tensor] = []
+    body = modules["classifier"]
+    layers = [modules["drop"], body]
+    if type(body) is nn.Sequential:
+        its = vars(body)
+        a, b, c, d, _ = _STATE(its)
+        if a or b or c or d or "forward" in its:
+            return None
+        layers[1:] = its["_modules"].values()
+    if own["attention"] in ("channel_spatial", "channel"):
+        fc1, fc2 = modules.get("fc1"), modules.get("fc2")
+        if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
+            return None
+        layers[:0] = fc1, fc2
+    for layer in layers:
+        its = vars(layer)
+        a, b, c, d, weights = _STATE(its)
+        kind = type(layer)
+        if a or b or c or d or "forward" in its or kind not in _NUMBERS:
+            return None
+        key.append(kind)
+        numbers = _NUMBERS[kind]
+        if numbers is not None:
+            key += numbers(its)
+        # A None among them makes the call unrecorded.
+        if weights:
+            parameters += weights.values()
+            if numbers is not None:
+                found = [*its["_buffers"].values()]
+                buffers += found if its["training"] else found[:2]  # nothing is counted then
+        elif kind is nn.Dropout and its["training"] and its["p"]:
+            return None
+    return key, parameters, buffers
+
+
+_STATE = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_parameters"
+)
+
+
+# Of each tensor, without a call of Python for each.
+_address = Tensor.data_ptr
+_shape = Tensor.shape.__get__  # type: ignore[attr-defined]
+_type = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_device = Tensor.get_device
+_dense = Tensor.is_contiguous
+PROPERTIES = (_shape, _type, _device, _dense)
+_needs_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _call(form: str, head: "GGAMHead", features: Tensor, target: Tensor | None) -> Call | None:
+    if (
+        not enabled
+        or type(features) not in _PLAIN
+        or (features.is_cpu and not checks.TRITON_INTERPRETED)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or checks.backend(head.backend, features) != BACKEND
+    ):
+        return None
+    found = _structure(head)
+    if found is None or (target is not None and type(target) is not Tensor):
+        return None
+    structure, parameters, buffers = found
+    given = [features, *parameters, *buffers] if target is None else [features, target, *parameters, *buffers]
+    if not _PLAIN.issuperset(map(type, given)):
+        return None
+    addresses = [*map(_address, given)]
+    grad_mode = torch.is_grad_enabled()
+    key = (
+        form, grad_mode, torch.is_inference_mode_enabled(), *triton_options(), *structure, features.stride(),
+        *map(_shape, given), *map(_type, given), *map(_device, given), *map(_dense, given),
+        *(map(_needs_grad, given) if grad_mode else ()), *[address & 15 for address in addresses],
+    )  # fmt: skip
+    return Call(key, given, addresses, parameters, len(buffers))
+
+
+def _recordable(call: Call) -> bool:
+    """Whether these tensors can be given to launches; the key holds all that is asked here."""
+    features, *rest = call.given
+    return (
+        features.numel() > 0
+        and features.dtype is not torch.float64
+        and torch.version.hip is None
+        and all(x.get_device() == features.get_device() for x in rest)
+        and all(x.is_contiguous() and x.dtype in _SMALL_TYPES for x in rest)
+    )
+
+
+def _recording(call: Call, valid: Callable[[], object], record: Callable[[], Recording]) -> Recording | None:
+    try:
+        return _recordings[call.key]
+    except KeyError:
+        valid()
+    made: Recording | None = None
+    if _recordable(call):
+        with suppress(NotRecordable):
+            made = record()
+    remember(call.key, made)
+    return made
+
+
+def remembered(key: tuple[Any, ...]) -> Recording | None:
+    """What was recorded for the key."""
+    return _recordings.get(key)
+
+
+def remember(key: tuple[Any, ...], recording: Recording | None) -> None:
+    """Keep it, in the place of the oldest if there are many."""
+    with _lock:
+        while len(_recordings) >= _MOST:
+            _recordings.pop(next(iter(_recordings)))
+        _recordings[key] = recording
+
+
+class Blueprint(NamedTuple):
+    """Where the tensors of a head stand among those given to a call; the rest of it as numbers."""
+
+    features: tuple[str, int]  # input_fmt, in_features
+    options: Options
+    mlp: tuple[int, ...]
+    layers: list[tuple[Layer, dict[str, int]]]  # without tensors, and where each of them stands
+    target: int | None
+
+    @classmethod
+    def read(cls, head: "GGAMHead", call: Call, has_target: bool) -> "Blueprint":
+        """The head as the call found it."""
+        at = {id(x): i for i, x in enumerate(call.given)}
+        options = Options(head.attention, head.spatial_norm, head.pool_type, head.attention_scale)
+        linear = (head.fc1, head.fc2) if options.uses_channel else ()
+        layers = []
+        for layer in known_layers(head.classifier, head.drop) or []:
+            tensors = {n: getattr(layer, n) for n in _TENSORS}
+            where = {n: at[id(x)] for n, x in tensors.items() if id(x) in at}
+            layers.append((_with_tensors(layer, {}), where))
+        mlp = tuple(at[id(p)] for layer in linear for p in (layer.weight, layer.bias))
+        return cls((head.input_fmt, head.in_features), options, mlp, layers, 1 if has_target else None)
+
+    def stand(self, given: list[Tensor]) -> "Stand":
+        """The head on these tensors."""
+        x, shape = checks.feature_map(given[0], *self.features)
+        mlp = ChannelMLP(*[given[i] for i in self.mlp]) if self.mlp else ChannelMLP(None, None, None, None)
+        layers = [
+            _with_tensors(layer, {n: given[i] for n, i in where.items()}) for layer, where in self.layers
+        ]
+        target = None if self.target is None else given[self.target]
+        return Stand(x, shape, target, mlp, layers, self.options)
+
+    def like_features(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(N, C, L) in the shape of the features."""
+        return checks.like_input(x, shape, self.features[0])
+
+
+def _with_tensors(layer: Layer, tensors: dict[str, Tensor]) -> Layer:
+    found: dict[str, Any] = dict.fromkeys(_TENSORS) | tensors
+    return layer._replace(**found)
+
+
+class Stand(NamedTuple):
+    """A head on some tensors: the call's, or such without memory."""
+
+    x: Tensor  # features (N, C, L)
+    shape: tuple[int, ...]  # their positions
+    target: Tensor | None
+    mlp: ChannelMLP
+    layers: list[Layer]
+    options: Options
+
+
+def _play(recording: Recording, call: Call, numbers: Sequence[float]) -> tuple[list[Tensor], Tensor | None]:
+    """The outputs, and the memory that lives until the backward."""
+    outputs = [blank.make() for blank in recording.outputs]
+    kept = None if recording.kept is None else recording.kept()
+    addresses = [*call.addresses, *map(_address, outputs)]
+    recording.forward.play(kept, recording.constants(), call.given, outputs, addresses, numbers)
+    return outputs, kept
+
+
+def _play_backward(
+    recording: Recording,
+    given: list[Tensor],
+    kept: Tensor | None,
+    saved: Sequence[Tensor],
+    parameters: int,
+    numbers: Sequence[float] = (),
+) -> list[Tensor | None]:
+    """dA and the parameters' gradients; None for what nobody needs."""
+    assert recording.backward is not None
+    # A launch is compiled for dense and aligned gradients.
+    given = [x if x.is_contiguous() and x.data_ptr() % 16 == 0 else _copied(x) for x in given]
+    # Hooks on saved tensors may have packed features into other strides.
+    saved = [x if x.stride() == s else _strided(x, s) for x, s in zip(saved, recording.strides, strict=True)]
+    da = None if recording.da is None else recording.da.make()
+    begins, grads = recording.gradients.make()
+    made = begins if da is None else [da, *begins]
+    inputs = [*given, *saved]
+    addresses = [*map(_address, inputs), *map(_address, made)]
+    recording.backward.play(kept, recording.constants(), inputs, made, addresses, numbers)
+    none: list[Tensor | None] = [None] * parameters
+    return [da, *(grads or none)]
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _batched(grad: Tensor | None) -> bool:
+    """Whether it stands for many at once: `is_grads_batched`, or vmap around autograd."""
+    return grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad))
+
+
+def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    return x.new_empty_strided(x.shape, stride).copy_(x)
+
+
+def _check_labels(recording: Recording, head: "GGAMHead", target: Tensor) -> None:
+    """Where no compiled kernel asserts that labels are in range: in the interpreter, and before it is
+    compiled."""
+    if not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
+        checks.target(target, target.shape[0], head.num_classes, head.ignore_index)
+
+
+def _with_map(out: GGAMOutput, stand: Stand) -> GGAMOutput:
+    t = out.spatial_attention
+    return out._replace(spatial_attention=t.view(t.shape[0], *stand.shape))
+
+
+def _in_parameter_order(
+    call: Call,
+    given: list[Tensor],
+    layers: Sequence[tuple[Tensor | None, Tensor | None]],
+    pairs: Sequence[tuple[Tensor, Tensor]] | None,
+) -> list[Tensor]:
+    """The gradients of each layer's weight and bias, in the order of the call's parameters."""
+    if pairs is None:
+        return []
+    found: dict[int, Tensor] = {}
+    for layer, pair in zip(layers, pairs, strict=True):
+        for p, g in zip(layer, pair, strict=True):
+            if p is None:
+                continue
+            if id(p) in found:
+                raise NotRecordable("a parameter that two layers share")
+            found[id(p)] = g
+    first = len(given) - len(call.parameters) - call.buffers
+    every = given[first : first + len(call.parameters)]
+    if len(found) < len(every):
+        raise NotRecordable("a parameter that no layer knows")
+    return [found[id(p)] for p in every]
+
+
+# ---- the fused loss
+
+
+def fused(
+    head: "GGAMHead",
+    features: Tensor,
+    target: Tensor,
+    terms: LossTerms,
+) -> FusedLoss | None:
+    """`step.fused_loss` replayed."""
+    call = _call("fused", head, features, target)
+    if call is None:
+        return None
+    recording = remembered(call.key) or _recording(
+        call, lambda: head._check(features, target), lambda: _record_fused(head, call, terms)
+    )
+    if recording is None:
+        return None
+    _check_labels(recording, head, target)
+    numbers = (terms.guidance_weight, terms.label_smoothing, terms.cam_temperature)
+    seen: list[Tensor] = []
+    loss = FusedNode.apply(recording, call, numbers, seen, features, *call.parameters)
+    return FusedLoss(loss, GGAMOutput(*seen))
+
+
+def _record_fused(head: "GGAMHead", call: Call, terms: LossTerms) -> Recording:
+    numbers = [Number(n) for n in (terms.guidance_weight, terms.label_smoothing, terms.cam_temperature)]
+    weight, smoothing, temperature = numbers
+    terms = terms._replace(guidance_weight=weight, label_smoothing=smoothing, cam_temperature=temperature)
+    recorder, blueprint = Recorder(), Blueprint.read(head, call, has_target=True)
+    with torch.no_grad(), recorder:
+        given = recorder.like_each(call.given)
+        stand = blueprint.stand(given)
+        assert stand.target is not None
+        out, guided, held = step.fused_forward(
+            BACKEND, stand.x, stand.mlp, stand.options,
+            lambda pooled: scores(stand.layers, pooled, True, BACKEND), stand.target, terms,
+        )  # fmt: skip
+        checks.scores(out.logits, stand.x.shape[0], head.num_classes)
+        forward = Pass(recorder.take(), given, numbers, [guided.loss, *_with_map(out, stand)])
+        grad = recorder.scalar()
+        da, pairs = None, None
+        if call.needs_features:
+            da = step.held_features_grad(BACKEND, stand.x, stand.options, held, grad)
+            da = blueprint.like_features(da, stand.shape)
+        if call.needs_parameters:
+            pairs = step.held_layer_grads(BACKEND, held, grad)
+        made = _in_parameter_order(call, given, [(x.weight, x.bias) for x in held.layers], pairs)
+        backward = Pass(recorder.take(), [grad], [], [da, *made])
+    return Recording(recorder, [forward, backward], call.given[0].device)
+
+
+class FusedNode(Function):
+    """The loss, whose backward scales the held factors and writes dA and the parameters' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recording: Recording,
+        call: Call,
+        numbers: tuple[float, ...],
+        seen: list[Tensor],
+        *inputs: Tensor,
+    ) -> Tensor:
+        outputs, kept = _play(recording, call, numbers)
+        every = [*call.given, *outputs]
+        ctx.save_for_backward(kept, *(every[i] for i in recording.saved))
+        ctx.recording, ctx.parameters = recording, len(inputs) - 1
+        loss, *out = outputs
+        seen += out
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad ask for "
+                "more: use GGAMLoss()(head(features, target), target)"
+            )
+        kept, *saved = ctx.saved_tensors
+        scale = grad
+        if _batched(grad):
+            scale = torch.ones((), device=grad.device)
+        found = _play_backward(ctx.recording, [scale], kept, saved, ctx.parameters)
+        if scale is not grad:
+            found = [None if x is None else x * grad.to(x.dtype) for x in found]
+        return None, None, None, None, *found
+
+
+# ---- the drop-in form: logits, and with a target the guidance
+
+
+def logits(head: "GGAMHead", features: Tensor) -> Tensor | None:
+    """`head(features)` replayed."""
+    call = _call("logits", head, features, None)
+    if call is None:
+        return None
+    recording = remembered(call.key) or _recording(
+        call, lambda: head._check(features, None), lambda: _record_drop_in(head, call, None)
+    )
+    if recording is None:
+        return None
+    if recording.backward is None:
+        return _play(recording, call, ())[0][0]
+    return DropInNode.apply(recording, call, (), features, *call.parameters)[0]
+
+
+def guided(head: "GGAMHead", features: Tensor, target: Tensor) -> GGAMOutput | None:
+    """`head(features, target)` replayed."""
+    call = _call("guided", head, features, target)
+    if call is None:
+        return None
+    recording = remembered(call.key) or _recording(
+        call,
+        lambda: head._check(features, target),
+        lambda: _record_drop_in(head, call, head._loss_terms()),
+    )
+    if recording is None:
+        return None
+    _check_labels(recording, head, target)
+    numbers = (head.cam_temperature,)
+    if recording.backward is None:
+        return GGAMOutput(*_play(recording, call, numbers)[0])
+    return GGAMOutput(*DropInNode.apply(recording, call, numbers, features, *call.parameters))
+
+
+def _record_drop_in(head: "GGAMHead", call: Call, terms: LossTerms | None) -> Recording:
+    recorder, blueprint = Recorder(), Blueprint.read(head, call, has_target=terms is not None)
+    numbers, varied = [], terms
+    if terms is not None:
+        numbers = [Number(terms.cam_temperature)]
+        varied = terms._replace(cam_temperature=numbers[0])
+    needs_graph = torch.is_grad_enabled() and (call.needs_features or call.needs_parameters)
+    with torch.no_grad(), recorder:
+        given = recorder.like_each(call.given)
+        stand = blueprint.stand(given)
+        out, seen = step.drop_in_forward(
+            BACKEND, stand.x, stand.mlp, stand.options, stand.layers, stand.target, varied
+        )
+        if terms is not None:
+            checks.scores(out.logits, stand.x.shape[0], head.num_classes)
+        outputs = [out.logits] if terms is None else list(_with_map(out, stand))
+        passes = [Pass(recorder.take(), given, numbers, outputs)]
+        if needs_graph:
+            grads = [recorder.like(out.logits)] + [recorder.scalar()] * (terms is not None)
+            da, layers, pairs = step.drop_in_backward(
+                BACKEND, stand.x, stand.mlp, stand.options, seen, *grads,
+                needs_features=call.needs_features, needs_parameters=call.needs_parameters,
+            )  # fmt: skip
+            da = None if da is None else blueprint.like_features(da, stand.shape)
+            made = _in_parameter_order(call, given, layers, pairs)
+            passes.append(Pass(recorder.take(), grads, [], [da, *made]))
+    recording = Recording(recorder, passes, call.given[0].device)
+    recording.again = partial(_again, blueprint, terms)
+    if terms is not None:  # beta; S and the guidance, and T, where they are constant
+        options = stand.options
+        recording.constant = [3, *[1, 4] * (not options.uses_channel), *[2] * (not options.uses_spatial)]
+    return recording
+
+
+class DropInNode(Function):
+    """(logits, S, T, beta, guidance loss), or (logits,); beta carries no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recording: Recording, call: Call, numbers: tuple[float, ...], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs, kept = _play(recording, call, numbers)
+        every = [*call.given, *outputs]
+        needed = [every[i] for i in recording.saved]
+        # What only a second differentiation reads comes last.
+        ctx.save_for_backward(kept, *needed, *call.given[: len(call.given) - call.buffers])
+        ctx.recording, ctx.numbers, ctx.buffers = (
+            recording,
+            numbers,
+            call.given[len(call.given) - call.buffers :],
+        )
+        ctx.needed, ctx.parameters = len(needed), len(inputs) - 1
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(outputs[i] for i in recording.constant))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        recording: Recording = ctx.recording
+        kept, *saved = ctx.saved_tensors
+        of_attention = len(grads) > 1 and (grads[1] is not None or grads[2] is not None)
+        if torch.is_grad_enabled() or of_attention or any(map(_batched, grads)):
+            given = [*saved[ctx.needed :], *ctx.buffers]
+            return None, None, None, *recording.again(given, ctx.parameters, ctx.numbers, grads)
+        wanted = [grads[0]] if len(grads) == 1 else [grads[0], grads[4]]
+        blanks = (recording.outputs[0], recording.outputs[-1])
+        given = [
+            torch.zeros(blank.shape, device=recording.device) if g is None else g
+            for g, blank in zip(wanted, blanks, strict=False)
+        ]
+        found = _play_backward(recording, given, kept, saved[: ctx.needed], ctx.parameters)
+        return None, None, None, *found
+
+
+def _again(
+    blueprint: Blueprint,
+    terms: LossTerms | None,
+    given: list[Tensor],
+    parameters: int,
+    numbers: tuple[float, ...],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The backward of the drop-in form through autograd: what is differentiated twice, or has a gradient of
+    the attention itself.  Running statistics stay as they are."""
+    first = 1 if terms is None else 2
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [given[0], *given[first : first + parameters]]
+        twins = [x.view_as(x) for x in inputs]
+        stand = blueprint.stand([twins[0], *given[1:first], *twins[1:], *given[first + parameters :]])
+        x, mlp, options = stand.x, stand.mlp, stand.options
+        layers = [
+            layer._replace(running_mean=None, running_var=None, tracked=None) if layer.training else layer
+            for layer in stand.layers
+        ]
+        attended = step.ggam_attention(x, mlp, options, BACKEND)
+        result = scores(layers, attended.pooled, True, BACKEND)
+        outputs: list[Tensor] = [result.logits]
+        if terms is not None:
+            assert stand.target is not None
+            terms = terms._replace(cam_temperature=numbers[0])
+            seed, share = get_backend("torch").class_scores(
+                result.logits, stand.target, terms.cam_class, terms.ignore_index
+            )
+            (v,), _ = result.pull_back([seed])
+            beta, s, guidance = step.cam_and_guidance(x, mlp, options, attended, v, share, BACKEND, terms)
+            outputs += [s, attended.spatial.unflatten(1, stand.shape), beta, guidance]
+        pairs = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None and y.requires_grad]
+        wanted = [x for x in twins if x.requires_grad]
+        if not pairs or not wanted:
+            return [None] * len(inputs)
+        ys, dys = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=create_graph, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in twins]
+
+
+# ---- GGAMLoss
+
+
+def loss(
+    logits: Tensor,
+    guidance: Tensor | None,
+    target: Tensor,
+    weight: float,
+    smoothing: float,
+    ignore_index: int | None,
+) -> Tensor | None:
+    """The mean cross entropy plus the weighted guidance, replayed; of a guidance () or None."""
+    if (
+        not enabled
+        or type(logits) is not Tensor
+        or type(target) is not Tensor
+        or target.requires_grad
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or logits.dtype is not torch.float32
+        or checks.backend("auto", logits) != BACKEND
+    ):
+        return None
+    given = [logits, target] if guidance is None else [logits, target, guidance]
+    addresses = [*map(_address, given)]
+    key = (
+        "loss", torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *triton_options(), ignore_index,
+        *[(*map(of, given),) for of in (*PROPERTIES, _needs_grad)],
+        (*[address & 15 for address in addresses],),
+    )  # fmt: skip
+    call = Call(key, given, addresses, [], 0)
+
+    def valid() -> None:
+        checks.target(target, logits.shape[0], logits.shape[1], ignore_index)
+
+    recording = _recording(call, valid, lambda: _record_loss(call, weight, smoothing, ignore_index))
+    if recording is None:
+        return None
+    if not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
+        valid()
+    if recording.backward is None:
+        return _play(recording, call, (smoothing, weight))[0][0]
+    return LossNode.apply(recording, call, (smoothing, weight), ignore_index, logits, guidance)
+
+
+def _record_loss(call: Call, weight: float, smoothing: float, ignore_index: int | None) -> Recording:
+    if not call.given[0].is_contiguous():
+        raise NotRecordable("logits that are not dense")
+    recorder, numbers = Recorder(), [Number(smoothing), Number(weight)]
+    needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in call.given)
+    with torch.no_grad(), recorder:
+        given = recorder.like_each(call.given)
+        guidance = given[2] if len(given) > 2 else None
+        total, grad = classifier.whole_loss(
+            given[0], given[1], guidance, numbers[0], numbers[1], ignore_index
+        )
+        passes = [Pass(recorder.take(), given, numbers, [total])]
+        if needs_graph:
+            scale, again = recorder.scalar(), Number(weight)
+            dlogits, dguidance = classifier.whole_loss_grad(scale, grad, again, guidance is not None)
+            made = [] if dguidance is None else [dguidance]
+            passes.append(Pass(recorder.take(), [scale], [again], [dlogits, *made]))
+    return Recording(recorder, passes, call.given[0].device)
+
+
+class LossNode(Function):
+    """The whole loss of the drop-in form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recording: Recording,
+        call: Call,
+        numbers: tuple[float, ...],
+        ignore_index: int | None,
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        outputs, kept = _play(recording, call, numbers)
+        every = [*call.given, *outputs]
+        needed = [every[i] for i in recording.saved]
+        ctx.save_for_backward(kept, *needed)
+        # For a second differentiation alone: the first one may follow a change of the logits in place.
+        ctx.again = call.given[0], call.given[0]._version, call.given[1]
+        ctx.recording, ctx.numbers, ctx.ignore_index = recording, numbers, ignore_index
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, *saved = ctx.saved_tensors
+        smoothing, weight = ctx.numbers
+        create_graph = torch.is_grad_enabled()
+        if create_graph or _batched(grad):
+            x, version, target = ctx.again
+            if x._version != version:
+                raise RuntimeError("the logits were changed in place, and GGAMLoss is differentiated twice")
+            dlogits = None
+            if ctx.needs_input_grad[4]:
+                with torch.enable_grad():
+                    x = x.view_as(x)
+                    entropy = cross_entropy(x, target, smoothing, ctx.ignore_index)
+                    (dlogits,) = torch.autograd.grad(entropy, x, grad, create_graph=create_graph)
+            return None, None, None, None, dlogits, grad * weight if ctx.needs_input_grad[5] else None
+        found = _play_backward(ctx.recording, [grad], kept, saved, 1, (weight,))
+        return None, None, None, None, *found

@@ -1,0 +1,339 @@
+"""One guided step, from the closed form: with one seed (the drop-in form) or with two (the fused loss).
+
+    loss = CE(logits, target) + guidance_weight * L_GGAM(S, beta)
+
+Once the classifier has run, both gradients of the pooled features are known in closed form:
+
+    v  = d y / d pooled        for beta        (y the score that Grad-CAM explains)
+    dz = d CE / d pooled       for dA          (detached, L_GGAM reaches A through S alone)
+
+The fused loss takes them through A together (`closed_form.pull_back_to_channels`), and what is left of dA
+are its small factors.  The factors of the parameters' gradients come on the way (a classifier of unknown
+layers has autograd's).  The loss holds them all, so that its backward only multiplies them out, scaled by
+what arrives: A is not read again.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import Attention, Guidance, HeldGradient
+from .backends.layer import Layer
+from .backends.registry import get_backend, get_differentiable
+from .backends.torch import Backend, Guided, cam_weights
+from .base import GGAMOutput
+from .classifier.rules import LayerGradient, Pullback, Scores, scores
+from .closed_form import (
+    Attended,
+    ChannelMLP,
+    Factors,
+    Options,
+    attend,
+    cam_terms,
+    cam_terms_of,
+    features_grad,
+    held_grads,
+    mlp_factors,
+    pull_back,
+    pull_back_to_channels,
+    pull_back_to_mean,
+)
+from .entropy import cross_entropy, reduce_batch
+from .precision import as_type, compute_dtype, full_precision
+
+
+def ggam_attention(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    backend: str,
+    differentiable: bool = False,
+) -> Attended:
+    """`attend` with gradients where they are enabled: the fused node, or with `differentiable` the
+    contractions."""
+    with full_precision(features):
+        if differentiable:
+            return attend(get_differentiable(backend), features, mlp, options)
+        if not torch.is_grad_enabled():
+            return attend(get_backend(backend), features, mlp, options)
+        return Attended(*Attention.apply(features, *mlp, *options, backend))
+
+
+def grad_cam_weights(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    attended: Attended,
+    grad_pooled: Tensor,
+    cam_at: str,
+    backend: str,
+    differentiable: bool = False,
+) -> Tensor:
+    """beta (N, C) for features (N, C, L), given v = `grad_pooled` = dy/dpooled (dy/dD if dense).
+
+    With `differentiable`, autograd can go through beta, to any order; otherwise beta is detached.
+    """
+    graph = nullcontext() if differentiable else torch.no_grad()
+    stages = get_differentiable(backend) if differentiable else get_backend(backend)
+    with graph, full_precision(features):
+        terms, s = cam_terms_of(stages, features, mlp, options, attended, grad_pooled, cam_at)
+        return cam_weights(terms, s, features.shape[2])
+
+
+class LossTerms(NamedTuple):
+    """The head's options that the guidance and the loss depend on (checked)."""
+
+    cam_at: str
+    cam_class: str
+    cam_norm: str
+    divergence: str
+    guidance_reduction: str
+    ignore_index: int | None
+    cam_temperature: float
+    guidance_weight: float = 1.0
+    label_smoothing: float = 0.0
+
+
+def cam_and_guidance(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    attended: Attended,
+    grad_pooled: Tensor,
+    share: Tensor | None,
+    backend: str,
+    terms: LossTerms,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """beta and S (N, C) and the guidance loss, reduced over the images that count; beta is detached."""
+    stages, positions, logits = get_backend(backend), features.shape[2], attended.channel_logits
+    norm = (terms.cam_norm, terms.cam_temperature, terms.divergence)
+    mean = terms.guidance_reduction == "mean"
+    needs_graph = torch.is_grad_enabled()
+    with torch.no_grad(), full_precision(features):
+        beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, grad_pooled, terms.cam_at)
+        if not needs_graph:
+            found = stages.guided_loss(logits, beta_terms, None, positions, *norm, 1.0, mean, share, None)
+            return found.cam_weights, found.channel, found.guidance
+    with full_precision(features):
+        beta, s, per_image = Guidance.apply(logits, *beta_terms, positions, norm, backend)[:3]
+        return beta, s, reduce_batch(per_image, terms.guidance_reduction, share)
+
+
+class Seen(NamedTuple):
+    """What the drop-in form's backward needs of its forward."""
+
+    attended: Attended
+    pull_back: Pullback
+    grad_logits: Tensor | None  # (N, C): de of the guidance loss
+
+
+def drop_in_forward(
+    backend: str,
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    layers: Sequence[Layer],
+    target: Tensor | None,
+    terms: LossTerms | None,
+) -> tuple[GGAMOutput, Seen]:
+    """Logits, and with a target beta and the guidance loss, of known layers and without a graph."""
+    stages = get_backend(backend)
+    attended = attend(stages, features, mlp, options)
+    result = scores(layers, attended.pooled, True, backend)
+    if terms is None or target is None:
+        out = GGAMOutput(result.logits, *[attended.spatial] * 4)  # of which the logits alone are asked for
+        return out, Seen(attended, result.pull_back, None)
+    seed, share = stages.class_scores(result.logits, target, terms.cam_class, terms.ignore_index)
+    (v,), _ = result.pull_back([seed])
+    beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, v, terms.cam_at)
+    found = stages.guided_loss(
+        attended.channel_logits, beta_terms, None, features.shape[2], terms.cam_norm, terms.cam_temperature,
+        terms.divergence, 1.0, terms.guidance_reduction == "mean", share, None,
+    )  # fmt: skip
+    out = GGAMOutput(result.logits, found.channel, attended.spatial, found.cam_weights, found.guidance)
+    return out, Seen(attended, result.pull_back, found.grad_logits)
+
+
+def drop_in_backward(
+    backend: str,
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    seen: Seen,
+    grad_logits: Tensor,
+    grad_guidance: Tensor | None = None,
+    *,
+    needs_features: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]], list[tuple[Tensor, Tensor]] | None]:
+    """dA, the weights and biases, and their gradients, of gradients of the logits and of the guidance
+    loss."""
+    stages = get_backend(backend)
+    (dz,), layers = seen.pull_back([grad_logits])
+    attended = seen.attended
+    f = pull_back(stages, features, mlp, options, attended, dz, seen.grad_logits, logits_scale=grad_guidance)
+    da = pairs = None
+    if needs_features:
+        da = features_grad(stages, features, options, attended.spatial_weights, attended.peak_index, f)
+    parameters = [(layer.weight, layer.bias) for layer in layers]
+    parameters += [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)][: 2 * options.uses_channel]
+    if needs_parameters:
+        factors = [(layer.left, layer.right) for layer in layers] + mlp_factors(attended, f)
+        products = [layer.product for layer in layers] + [True] * (len(factors) - len(layers))
+        pairs = held_grads(stages, factors, products, None)
+    return da, parameters, pairs
+
+
+class FusedLoss(NamedTuple):
+    """What `functional.fused_ggam_loss` returns."""
+
+    loss: Tensor
+    """() the only output with a gradient"""
+    out: GGAMOutput
+    """logits, attention, beta and guidance loss, detached"""
+
+
+def _alone(x: Tensor) -> Tensor:
+    """The same; of a part of something larger a copy, which does not keep that in memory."""
+    if torch.compiler.is_compiling() or (x._base is not None and x._base.numel() > x.numel()):
+        return x.clone()
+    return x
+
+
+def _smaller(backend: Backend, layers: Sequence[LayerGradient]) -> list[LayerGradient]:
+    """The same, where a layer has no more elements than its factors as the gradients themselves; not where
+    the batch's size is a symbol, which a comparison would bind."""
+
+    def shrinks(layer: LayerGradient) -> bool:
+        weight, _, left, right, product = layer
+        symbolic = torch.compiler.is_compiling() or not isinstance(left.shape[0], int)
+        if symbolic or not product or weight is None or not weight.requires_grad:
+            return False
+        return left.shape[1] * right.shape[1] <= left.numel() + right.numel()
+
+    chosen = [shrinks(layer) for layer in layers]
+    found = iter(
+        backend.layer_grads([(layer.left, layer.right) for layer, c in zip(layers, chosen, strict=True) if c])
+    )
+    return [
+        LayerGradient(layer.weight, layer.bias, *next(found), product=False) if c else layer
+        for layer, c in zip(layers, chosen, strict=True)
+    ]
+
+
+class Held(NamedTuple):
+    """What the fused loss's backward needs: dA's factors, and the layers' gradients or their factors."""
+
+    factors: Factors
+    weights: Tensor  # (N, L): kappa T
+    peak_index: Tensor
+    layers: list[LayerGradient]
+
+
+def fused_forward(
+    backend: str,
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    score: Callable[[Tensor], Scores],
+    target: Tensor,
+    terms: LossTerms,
+    mean: Tensor | None = None,
+) -> tuple[GGAMOutput, Guided, Held]:
+    """The forward of the fused loss, both of its gradients pulled back; `score` runs the classifier, `mean`
+    (N, C) is that of A, where it is at hand.  Without a graph, but for the classifier's own."""
+    stages = get_backend(backend)
+    positions = features.shape[2]
+    with torch.no_grad(), full_precision(features):
+        attended = attend(stages, features.detach(), mlp, options, mean)
+    scored = score(attended.pooled)
+    with torch.no_grad(), full_precision(features):
+        logits = as_type(scored.logits.detach(), compute_dtype(scored.logits))
+        entropy = stages.cross_entropy(
+            logits, target, terms.label_smoothing, terms.cam_class, terms.ignore_index
+        )
+    with torch.no_grad():
+        pulled, layers = scored.pull_back([entropy.score, entropy.grad])
+    with torch.no_grad(), full_precision(features):
+        at_features = terms.cam_at == "features"
+        *pulled_v, pulled_z = pull_back_to_channels(
+            stages, features.detach(), options, attended, pulled if at_features else pulled[1:]
+        )
+        if at_features:
+            (pulled_y,) = pulled_v
+            ds = pulled_y.grad_channel
+            de = None if ds is None else stages.softmax_grad(ds, pulled_y.softmax)
+            beta_terms = cam_terms(pull_back_to_mean(stages, mlp, attended, pulled_y, de), attended)
+        else:
+            beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, pulled[0], terms.cam_at)
+        guided = stages.guided_loss(
+            attended.channel_logits, beta_terms, pulled_z.grad_channel, positions, terms.cam_norm,
+            terms.cam_temperature, terms.divergence, terms.guidance_weight,
+            terms.guidance_reduction == "mean", entropy.share, entropy.losses,
+        )  # fmt: skip
+        de = guided.grad_logits if options.uses_channel else None
+        f = pull_back_to_mean(stages, mlp, attended, pulled_z, de)
+        parameters = [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)]
+        factors = mlp_factors(attended, f)
+        layers = [
+            *layers, *(LayerGradient(*p, *pair, True) for p, pair in zip(parameters, factors, strict=False))
+        ]  # fmt: skip
+    out = GGAMOutput(scored.logits, guided.channel, attended.spatial, guided.cam_weights, guided.guidance)
+    return out, guided, Held(f, attended.spatial_weights, attended.peak_index, layers)
+
+
+def held_features_grad(backend: str, features: Tensor, options: Options, held: Held, scale: Tensor) -> Tensor:
+    """dA times the scalar `scale`."""
+    stages = get_backend(backend)
+    return features_grad(stages, features, options, held.weights, held.peak_index, held.factors, scale)
+
+
+def held_layer_grads(backend: str, held: Held, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of each held layer's weight and bias times the scalar `scale`."""
+    pairs = [(layer.left, layer.right) for layer in held.layers]
+    return held_grads(get_backend(backend), pairs, [layer.product for layer in held.layers], scale)
+
+
+def held_loss(
+    features: Tensor,
+    options: Options,
+    backend: str,
+    entropy: Tensor,
+    guidance: Tensor | None,
+    held: Held,
+    terms: LossTerms,
+) -> Tensor:
+    """entropy + guidance_weight * guidance, or the entropy alone, as one node that holds its gradients."""
+    f, weights, peak_index, layers = held
+    with torch.no_grad(), full_precision(features):
+        layers = _smaller(get_backend(backend), layers)
+    return HeldGradient.apply(
+        entropy, guidance, features, _alone(f.first), f.channel, f.grad_map, f.grad_mean, weights, peak_index,
+        terms.guidance_weight, tuple(options), backend, tuple(layer.product for layer in layers),
+        *(x for layer in layers for x in layer[:4]),
+    )  # fmt: skip
+
+
+def fused_loss(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    backend: str,
+    score: Callable[[Tensor], Scores],
+    known: bool,
+    target: Tensor,
+    terms: LossTerms,
+) -> FusedLoss:
+    """See `functional.fused_ggam_loss`; features are (N, C, L).  The cross entropy of a classifier that is
+    not `known` keeps its graph: its own gradient is autograd's."""
+    out, guided, held = fused_forward(backend, features, mlp, options, score, target, terms)
+    entropy, guidance = guided.loss, None
+    if not known:
+        logits = as_type(out.logits, compute_dtype(out.logits))
+        entropy = cross_entropy(logits, target, terms.label_smoothing, terms.ignore_index)
+        guidance = guided.guidance
+    loss = held_loss(features, options, backend, entropy, guidance, held, terms)
+    return FusedLoss(loss, GGAMOutput(out.logits.detach(), *out[1:]))

@@ -1,10 +1,11 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, width of loads and stores.
 
     python -m bench.codegen                   # a Markdown table for sm_90
-    python -m bench.codegen --target sm_80 sm_90 sm_100 sm_120 gfx942 --write
+    python -m bench.codegen --target sm_90 sm_80 sm_100 sm_120 gfx942 --write
 
 The launches are the library's own: its operators run on empty tensors with the kernels replaced by a
-recorder, so what is compiled here is what a GPU would be given, specialisation included.
+recorder, so what is compiled here is what a GPU would be given, specialisation included.  The first target
+has all shapes, the others the first two, ResNet-50's in both layouts: a launch takes a second or two.
 The command fails where anything spills.
 """
 
@@ -23,8 +24,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from ggam_fast import ops
 
 from .every_kernel import launch_all
 
@@ -48,18 +47,12 @@ SHAPES = [
     (512, 3136, False),
 ]
 DTYPES = (torch.bfloat16, torch.float32)
-_MODULES = (
-    ops.channel_sum, ops.features_grad, ops.grad_cam_means, ops.guidance, ops.hadamard, ops.layer_grads,
-    ops.max_pool, ops.position_scatter, ops.product, ops.spatial_norm, ops.spatial_sum,
-)  # fmt: skip
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
-_FLAGS = ("R", "POOL", "NORM", "BY_CHANNEL", "RELU", "SPLIT", "BLOCK_M", "WIDE_J", "CAM_NORM", "SYMMETRIC")
-# Tensors that a launch may do without.
-_OPTIONAL = {
-    "bias_ptr", "mask_ptr", "scale_ptr", "dy_1_ptr", "dy_3_ptr", "extra_ptr", "grad_mean_ptr", "grad_map_ptr",
-    "grad_channel_ptr", "attention_ptr", "weights_ptr",
-}  # fmt: skip
+_FLAGS = (
+    "R", "POOL", "NORM", "BY_CHANNEL", "RELU", "SPLIT", "STEPS", "BLOCK_M", "BLOCK_N", "WIDE_J", "WIDE_C",
+    "CAM_NORM", "SYMMETRIC", "MEAN", "TRAINING", "MOMENTUM", "ACT", "K", "HARD", "IGNORE", "PREDICTED",
+)  # fmt: skip
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -72,10 +65,13 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        """Its flags, and the optional tensors that it is given."""
+        """Its flags, and the tensors that it is given and might be without, for which its source asks."""
+        optional = set(re.findall(r"(\w+_ptr) is not None", self.kernel.src))
         names = zip(self.kernel.arg_names, self.arguments, strict=False)
-        given = [n.removesuffix("_ptr") for n, v in names if n in _OPTIONAL and v is not None]
-        return " ".join([*(f"{f}={self.keywords[f]:d}" for f in _FLAGS if f in self.keywords), *given])
+        given = [n.removesuffix("_ptr") for n, v in names if n in optional and v is not None]
+        # Rows alone have a width of their own.
+        flags = ("C", *_FLAGS) if self.keywords.get("L", 1) == 1 else _FLAGS
+        return " ".join([*(f"{f}={self.keywords[f]:d}" for f in flags if f in self.keywords), *given])
 
 
 class Code(NamedTuple):
@@ -102,7 +98,8 @@ def launches(
     """Every kernel in its variants (`every_kernel`), as launched for features of this shape and type."""
     rocm = target.startswith("gfx")
     found: list[Launch] = []
-    originals = [(m, n, k) for m in _MODULES for n, k in vars(m).items() if n.endswith("_kernel")]
+    modules = [m for name, m in sys.modules.items() if name.startswith("ggam_fast.kernels.")]
+    originals = [(m, n, k) for m in modules for n, k in vars(m).items() if n.endswith("_kernel")]
     for module, name, kernel in originals:
         setattr(module, name, _Recorder(kernel, found))
     try:
@@ -141,7 +138,8 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
         else:
             is_tensor = isinstance(value, torch.Tensor)
             signature[name] = _POINTER[value.dtype] if is_tensor else "i32"
-            if is_tensor or (value % 16 == 0 and not plain):
+            number = value.data_ptr() if is_tensor else value
+            if number % 16 == 0 and not plain:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
@@ -207,14 +205,17 @@ def table(
     kernels: Container[str] | None = None,
     widths: bool = True,
 ) -> Iterator[tuple[Launch, str, Code, str]]:
-    """(launch, target, code, its Markdown row) of all kernels, or these, for every target, shape and type."""
+    """(launch, target, code, its Markdown row) of all kernels, or these, for every target, shape and type.
+    What is compiled for several of them is one row, of the first."""
     for target in targets:
+        seen: set[tuple[Any, ...]] = set()
         for channels, positions, channels_last in shapes:
             for dtype in dtypes:
                 for launch in launches(channels, positions, channels_last, dtype, target):
                     name = launch.kernel.__name__.removesuffix("_kernel")
-                    if kernels is not None and name not in kernels:
+                    if (kernels is not None and name not in kernels) or _compiled_for(launch) in seen:
                         continue
+                    seen.add(_compiled_for(launch))
                     code = inspect(launch, target, widths)
                     layout = "channels-last" if channels_last else "NCHW"
                     loads, stores = ("/".join(map(str, w)) for w in (code.loads, code.stores))
@@ -241,7 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
         "| target | kernel | variant | features | type | registers | stack | shared | loads | stores |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    found = list(table(chosen.target, SHAPES))
+    first, *others = chosen.target
+    found = [*table([first], SHAPES), *table(others, SHAPES[:2])]
     lines += [row for *_, row in found]
     text = "\n".join(lines) + "\n"
     if chosen.write:

@@ -4,23 +4,46 @@ for compute-sanitizer.
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_kernel
 """
 
+import argparse
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ggam_fast import ops
-from ggam_fast.stages import CamTerms
+from ggam_fast.backends.layer import BATCH_NORM, ELU, RELU, Layer
+from ggam_fast.backends.torch import CamTerms
+from ggam_fast.backends.triton import TRITON, classifier, pooling
+from ggam_fast.backends.triton.launch import launch, thread
 
 from . import environment
 
 MAPS = ((5, 130, 196), (7, 40, 35), (3, 257, 256))
+CLASSES = (200, 5000)  # of an image at once, and in sweeps
+ODD_WIDTH = 101  # of a batch norm
+
+
+class _Clearing:
+    """Launches what it notes, and has counters to clear, as the recording of a step has (`record`)."""
+
+    def __init__(self, counters: Tensor) -> None:
+        self.counters = counters
+
+    def clearing(self) -> tuple[Tensor, int]:
+        return self.counters, self.counters.numel()
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        thread.recorder = None
+        launch(kernel, programs, *arguments, **constants)
+        thread.recorder = self
 
 
 def launch_all(a: Tensor, random: bool = False) -> None:
-    """The operators' launches for features (N, C, L); values are what memory holds unless `random`."""
-    (n, c, l), stages = a.shape, ops.TRITON
+    """Their launches for features (N, C, L); values are what memory holds unless `random`."""
+    (n, c, l), stages = a.shape, TRITON
     new = torch.rand if random else torch.empty
     t, s, total = (new(size, device=a.device) for size in ((n, l), (n, c), (n,)))
     index = torch.zeros(n, c, dtype=torch.int64, device=a.device)
@@ -29,31 +52,99 @@ def launch_all(a: Tensor, random: bool = False) -> None:
         stages.max_pool(a, weights)
         stages.grad_cam_means(a, a, weights)
         stages.hadamard(a, weights, s, weights is None)
+        pooling.attended_map(a, weights, s, 0.5, weights is not None)
+    thread.recorder = _Clearing(torch.zeros(300, dtype=torch.int32, device=a.device))
+    try:
+        stages.spatial_sum(a)
+    finally:
+        thread.recorder = None
     stages.channel_sum(a, s)
     for norm in ("softmax", "sum", "sigmoid"):
-        stages.spatial_attention(a, s, norm)
-        for pool_type in ("avg", "max", ""):
-            stages.attended(a, s, norm, pool_type)
+        for kappa in (1, l):
+            stages.spatial_attention(a, s, norm, kappa)
+            for pool_type in ("avg", "max", ""):
+                stages.attended(a, s, norm, pool_type, kappa)
         stages.attention_backward(a, [s, s], 1.0, None, t, total, norm)
         for extra in (t, None):
             stages.spatial_attention_grad(a, s, 1.0, extra, t, total, norm)
             stages.attention_backward(a, [s], 1.0, extra, t, total, norm)
     stages.position_scatter(s, index, l)
+    stages.multiply(s, s, c)
     for pool_type, first in (("avg", s), ("max", s), ("", a)):
         for grad_mean, scale in itertools.product((s, None), (total[0], None)):
             stages.features_grad(a, pool_type, first, index, t, t, s, grad_mean, scale)
             stages.features_grad(a, pool_type, first, index, None, None, s, grad_mean, scale)
     launch_products(s, new)
+    for width in (c, ODD_WIDTH):
+        launch_batch_norms(new(n, width, device=a.device), new)
+    for classes in CLASSES:
+        launch_cross_entropies(new(n, classes, device=a.device))
+    launch_channels(s, t, total)
+
+
+def launch_channels(s: Tensor, t: Tensor, total: Tensor) -> None:
+    """Of the logits' softmax and of the guidance."""
+    l, stages, whole = t.shape[1], TRITON, CamTerms(s, t, t, s)
+    stages.softmax(s)
+    stages.softmax_grad(s, s)
+    for scale in (total[0], None):
+        stages.softmax_grad(s, s, s, scale)
     for cam_norm, divergence in itertools.product(
         ("sigmoid", "softmax", "standardized"), ("symmetric", "forward")
     ):
-        for terms, ds in ((CamTerms(s, t, t, s), s), (CamTerms(s, t, t, s), None), (CamTerms(s), s)):
-            stages.guidance(s, terms, ds, l, cam_norm, 1.0, divergence, 1.0, True)
+        norm = (cam_norm, 1.0, divergence)
+        for terms in (whole, CamTerms(s)):
+            stages.guidance(s, terms, None, l, *norm, 1.0)
+        # The fused loss has cross entropies, the drop-in form no dS.
+        for ds, losses in ((s, total), (None, None)):
+            stages.guided_loss(s, whole, ds, l, *norm, 1.0, True, total, losses)
+    for ds, losses in ((s, total), (None, None)):
+        stages.guided_loss(s, whole, ds, l, *norm, 1.0, False, total, losses)
+    stages.guided_loss(s, CamTerms(s), None, l, *norm, 1.0, True, total, total)
+
+
+def launch_batch_norms(x: Tensor, new: Callable[..., Tensor]) -> None:
+    """Of rows (N, C), and back, with the gradients of their parameters among a layer's."""
+    (n, c), stages = x.shape, TRITON
+    gamma, beta, mean, variance = (new(c, device=x.device) for _ in range(4))
+    tracked = torch.zeros((), dtype=torch.int64, device=x.device)
+    running = Layer(BATCH_NORM, gamma, beta, mean, variance, tracked, eps=1e-5, momentum=0.1)
+    fixed = running._replace(training=True)
+    settling, cumulative = fixed._replace(settling=True), fixed._replace(momentum=None)
+    untracked = fixed._replace(running_mean=None, running_var=None, tracked=None)
+    relu, elu = Layer(RELU), Layer(ELU)
+    for layer, follows in (
+        (fixed, relu), (settling, None), (settling, elu), (cumulative, elu), (untracked, None),
+        (running, None), (running, relu), (running, elu),
+    ):  # fmt: skip
+        stages.batch_norm(x, layer, follows)
+    for rows in ([x], [x, x]):
+        for layer, follows in ((fixed, None), (fixed, relu), (fixed, elu), (running, elu)):
+            stages.batch_norm_grad(rows, x, layer, follows, (mean, variance))
+    w, neighbours = new(n, 64, device=x.device), [*new(2, c, device=x.device)]
+    for vectors in (neighbours, neighbours * 2):
+        stages.parameter_grads([(w, w)] * 4, vectors, gamma[0])
+
+
+def launch_cross_entropies(logits: Tensor) -> None:
+    """Of labels and of probabilities (N, K): with both seeds or the class score's alone; the whole loss."""
+    stages, scale = TRITON, logits[0, 0]
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    for target, cam_class, ignore_index in (
+        (labels, "label", None), (labels, "predicted", -100),
+        (logits, "label", None), (logits, "predicted", None),
+    ):  # fmt: skip
+        stages.cross_entropy(logits, target, 0.1, cam_class, ignore_index)
+        stages.class_scores(logits, target, cam_class, ignore_index)
+    for target, guidance, ignore in ((labels, scale, None), (labels, None, -100), (logits, scale, None)):
+        classifier.whole_loss(logits, target, guidance, 0.1, 1.0, ignore)
+    for with_guidance in (True, False):
+        classifier.whole_loss_grad(scale, logits, 1.0, with_guidance)
 
 
 def launch_products(s: Tensor, new: Callable[..., Tensor]) -> None:
     """Of the channel MLP and a classifier, for few rows and for as many as have large tiles."""
-    (n, c), stages = s.shape, ops.TRITON
+    (n, c), stages = s.shape, TRITON
     for rows, k in ((n, c), (512, 64)):
         x = s if rows == n else new(rows, k, device=s.device)
         odd = new(rows, 5, device=s.device)  # as of five classes
@@ -77,6 +168,10 @@ def launch_products(s: Tensor, new: Callable[..., Tensor]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.every_kernel", description=__doc__.split("\n\n")[0]
+    )
+    parser.parse_args()
     for n, c, l in MAPS:
         for dtype in (torch.float32, torch.bfloat16):
             a = torch.rand(n, c, l, device=environment.device()).to(dtype)

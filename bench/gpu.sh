@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # Everything a GPU is needed for; no failure stops the rest, and a summary is printed last.
 #
-#   bench/gpu.sh DIR                       all sections, at most 45 minutes
+#   bench/gpu.sh DIR                       all sections, at most 50 minutes
 #   bench/gpu.sh DIR parity                these alone, each below ten minutes
 #
 #   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log
+#   recorded    steps replayed from a recording, eager and compiled                              recorded.log
 #   bench       the suite, under nine minutes                                                    bench.log, DEVICE-torch...csv
 #   counters    each kernel of a compiled step: its time in a graph; bytes read from and written
 #               to device memory (ncu)                                                           counters.log, .csv
 #   sanitizer   memcheck and racecheck on small shapes (compute-sanitizer)                       sanitizer.log
 #   first_call  the first step of a new process, with empty and with warm caches; the host's
-#               time to start a step, and each of its operators                                  first_call.log
+#               time to start a step, its launches, the files it enters                          first_call.log
 #
 # Rows and logs are in DIR as soon as they are written.  DIR holds at most 8 files and 16 MB. A copy without its
 # history, or with another's, takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/:
 # "-k max_autotune", say, for what the budget left out; such rows are added to those in DIR.
 set -u
-usage="usage: bench/gpu.sh DIR [parity] [bench] [counters] [sanitizer] [first_call]"
+usage="usage: bench/gpu.sh DIR [parity] [recorded] [bench] [counters] [sanitizer] [first_call]"
 out=${1:?$usage}
 shift
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
@@ -29,7 +30,7 @@ export TEARDOWN_CUPTI=0
 python=$(command -v python3 || command -v python)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-all=(parity bench counters sanitizer first_call)
+all=(parity recorded bench counters sanitizer first_call)
 summary=()
 
 # step SECTION LIMIT NAME COMMAND...: run it with a time limit, log it, note how it ended
@@ -55,14 +56,20 @@ step() {
 missing() { echo "$1 is not installed"; return 3; }
 export -f missing
 
+tests=("$python" -m pytest -q -p no:cacheprovider)
+"$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
+
 parity() {
-    local tests=("$python" -m pytest -q -p no:cacheprovider)
-    "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
-    step parity 160 kernels "${tests[@]}" tests/test_ops.py tests/kernels
-    step parity 130 head "${tests[@]}" tests/test_{head,contractions,fused_loss,classifier,interop}.py
-    step parity 100 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/test_*.py
+    step parity 160 kernels "${tests[@]}" tests/backends tests/kernels
+    step parity 130 head "${tests[@]}" tests/test_{head,autograd,step,scale,interop}.py tests/classifier
+    step parity 100 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/backends tests/test_*.py
     step parity 45 "the measuring itself" "${tests[@]}" tests/bench/test_parity_gate.py tests/bench/test_tools.py
     step parity 120 compile "${tests[@]}" tests/test_compile.py
+}
+
+recorded() {
+    step recorded 140 eager "${tests[@]}" tests/test_recorded.py
+    step recorded 140 compiled "${tests[@]}" tests/test_compiled.py
 }
 
 bench() {
@@ -93,11 +100,12 @@ sanitizer() {
 }
 
 first_call() {
-    step first_call 120 eager "$python" -m bench.first_call
-    step first_call 200 compiled "$python" -m bench.first_call --compile
-    step first_call 120 "compiled, its graphs cached" env TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1 \
+    step first_call 110 eager "$python" -m bench.first_call
+    step first_call 190 compiled "$python" -m bench.first_call --compile
+    step first_call 110 "compiled, its graphs cached" env TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1 \
         "$python" -m bench.first_call --compile
     step first_call 120 host "$python" -m bench.host --compile
+    step first_call 50 crossings "$python" -m bench.crossings
 }
 
 sections=("$@")

@@ -1,6 +1,6 @@
 """README's table and the pictures, from result files.
 
-python -m bench.report                  # all of bench/results/*.csv
+python -m bench.report                  # all of bench/results: rows (*.csv) and the host's times (host.json)
 python -m bench.report FILE.csv ... --readme OTHER.md   # these alone, in another file
 python -m bench.report --check          # only say whether README is what the files say
 """
@@ -16,16 +16,17 @@ from .environment import ROOT
 from .table import Results, markdown
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-INTRODUCTION = (
+SOURCE = (
     '`pip install -e ".[test,bench]" && pytest bench/` times the head and its peers, each checked against '
-    "the reference first;\n`python -m bench.report` prints this from "
+    "the reference first;\n`python -m bench.report` prints these tables from "
     "[bench/results](bench/results/README.md)."
 )
+HOST = "host.json"
 
 
 def block(files: Sequence[Path]) -> str:
     """What stands in README, markers included."""
-    return f"{BEGIN}\n{INTRODUCTION}\n\n{markdown(files)}\n{END}"
+    return f"{BEGIN}\n{markdown(files)}\n\n{SOURCE}\n{END}"
 
 
 def replaced(text: str, new: str) -> str:
@@ -36,7 +37,8 @@ def replaced(text: str, new: str) -> str:
 
 
 def result_files(folder: Path = rows.RESULTS) -> list[Path]:
-    return sorted(folder.glob("*.csv"))
+    """All rows, then what `python -m bench.host --compile --json` wrote, if it is there."""
+    return [*sorted(folder.glob("*.csv")), *folder.glob(HOST)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from . import plots
 
     for path in files:
+        if path.suffix != ".csv":
+            continue
         results = Results(path)
         print(path.name, *(picture.name for picture in plots.draw(results, chosen.plots)), sep="\n  ")
         for line in judged(results):

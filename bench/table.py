@@ -1,5 +1,6 @@
-"""Result files as Markdown: tables of steps and forwards, of Grad-CAM weights, of whole training steps."""
+"""Result files as Markdown: tables of whole training steps, of the host's time, of the head alone."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,18 @@ from .cases import CAM_LIBRARIES, COMPILED, COMPILED_REFERENCE, FUSED_COMPILED
 
 KEY = ("op", "provider", "pass", "N", "C", "H", "W", "dtype", "layout", "timing")
 NAMES = {"step": "guided step", "fwd_beta": "forward and beta", "fwd": "forward"}
+WHOLE = {  # provider: what stands in the table
+    "linear": "pooling and a linear layer",
+    "fused": "this head",
+    "fused_compiled": "this head, compiled",
+    "authors": "the authors' way, two backward passes",
+}
+HOST = {  # name in the file of `host`: what is called, with what it is compared
+    "fused": ("eager step: `fused_ggam_loss`, backward", "eager"),
+    "drop_in": ("eager step: `head(x, y)`, `GGAMLoss`, backward", "eager"),
+    "forward": ("eager inference: `head(x)` of one image, without gradients", "eager_forward"),
+    "fused_compiled": ("compiled step: `fused_ggam_loss`, backward", "compiled"),
+}
 PEERS = {  # column: providers, the fastest of which is shown
     "eager": ("eager",),
     "compiled": COMPILED_REFERENCE,
@@ -101,28 +114,40 @@ class Time(NamedTuple):
 
 
 def markdown(files: Iterable[Path]) -> str:
-    """README's block."""
-    results = sorted((Results(p) for p in files), key=lambda r: (not r.on_gpu, r.path.name))
-    parts = [part for r in results for part in (_heading(r), *_tables(r))]
+    """README's block, of rows (.csv) and of the host's times (.json): what a user gets first."""
+    paths = list(files)
+    results = sorted(
+        (Results(p) for p in paths if p.suffix == ".csv"), key=lambda r: (not r.on_gpu, r.path.name)
+    )
+    parts = [part for r in results for part in _whole_steps(r)]
+    parts += [part for p in paths if p.suffix == ".json" for part in _host_times(p)]
+    parts += [part for r in results for part in (_heading(r), *_tables(r))]
     if not any(r.on_gpu for r in results):
         parts.insert(0, "**No GPU has been measured yet.**")
     return "\n\n".join(dict.fromkeys(parts))  # a legend once
 
 
 def _heading(results: Results) -> str:
-    row = results.newest
-    versions = f"torch {row['torch']}, triton {row['triton']}"
-    state = _commits(results)
+    rows = list(results.rows.values())
     if results.on_gpu:
+        return f"**The head alone**, one step after another and as CUDA graphs. {_machine(rows)}:"
+    return f"**The head alone, on a CPU.** {_machine(rows)}:"
+
+
+def _machine(rows: Sequence[dict[str, str]]) -> str:
+    """The device, the versions, and what the rows were measured at."""
+    row = max(rows, key=lambda row: row["utc"])
+    versions = f"torch {row['torch']}, triton {row['triton']}, {_commits(rows)}"
+    if row["cuda"]:
         clocks = f", {row['sm_mhz']} MHz" if row["sm_mhz"] else ""
-        return f"{row['gpu']}{clocks}, driver {row['driver']}, CUDA {row['cuda']}, {versions}, {state}:"
-    loads = [float(r["load"]) for r in results.rows.values()]
-    return f"{row['gpu']}, load {min(loads):.1f} to {max(loads):.1f}, {versions}, {state}:"
+        return f"{row['gpu']}{clocks}, driver {row['driver']}, CUDA {row['cuda']}, {versions}"
+    loads = [float(r["load"]) for r in rows]
+    return f"{row['gpu']}, load {min(loads):.1f} to {max(loads):.1f}, {versions}"
 
 
-def _commits(results: Results) -> str:
+def _commits(rows: Sequence[dict[str, str]]) -> str:
     """What the rows were measured at, the newest first."""
-    by_time = sorted(results.rows.values(), key=lambda row: row["utc"], reverse=True)
+    by_time = sorted(rows, key=lambda row: row["utc"], reverse=True)
     changes = {"1": " with changes", "": " (changes unknown)"}
     counts = Counter(row["commit"] + changes.get(row["dirty"], "") for row in by_time)
     if len(counts) == 1:
@@ -156,9 +181,6 @@ def _tables(results: Results) -> Iterable[str]:
     beta = _beta_table(results)
     if beta:
         yield beta
-    whole = _e2e_table(results)
-    if whole:
-        yield whole
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -236,13 +258,56 @@ def _beta_table(results: Results) -> str | None:
     return _table(("beta alone, microseconds", *(n.replace("_", "-") for n in names)), lines)
 
 
-def _e2e_table(results: Results) -> str | None:
+def _whole_steps(results: Results) -> Iterable[str]:
+    """A training step of a whole network with each head; a tiny one on a CPU says little about speed."""
     found = [row for row in results.rows.values() if row["pass"] == "e2e" and row["timing"] == "hot"]
     if not found or not results.on_gpu:
-        return None
+        return
+    yield (
+        "**A whole training step**: backbone, head, loss, backward, optimizer.\n"
+        f"`pytest bench/bench_e2e.py` on {_machine(found)}:"
+    )
+    plain = {row["op"]: float(row["p50"]) for row in found if row["provider"] == "linear"}
+    lines = []
+    for row in found:
+        time, beside = float(row["p50"]), plain.get(row["op"])
+        share = f" ({time / beside:.2f} x)" if beside and row["provider"] != "linear" else ""
+        lines.append((
+            f"{row['op']}, {row['N']} images", WHOLE.get(row["provider"], row["provider"]),
+            f"{time / 1000:.1f}{share}", f"{float(row['images_per_s']):.0f}", f"{float(row['peak MiB']):.0f}",
+            f"{float(row['joules_per_image']):.2f}" if row["joules_per_image"] else "-",
+        ))  # fmt: skip
+    header = ("network", "head", "milliseconds", "images/s", "peak MiB", "joules an image")
+    yield _table(header, lines)
+    yield "In brackets the time over that of the network with pooling and a linear layer."
+
+
+def _host_times(path: Path) -> Iterable[str]:
+    """What a call costs the host, from a file of `python -m bench.host`."""
+    found = json.loads(path.read_text())
+    versions = f"torch {found['torch']}, triton {found['triton']}, Python {found['python']}"
+    if "gpu" in found:
+        how, machine = "time until a call returns", found["gpu"]
+        note = "The GPU has nothing to do before each call."
+    else:
+        how, machine = "CPU time until a call returns, without a GPU", found["cpu"].split(", ")[0]
+        note = (
+            "Launches of this library end in a stub of the driver, so the driver's own\n"
+            "time is missing. torch's operations run on one thread of the CPU, on maps so small that they\n"
+            "have little to compute."
+        )
+    yield (
+        f"**What a call costs the host**: {how} (`python -m bench.host --compile`).\n"
+        f"{machine}, {versions}, features {found['case']}:"
+    )
     lines = [
-        (row["op"], row["provider"], f"{float(row['images_per_s']):.0f}", f"{float(row['peak MiB']):.0f}",
-         f"{float(row['joules_per_image']):.2f}" if row["joules_per_image"] else "-")
-        for row in found
-    ]  # fmt: skip
-    return _table(("whole step", "head", "images/s", "peak MiB", "joules an image"), lines)
+        (text, f"{found[name]:.0f}", f"{found[peer]:.0f} ({found[peer] / found[name]:.1f} x)")
+        for name, (text, peer) in HOST.items()
+        if {name, peer} <= found.keys()
+    ]
+    yield _table(("", "this library", "reference"), lines)
+    yield (
+        "Microseconds, medians of one run after the first calls; in brackets how many times faster this\n"
+        f"library is. {note}\n"
+        f"An eager `fused_ggam_loss` and its backward are {found['launches']:.0f} launches."
+    )

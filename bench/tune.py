@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from ggam_fast.kernels import plan
 
-from ggam_fast import ops  # noqa: F401  (makes ggam_fast.kernels importable in a checkout)
+import ggam_fast  # noqa: F401  (makes ggam_fast.kernels importable in a checkout)
 
 from . import environment, floor, timing
 from .cases import PASSES, Case, gpu_cases

@@ -1,5 +1,6 @@
 """README's block is what the result files say, and says so when it is not."""
 
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,12 @@ TIMES = {
     "fused_compiled": 110.0,
     "fused_reduce_overhead": 80.0,
 }
+
+HOST = {
+    "case": "4x64x4x4-float32-nchw", "torch": "2.14.1", "triton": "3.8.0", "python": "3.11.7",
+    "cpu": "CPU Test, 1 threads", "fused": 150.0, "drop_in": 200.0, "eager": 900.0, "forward": 30.0,
+    "eager_forward": 120.0, "fused_compiled": 200.0, "compiled": 400.0, "launches": 28,
+}  # fmt: skip
 
 
 def row(provider: str, time: float, environment: Environment, **changes: object) -> rows.Row:
@@ -59,8 +66,55 @@ def test_gpu_table(tmp_path: Path) -> None:
     assert "Test GPU, 1980 MHz, driver 580.1, CUDA 13.0, torch 2.11.0, triton 3.6.0, commit abc:" in text
     ours = "70 (1.40 x floor) | 100 | 56 (1.12 x floor) | 80"
     assert f"| 2048 x 14 x 14 | 32 | 50 | {ours} | 900 (9.0 x) | 250 (3.1 x) | - | 0.05 |" in text
-    assert "| resnet50 | fused | 451 | 900 | 0.50 |" in text
+    assert "| resnet50, 32 images | pooling and a linear layer | 70.0 | 457 | 900 | 0.50 |" in text
+    assert "| resnet50, 32 images | this head | 71.0 (1.01 x) | 451 | 900 | 0.50 |" in text
+    assert text.index("resnet50") < text.index("guided step")
     assert "No GPU" not in text
+
+
+def host_file(folder: Path, **changes: object) -> Path:
+    """What `python -m bench.host --json` writes; without what is changed to None."""
+    path = folder / report.HOST
+    found = {key: value for key, value in (HOST | changes).items() if value is not None}
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_host_times_stand_between_whole_steps_and_the_head_alone(tmp_path: Path) -> None:
+    rows_of_it = result_file(tmp_path, GPU, ("hot", "cold", "graph"))
+    host = host_file(tmp_path)
+    assert report.result_files(tmp_path) == [rows_of_it, host]
+    text = table.markdown([rows_of_it, host])
+    assert text.index("resnet50") < text.index("costs the host") < text.index("guided step")
+    assert "CPU Test, torch 2.14.1, triton 3.8.0, Python 3.11.7, features 4x64x4x4-float32-nchw:" in text
+    assert "| eager step: `fused_ggam_loss`, backward | 150 | 900 (6.0 x) |" in text
+    assert "| eager step: `head(x, y)`, `GGAMLoss`, backward | 200 | 900 (4.5 x) |" in text
+    assert "| eager inference: `head(x)` of one image, without gradients | 30 | 120 (4.0 x) |" in text
+    assert "| compiled step: `fused_ggam_loss`, backward | 200 | 400 (2.0 x) |" in text
+    assert "without a GPU" in text
+    assert "stub of the driver" in text
+    assert "28 launches" in text
+
+
+def test_host_times_of_a_gpu_without_compiled_steps(tmp_path: Path) -> None:
+    text = table.markdown([host_file(tmp_path, gpu="Test GPU", fused_compiled=None, compiled=None)])
+    assert "Test GPU, torch 2.14.1" in text
+    assert "compiled step" not in text
+    assert "stub" not in text
+    assert "without a GPU" not in text
+
+
+def test_readme_is_stale_after_another_host_file(tmp_path: Path) -> None:
+    readme, host = tmp_path / "README.md", host_file(tmp_path)
+    readme.write_text(report.block([host]))
+    arguments = [str(host), "--readme", str(readme), "--check"]
+    assert report.main(arguments) == 0
+    host_file(tmp_path, fused=151.0)
+    assert report.main(arguments) == 1
+
+
+def test_host_times_are_committed() -> None:
+    assert (rows.RESULTS / report.HOST).exists(), "python -m bench.host --compile --json FILE"
 
 
 def test_the_eager_step_is_not_compared_with_compiled_ones(

@@ -1,7 +1,6 @@
 """The tools around the suite, as far as they run without a GPU."""
 
 import argparse
-import os
 import platform
 import subprocess
 import sys
@@ -77,22 +76,6 @@ def test_a_tuned_pass_is_timed(device: torch.device, monkeypatch: pytest.MonkeyP
     work = Workload(Case(2, 32, 4, 4, torch.float32), device)
     with tune.patched({"PARTIAL_CHANNELS": 256}):
         assert tune.median(work, "fwd") > 0
-
-
-def test_the_hosts_time_of_every_operator() -> None:
-    """In a process without the interpreter, whose kernels have no launch."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.host", "--rounds", "2", "--case", "2x32x3x3-float32"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][2:]
-    assert [name.strip() for name, _ in rows[:3]] == ["fused", "fused_modular", "eager"]
-    names = {name.strip().removeprefix("ggam_fast::") for name, _ in rows[3:]}
-    assert names == {
-        "attended", "attention_backward", "features_grad", "guidance", "layer_grads", "product",
-        "spatial_sum",
-    }  # fmt: skip
-    assert all(float(time) > 0 for _, time in rows)
 
 
 def test_whole_training_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

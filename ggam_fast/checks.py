@@ -191,7 +191,8 @@ def target(
     expected = f"target must be in [0, {num_classes})" + (
         f" or ignore_index={ignore_index}" if ignore_index is not None else ""
     )
-    if torch.compiler.is_exporting() or value.is_meta:
+    # Not is_exporting(), which is True in all that Dynamo of torch 2.11 traces.
+    if torch.compiler._is_exporting_flag or value.is_meta:
         return value
     if torch.compiler.is_compiling():
         torch._assert_async(_in_range(value, num_classes, ignore_index), expected)

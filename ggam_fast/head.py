@@ -166,7 +166,10 @@ class GGAMHead(GGAMHeadBase):
         if torch.compiler.is_compiling() and backend == "triton" and layers is not None:
             assert compiled is not None
             if compiled.applies(x, mlp, options, layers, target):
-                loss, out = compiled.fused_loss(x, mlp, options, layers, target, terms)
+                last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
+                whole = features if last and self.input_fmt == "NCHW" else None
+                loss, out = compiled.fused_loss(x, mlp, options, layers, target, terms, whole)
+                checks.scores(out.logits, x.shape[0], self.num_classes)
                 return FusedLoss(loss, _with_map(out, spatial_shape))
 
         def score(pooled: Tensor) -> Scores:

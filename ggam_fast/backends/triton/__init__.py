@@ -96,7 +96,7 @@ class TritonBackend(Backend):
         scale: Tensor | None = None,
     ) -> Tensor:
         # Compiled, an outer product that Inductor writes where it is used.
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and pool_type == "avg":
+        if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag and pool_type == "avg":
             return super().features_grad(features, pool_type, first, index, t, du, s, grad_mean, scale)
         return features_grad.features_grad(
             features, POOL[pool_type], first, index, t, du, s, grad_mean, scale

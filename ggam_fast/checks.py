@@ -163,15 +163,13 @@ def scores(logits: Tensor, batch: int, num_classes: int) -> None:
         )
 
 
-def target(
-    value: Tensor, batch: int, num_classes: int, ignore_index: int | None = None, in_kernel: bool = False
-) -> Tensor:
+def target(value: Tensor, batch: int, num_classes: int, ignore_index: int | None = None) -> Tensor:
     """Check class indices (N,) or class probabilities (N, K) and return them.
 
     An index must be in [0, K), or be `ignore_index` where one is given.  That is checked at once on the
     CPU; on CUDA and in a compiled function by an assertion that needs no synchronisation.
     `GGAM_FAST_CHECKS=1` makes it an immediate ValueError on every device.  vmap and tracers look at no
-    values.  `in_kernel`: a kernel that reads the target asserts the same.
+    values.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a tensor; got {type(value).__name__}")
@@ -198,8 +196,6 @@ def target(
         torch._assert_async(_in_range(value, num_classes, ignore_index), expected)
         return value
     at_once = value.device.type == "cpu" or os.environ.get("GGAM_FAST_CHECKS") == "1"
-    if in_kernel and not at_once:
-        return value
     try:
         in_range = _in_range(value, num_classes, ignore_index)
         if value.device.type == "cuda" and not at_once:

@@ -3,7 +3,8 @@
 `ggam_fast::guided_step` launches all of the forward at once, from a recording as an eager step replays it.
 What touches A at its edges stays torch's own: the mean of A, which Inductor computes where A is made, and
 the outer products of dA, which it writes where dA is used.  Running statistics move outside of the
-operator, from those of the batch.  The backward is `ggam_fast::layer_grads`.
+operator, from those of the batch.  The backward, `ggam_fast::guided_step_grads`, makes the gradients of all
+parameters.
 """
 
 import ast

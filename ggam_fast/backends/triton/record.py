@@ -2,7 +2,7 @@
 
 `Recorder` runs the closed form on tensors that have a shape but no memory.  It notes every launch, and
 refuses every other operation on a tensor but allocating one and viewing one: what it accepts is a list of
-launches and nothing else.  `Recorder.tape` turns the notes into a `Tape`, whose launches name their tensors
+launches and nothing else.  `Recording` turns the notes into a `Tape`, whose launches name their tensors
 by slot and offset:
 
     environment = [kept, scratch, constants, counters, *inputs, *outputs]        addresses and numbers
@@ -289,8 +289,7 @@ class Tape:
         self._launch_all(stream, environment)
 
     def _written(self, size: int) -> Callable[[int, tuple[Any, ...]], None]:
-        """All launches as one function, as this is what a replay spends its time on: 9 us for the 26 of a
-        step, where a loop over lists takes 37."""
+        """All launches as one function without a loop: this is what a replay spends its time on."""
         names: dict[str, Any] = {}
         lines = [launch.written(i, names) for i, launch in enumerate(self.launches)]
         unpacked = "".join(f"e{i}, " for i in range(size))

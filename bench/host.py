@@ -83,7 +83,7 @@ def without_kernels() -> Iterator[None]:
         driver_stub.active(),
         mock.patch.object(launch, "_compiled", {}),
         mock.patch.object(recorded, "_recordings", {}),
-        mock.patch.object(launch, "_serves_all_alike", return_value=True),
+        mock.patch.object(launch, "serve_all_alike", return_value=True),
         mock.patch.object(checks, "TRITON_INTERPRETED", True),
         mock.patch.dict("os.environ", GGAM_FAST_BACKEND="triton"),
     ):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.registry import get_backend, get_differentiable
-from .backends.torch import CamTerms, softmax_grad
+from .backends.registry import full_precision, get_backend, get_differentiable
+from .backends.torch import Backend, CamTerms, softmax_grad
 from .closed_form import (
     Attended,
     ChannelMLP,
@@ -30,7 +30,7 @@ from .closed_form import (
     pull_back,
 )
 from .guidance import kl_guidance_with_grad
-from .precision import as_type, full_precision
+from .precision import as_type
 
 
 class Function(torch.autograd.Function):
@@ -171,13 +171,15 @@ class Attention(Function):
         attended = Attended(grads[0], *small)  # `pooled` itself is not needed, and S is computed again
         # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
         _ = features.stride()
+        stages = get_backend(ctx.backend)
         with full_precision(features):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return _differentiable_backward(features, mlp, options, ctx.backend, grads[:3])
-            return _backward(ctx, features, mlp, options, attended, *grads[:3])
+            return _backward(stages, ctx, features, mlp, options, attended, *grads[:3])
 
 
 def _backward(
+    backend: Backend,
     ctx: Any,
     features: Tensor,
     mlp: ChannelMLP,
@@ -187,7 +189,6 @@ def _backward(
     grad_logits: Tensor,
     grad_spatial: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    backend = get_backend(ctx.backend)
     f = pull_back(
         backend, features, mlp, options, attended, grad_pooled,
         grad_logits if options.uses_channel else None,

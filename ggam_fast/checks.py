@@ -154,6 +154,15 @@ def matrix(argument: str, value: Tensor, names: str) -> Tensor:
     return value
 
 
+def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float, float]:
+    """Both in their range, else raise."""
+    if not 0.0 <= number("guidance_weight", guidance_weight) < float("inf"):
+        raise ValueError(f"guidance_weight must be finite and not negative; got {guidance_weight!r}")
+    if not 0.0 <= number("label_smoothing", label_smoothing) <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
+    return guidance_weight, label_smoothing
+
+
 def scores(logits: Tensor, batch: int, num_classes: int) -> None:
     """Raise unless a classifier returned one score for every image and class."""
     if tuple(logits.shape) != (batch, num_classes):

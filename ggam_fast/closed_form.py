@@ -111,27 +111,22 @@ def attend(
 ) -> Attended:
     """The forward, in the backend's terms; `mean` (N, C) is that of A, where it is at hand."""
     batch, channels, positions = features.shape
-    dtype = compute_dtype(features)
-    kappa = options.kappa(channels, positions)
-
-    def empty() -> Tensor:  # autograd wants every output to be a tensor of its own
-        return features.new_empty(0, dtype=dtype)
-
+    kappa, uses_spatial = options.kappa(channels, positions), options.uses_spatial
     if options.uses_channel:
         mean = backend.spatial_sum(features, None, 1.0 / positions) if mean is None else mean
-        hidden, logits = backend.channel_mlp(mean, *(p for p in mlp if p is not None))
+        hidden, logits = backend.channel_mlp(mean, *mlp)  # type: ignore[arg-type]
     else:
-        mean, hidden = empty(), empty()
-        logits = features.new_zeros((batch, channels), dtype=dtype)
+        logits = features.new_zeros((batch, channels), dtype=compute_dtype(features))
+        mean, hidden = logits.new_empty(0), logits.new_empty(0)
     s = backend.softmax(logits)
 
-    if options.uses_spatial:
+    if uses_spatial:
         out, index, t, weights, total = backend.attended(
             features, s, options.spatial_norm, options.pool_type, kappa
         )
         multiplied = weights if kappa != 1 else t
     else:
-        t, weights, total = features.new_ones((batch, positions), dtype=dtype), empty(), empty()
+        t, weights, total = logits.new_ones((batch, positions)), logits.new_empty(0), logits.new_empty(0)
         if options.uses_channel and options.pool_type == "avg":
             out, index = mean, features.new_empty(0, dtype=torch.int64)
         else:
@@ -140,9 +135,9 @@ def attend(
 
     if options.pool_type == "max":
         peak = out
-        pooled = peak * multiplied.gather(1, index) if options.uses_spatial else peak.clone()
+        pooled = peak * multiplied.gather(1, index) if uses_spatial else peak.clone()
     else:
-        pooled, peak = out, empty()
+        pooled, peak = out, logits.new_empty(0)
     if options.attention == "channel" and not options.dense:  # D = kappa S * A: the scale comes after pooling
         pooled = backend.multiply(s, pooled, kappa)
     return Attended(pooled, logits, t, mean, hidden, total, peak, index, weights, s)
@@ -267,8 +262,8 @@ def pull_back_to_mean(
         return Factors(first_mean, first, channel, du, None, None, None)
     assert mlp.fc1_weight is not None
     assert mlp.fc2_weight is not None
-    (dh,) = backend.product([de], as_type(mlp.fc2_weight, de.dtype), mask=attended.hidden)
-    (dg,) = backend.product([dh], as_type(mlp.fc1_weight, de.dtype))
+    (dh,) = backend.product([de], mlp.fc2_weight, mask=attended.hidden)
+    (dg,) = backend.product([dh], mlp.fc1_weight)
     return Factors(first_mean, first, channel, du, dg, de, dh)
 
 

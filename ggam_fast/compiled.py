@@ -18,15 +18,14 @@ from torch import Tensor
 from . import recorded, step
 from .autograd import Function
 from .backends.layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer
-from .backends.registry import get_backend
+from .backends.registry import full_precision, get_backend
+from .backends.triton.launch import plan
 from .backends.triton.record import Number, Pass, Recorder, Recording
 from .backends.triton.register import define
-from .backends.triton.shapes import plan
 from .base import GGAMOutput
 from .classifier.rules import scores
 from .closed_form import ChannelMLP, Options, held_grads
 from .norm import move
-from .precision import full_precision
 from .step import FusedLoss, LossTerms
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
-
 
 def cross_entropy(
     logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int | None = None
@@ -24,15 +22,6 @@ def cross_entropy(
         return (losses * counts).sum() / counts.sum().clamp(min=1)
     total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
     return total / max(logits.shape[0], 1)
-
-
-def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float, float]:
-    """Both in their range, else raise."""
-    if not 0.0 <= checks.number("guidance_weight", guidance_weight) < float("inf"):
-        raise ValueError(f"guidance_weight must be finite and not negative; got {guidance_weight!r}")
-    if not 0.0 <= checks.number("label_smoothing", label_smoothing) <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
-    return guidance_weight, label_smoothing
 
 
 def reduce_batch(per_image: Tensor, reduction: str, share: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks, entropy, guidance, precision, step
+from .backends import registry
 from .backends.registry import get_backend, get_differentiable
 from .base import GGAMHeadBase
 from .closed_form import ChannelMLP, Options
@@ -52,7 +53,7 @@ def channel_sum(
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("channel_weights", channel_weights, tuple(x.shape[:2]), "(N, C)", x)
-    with precision.full_precision(x):
+    with registry.full_precision(x):
         stages = get_differentiable(checks.backend(backend, x))
         return stages.channel_sum(x, weights).unflatten(1, shape)
 
@@ -67,7 +68,7 @@ def spatial_sum(
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("spatial_weights", spatial_weights, (x.shape[0], *shape), "(N, H, W)", x)
-    with precision.full_precision(x):
+    with registry.full_precision(x):
         return get_differentiable(checks.backend(backend, x)).spatial_sum(x, weights.flatten(1))
 
 
@@ -203,7 +204,7 @@ def grad_cam_means(
     if spatial_attention is not None:
         expected = (x.shape[0], *shape)
         t = _weights("spatial_attention", spatial_attention, expected, "(N, H, W)", x).flatten(1)
-    with torch.no_grad(), precision.full_precision(x):
+    with torch.no_grad(), registry.full_precision(x):
         means, _, grad_map = get_backend(checks.backend(backend, x)).grad_cam_means(x, g, t)
         if grad_map.dim() == 3:
             grad_map = grad_map.sum(1)

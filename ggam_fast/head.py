@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from . import checks, step
 from .autograd import Anchored
 from .backends.layer import Layer
-from .backends.registry import get_backend
+from .backends.registry import autocasts, full_precision
+from .backends.torch import TORCH
 from .base import GGAMHeadBase, GGAMOutput
 from .classifier.layers import hooked, known_layers, modules_of
 from .classifier.rules import LayerGradient, Scores, run, scores
 from .classifier.scores import custom_scores
 from .closed_form import ChannelMLP, Options
-from .entropy import loss_weights, reduce_batch
+from .entropy import reduce_batch
 from .guidance import kl_guidance
 from .losses import GGAMLoss
-from .precision import autocasts, full_precision
 from .step import FusedLoss, LossTerms
 
 if checks.TRITON_AVAILABLE:
@@ -113,7 +113,7 @@ class GGAMHead(GGAMHeadBase):
         layers = known_layers(self.classifier, self.drop)
         logits, pull_back = self._score(layers, attended.pooled, spatial_shape, not second_order, backend)
         checks.scores(logits, x.shape[0], self.num_classes)
-        seed, share = get_backend("torch").class_scores(logits, target, self.cam_class, self.ignore_index)
+        seed, share = TORCH.class_scores(logits, target, self.cam_class, self.ignore_index)
         (v,), _ = pull_back([seed])
         terms = self._loss_terms()
         if second_order:
@@ -147,7 +147,7 @@ class GGAMHead(GGAMHeadBase):
     ) -> FusedLoss:
         """The loss of `GGAMLoss`, with the gradient of the features in hand: see
         `functional.fused_ggam_loss`."""
-        weight, smoothing = loss_weights(guidance_weight, label_smoothing)
+        weight, smoothing = checks.loss_weights(guidance_weight, label_smoothing)
         self._check_request(target, pre_logits=False)
         if not self.cam_detach or self.pool_type in ("flatten", "") or not torch.is_grad_enabled():
             out = self(features, target)
@@ -162,7 +162,6 @@ class GGAMHead(GGAMHeadBase):
         target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
 
         layers = known_layers(self.classifier, self.drop)
-        known = layers is not None
         if torch.compiler.is_compiling() and backend == "triton" and layers is not None:
             assert compiled is not None
             if compiled.applies(x, mlp, options, layers, target):
@@ -173,15 +172,18 @@ class GGAMHead(GGAMHeadBase):
                 return FusedLoss(loss, _with_map(out, spatial_shape))
 
         def score(pooled: Tensor) -> Scores:
-            if torch.compiler.is_compiling() and not known:
-                anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
-                pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
-            with torch.set_grad_enabled(not known):  # the gradients of known layers come in closed form
-                result = self._score(layers, pooled, spatial_shape, True, backend)
+            if layers is not None:
+                result = scores(layers, pooled, True, backend)
+            else:
+                if torch.compiler.is_compiling():
+                    anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
+                    pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
+                with torch.enable_grad():
+                    result = self._score(None, pooled, spatial_shape, True, backend)
             checks.scores(result.logits, x.shape[0], self.num_classes)
             return result
 
-        loss, out = step.fused_loss(x, mlp, options, backend, score, known, target, terms)
+        loss, out = step.fused_loss(x, mlp, options, backend, score, layers is not None, target, terms)
         return FusedLoss(loss, _with_map(out, spatial_shape))
 
     def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:

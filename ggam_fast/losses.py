@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .base import GGAMOutput
-from .entropy import cross_entropy, loss_weights
+from .entropy import cross_entropy
 from .precision import compute_dtype
 
 if checks.TRITON_AVAILABLE:
@@ -37,7 +37,7 @@ class GGAMLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.ignore_index = checks.label("ignore_index", ignore_index)
-        self.guidance_weight, self.label_smoothing = loss_weights(guidance_weight, label_smoothing)
+        self.guidance_weight, self.label_smoothing = checks.loss_weights(guidance_weight, label_smoothing)
 
     def forward(self, out: GGAMOutput | Tensor, target: Tensor) -> Tensor:
         logits = out.logits if isinstance(out, GGAMOutput) else out

@@ -1,6 +1,6 @@
-"""Which type the small tensors have, and autocast kept away from them."""
+"""Which type the small tensors have."""
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,9 @@ def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def full_precision(features: Tensor) -> AbstractContextManager[object]:
-    """Switch autocast off for the features' device."""
-    # Only where it is on: torch.export (2.15) fails to save some autocast blocks.
-    return torch.autocast(features.device.type, enabled=False) if autocasts(features) else nullcontext()
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+def as_types(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    """`as_type` of each tensor; None stays."""
+    found = []
+    for x in tensors:
+        found.append(x if x is None or x.dtype == dtype else x.to(dtype))
+    return found

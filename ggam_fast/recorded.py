@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from . import checks, step
 from .autograd import Function
 from .backends.layer import Layer
-from .backends.registry import get_backend
+from .backends.torch import TORCH
 from .backends.triton import classifier
 from .backends.triton.launch import options as triton_options
 from .backends.triton.record import NotRecordable, Number, Pass, Recorder, Recording
@@ -377,8 +377,8 @@ def _record_fused(head: "GGAMHead", call: Call, terms: LossTerms) -> Recording:
     numbers = [Number(n) for n in (terms.guidance_weight, terms.label_smoothing, terms.cam_temperature)]
     weight, smoothing, temperature = numbers
     terms = terms._replace(guidance_weight=weight, label_smoothing=smoothing, cam_temperature=temperature)
-    recorder, blueprint = Recorder(), Blueprint.read(head, call, has_target=True)
-    with torch.no_grad(), recorder:
+    blueprint = Blueprint.read(head, call, has_target=True)
+    with torch.no_grad(), Recorder() as recorder:
         given = recorder.like_each(call.given)
         stand = blueprint.stand(given)
         assert stand.target is not None
@@ -387,8 +387,8 @@ def _record_fused(head: "GGAMHead", call: Call, terms: LossTerms) -> Recording:
             lambda pooled: scores(stand.layers, pooled, True, BACKEND), stand.target, terms,
         )  # fmt: skip
         checks.scores(out.logits, stand.x.shape[0], head.num_classes)
-        forward = Pass(recorder.take(), given, numbers, [guided.loss, *_with_map(out, stand)])
-        grad = recorder.scalar()
+        outputs = [guided.loss, *_with_map(out, stand)]
+        forward, grad = Pass(recorder.take(), given, numbers, outputs), recorder.scalar()
         da, pairs = None, None
         if call.needs_features:
             da = step.held_features_grad(BACKEND, stand.x, stand.options, held, grad)
@@ -475,13 +475,13 @@ def guided(head: "GGAMHead", features: Tensor, target: Tensor) -> GGAMOutput | N
 
 
 def _record_drop_in(head: "GGAMHead", call: Call, terms: LossTerms | None) -> Recording:
-    recorder, blueprint = Recorder(), Blueprint.read(head, call, has_target=terms is not None)
+    blueprint = Blueprint.read(head, call, has_target=terms is not None)
     numbers, varied = [], terms
     if terms is not None:
         numbers = [Number(terms.cam_temperature)]
         varied = terms._replace(cam_temperature=numbers[0])
     needs_graph = torch.is_grad_enabled() and (call.needs_features or call.needs_parameters)
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), Recorder() as recorder:
         given = recorder.like_each(call.given)
         stand = blueprint.stand(given)
         out, seen = step.drop_in_forward(
@@ -575,9 +575,7 @@ def _again(
         if terms is not None:
             assert stand.target is not None
             terms = terms._replace(cam_temperature=numbers[0])
-            seed, share = get_backend("torch").class_scores(
-                result.logits, stand.target, terms.cam_class, terms.ignore_index
-            )
+            seed, share = TORCH.class_scores(result.logits, stand.target, terms.cam_class, terms.ignore_index)
             (v,), _ = result.pull_back([seed])
             beta, s, guidance = step.cam_and_guidance(x, mlp, options, attended, v, share, BACKEND, terms)
             outputs += [s, attended.spatial.unflatten(1, stand.shape), beta, guidance]

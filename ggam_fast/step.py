@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .autograd import Attention, Guidance, HeldGradient
 from .backends.layer import Layer
-from .backends.registry import get_backend, get_differentiable
+from .backends.registry import full_precision, get_backend, get_differentiable
 from .backends.torch import Backend, Guided, cam_weights
 from .base import GGAMOutput
 from .classifier.rules import LayerGradient, Pullback, Scores, scores
@@ -42,7 +42,7 @@ from .closed_form import (
     pull_back_to_mean,
 )
 from .entropy import cross_entropy, reduce_batch
-from .precision import as_type, compute_dtype, full_precision
+from .precision import as_type, compute_dtype
 
 
 def ggam_attention(
@@ -242,25 +242,33 @@ def fused_forward(
     target: Tensor,
     terms: LossTerms,
     mean: Tensor | None = None,
+    known: bool = True,
 ) -> tuple[GGAMOutput, Guided, Held]:
     """The forward of the fused loss, both of its gradients pulled back; `score` runs the classifier, `mean`
-    (N, C) is that of A, where it is at hand.  Without a graph, but for the classifier's own."""
-    stages = get_backend(backend)
-    positions = features.shape[2]
-    with torch.no_grad(), full_precision(features):
-        attended = attend(stages, features.detach(), mlp, options, mean)
-    scored = score(attended.pooled)
-    with torch.no_grad(), full_precision(features):
-        logits = as_type(scored.logits.detach(), compute_dtype(scored.logits))
+    (N, C) is that of A, where it is at hand.  Without a graph, but for that of a classifier that is not
+    `known`, which also runs under the caller's autocast."""
+    stages, alone = get_backend(backend), full_precision(features)
+    features, positions = features.detach(), features.shape[2]
+    scored = None
+    with torch.no_grad(), alone:
+        attended = attend(stages, features, mlp, options, mean)
+        if known:
+            scored = score(attended.pooled)
+    if scored is None:
+        scored = score(attended.pooled)
+    with torch.no_grad(), alone:
+        logits = scored.logits
+        if not known:
+            logits = as_type(logits.detach(), compute_dtype(logits))
         entropy = stages.cross_entropy(
             logits, target, terms.label_smoothing, terms.cam_class, terms.ignore_index
         )
-    with torch.no_grad():
+    with torch.no_grad(), alone if known else nullcontext():
         pulled, layers = scored.pull_back([entropy.score, entropy.grad])
-    with torch.no_grad(), full_precision(features):
+    with torch.no_grad(), alone:
         at_features = terms.cam_at == "features"
         *pulled_v, pulled_z = pull_back_to_channels(
-            stages, features.detach(), options, attended, pulled if at_features else pulled[1:]
+            stages, features, options, attended, pulled if at_features else pulled[1:]
         )
         if at_features:
             (pulled_y,) = pulled_v
@@ -277,10 +285,8 @@ def fused_forward(
         de = guided.grad_logits if options.uses_channel else None
         f = pull_back_to_mean(stages, mlp, attended, pulled_z, de)
         parameters = [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)]
-        factors = mlp_factors(attended, f)
-        layers = [
-            *layers, *(LayerGradient(*p, *pair, True) for p, pair in zip(parameters, factors, strict=False))
-        ]  # fmt: skip
+        for pair, factors in zip(parameters, mlp_factors(attended, f), strict=False):
+            layers.append(LayerGradient(*pair, *factors, True))
     out = GGAMOutput(scored.logits, guided.channel, attended.spatial, guided.cam_weights, guided.guidance)
     return out, guided, Held(f, attended.spatial_weights, attended.peak_index, layers)
 
@@ -308,8 +314,9 @@ def held_loss(
 ) -> Tensor:
     """entropy + guidance_weight * guidance, or the entropy alone, as one node that holds its gradients."""
     f, weights, peak_index, layers = held
+    stages = get_backend(backend)
     with torch.no_grad(), full_precision(features):
-        layers = _smaller(get_backend(backend), layers)
+        layers = _smaller(stages, layers)
     return HeldGradient.apply(
         entropy, guidance, features, _alone(f.first), f.channel, f.grad_map, f.grad_mean, weights, peak_index,
         terms.guidance_weight, tuple(options), backend, tuple(layer.product for layer in layers),
@@ -329,7 +336,7 @@ def fused_loss(
 ) -> FusedLoss:
     """See `functional.fused_ggam_loss`; features are (N, C, L).  The cross entropy of a classifier that is
     not `known` keeps its graph: its own gradient is autograd's."""
-    out, guided, held = fused_forward(backend, features, mlp, options, score, target, terms)
+    out, guided, held = fused_forward(backend, features, mlp, options, score, target, terms, known=known)
     entropy, guidance = guided.loss, None
     if not known:
         logits = as_type(out.logits, compute_dtype(out.logits))

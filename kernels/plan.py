@@ -125,6 +125,24 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def memory_order(strides: tuple[int, ...]) -> str:
+    """Which of channels and positions of an (N, C, L) map are neighbours in memory."""
+    return POSITIONS_FIRST if strides[2] == 1 else CHANNELS_FIRST
+
+
+def geometry(shape: tuple[int, ...], strides: tuple[int, ...], cut: "Tile | Sums") -> dict[str, int]:
+    """The compile-time constants of a pass over an (N, C, L) map: sizes, inner strides, tile."""
+    return {
+        "C": shape[1],
+        "L": shape[2],
+        "STRIDE_C": strides[1],
+        "STRIDE_L": strides[2],
+        "BLOCK_C": cut.block_c,
+        "BLOCK_L": cut.block_l,
+        "num_warps": cut.num_warps,
+    }
+
+
 def tile(channels: int, positions: int, layout: str, num_warps: int = 4) -> Tile:
     """The tile for one pass over a (C, L) map: long in the contiguous direction."""
     if layout == POSITIONS_FIRST:
@@ -136,6 +154,13 @@ def tile(channels: int, positions: int, layout: str, num_warps: int = 4) -> Tile
 
 # Programs of one warp, or two, were the fastest for both sums on an H100 (`bench/results/h100.md`), of which
 # sixteen warps or more fit a multiprocessor (`tests/test_codegen.py`).
+
+
+def partial_sums(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, rows: int) -> tuple[int, ...]:
+    """The shape of what `channel_sum` leaves to add up for R rows of weights: (N, R, P, L)."""
+    batch, channels, positions = shape
+    cut = channel_sum(channels, positions, itemsize, memory_order(strides))
+    return batch, rows, blocks(channels, cut.task_c), positions
 
 
 def channel_sum(channels: int, positions: int, itemsize: int, layout: str) -> Sums:

@@ -42,9 +42,9 @@ class PoisonedTorch:
 @pytest.fixture
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer the operators allocate starts as NaN, so that an unwritten element shows."""
-    from ggam_fast.backends.triton import shapes
+    from ggam_fast.backends.triton import launch
 
-    monkeypatch.setattr(shapes, "torch", PoisonedTorch())
+    monkeypatch.setattr(launch, "torch", PoisonedTorch())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

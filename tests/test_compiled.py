@@ -21,7 +21,7 @@ if not checks.TRITON_AVAILABLE:
 
 from ggam_fast import compiled, recorded
 from ggam_fast.backends.triton import record
-from ggam_fast.backends.triton.shapes import plan
+from ggam_fast.backends.triton.launch import plan
 from ggam_fast.classifier.layers import known_layers
 from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.norm import SettlingBatchNorm1d

@@ -1,17 +1,26 @@
-"""Backends by name.  They register themselves when they are imported; nothing here imports one."""
+"""Backends by name, and autocast kept away from them.
 
+Backends register themselves when they are imported; nothing here imports one.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from .torch import Backend
 
 _BACKENDS: dict[str, "Backend"] = {}
+_TRACED: dict[str, "Backend"] = {}
 _DIFFERENTIABLE: dict[str, "Backend"] = {}
 
 
-def register(name: str, backend: "Backend") -> None:
-    """Make `get_backend(name)` return this."""
-    _BACKENDS[name] = backend
+def register(name: str, backend: "Backend", traced: "Backend") -> None:
+    """Make `get_backend(name)` return this; `traced` where operations are looked into."""
+    _BACKENDS[name], _TRACED[name] = backend, traced
 
 
 def register_differentiable(name: str, backend: "Backend") -> None:
@@ -21,9 +30,32 @@ def register_differentiable(name: str, backend: "Backend") -> None:
 
 def get_backend(name: str) -> "Backend":
     """The stages of a resolved backend, "torch" or "triton", for code that autograd does not look into."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # vmap before torch.func
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return _TRACED[name]
+    modes = torch._C._len_torch_dispatch_stack()
+    # A mode that notes launches wants to see them.
+    if modes and not getattr(torch._C._get_dispatch_stack_at(modes - 1), "notes_launches", False):
+        return _TRACED[name]
     return _BACKENDS[name]
 
 
 def get_differentiable(name: str) -> "Backend":
     """The same stages with a derivative of every order."""
     return _DIFFERENTIABLE[name]
+
+
+def full_precision(features: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off for the features' device."""
+    # Only where it is on: torch.export (2.15) fails to save some autocast blocks.
+    return torch.autocast(features.device.type, enabled=False) if autocasts(features) else nullcontext()
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ggam_fast.guidance import kl_guidance_with_grad
 from ggam_fast.norm import settle
-from ggam_fast.precision import as_type, compute_dtype
+from ggam_fast.precision import as_type, as_types, compute_dtype
 
 from .layer import ELU, RELU, Layer
 from .registry import register
@@ -85,7 +85,7 @@ def batch_norm(
         layer.tracked.add_(1)
         if momentum is None:  # the cumulative average of torch's BatchNorm
             momentum = 1.0 / float(layer.tracked)
-    mean, var = as_type(own_mean, x.dtype), as_type(own_var, x.dtype)
+    mean, var = as_types(x.dtype, own_mean, own_var)
     if give:
         y, *saved = aten._native_batch_norm_legit(x, gamma, beta, mean, var, True, momentum or 0.0, layer.eps)
         found = (saved[0], saved[1])
@@ -214,8 +214,10 @@ class Backend:
         mask: Tensor | None = None,
         relu: bool = False,
     ) -> list[Tensor]:
-        """Each of one or two (M, K) times (K, N): with a bias (N,) and a ReLU, or 0 where mask <= 0"""
+        """Each of one or two (M, K) times (K, N), in the rows' type: with a bias (N,) and a ReLU, or 0 where
+        mask <= 0"""
         x = rows[0]
+        matrix, bias = as_types(x.dtype, matrix, bias)
         if len(rows) == 1 and _one_image(x) and matrix.shape[0] <= 256 and matrix.stride(0) == 1:
             # A loop over short rows of W in memory, as those of fc2: 1 x 2048 x 14 x 14 takes 370 us so, with
             # BLAS 396 (AMD EPYC, two threads: `pytest bench/ -k 1x2048x14x14-float32-nchw-fwd`). Longer rows
@@ -238,8 +240,7 @@ class Backend:
     def batch_norm(self, x: Tensor, layer: Layer, follows: Layer | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """act(norm(x)) of x (N, C), for the ELU or ReLU that follows, if any, and what the way back needs;
         running statistics move.  Autograd does not look into it."""
-        gamma = None if layer.weight is None else as_type(layer.weight, x.dtype)
-        beta = None if layer.bias is None else as_type(layer.bias, x.dtype)
+        gamma, beta = as_types(x.dtype, layer.weight, layer.bias)
         y, statistics = batch_norm(layer, x, gamma, beta, give=True)
         saved: tuple[Tensor, ...] = () if statistics is None else statistics
         if follows is None:
@@ -255,7 +256,8 @@ class Backend:
         saved: tuple[Tensor, ...],
     ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """dx of each of one or two dy (N, C), and d gamma and d beta (C,) of the last one"""
-        if layer.from_batch:
+        gamma, from_batch = as_types(x.dtype, layer.weight)[0], layer.from_batch
+        if from_batch:
             mean, scale = saved[:2]
             variance = mean
         else:
@@ -270,7 +272,6 @@ class Backend:
                 else aten.elu_backward(v, follows.alpha, 1, 1, False, y)
                 for v in rows
             ]  # fmt: skip
-        gamma = None if layer.weight is None else as_type(layer.weight, x.dtype)
         affine = layer.weight is not None or layer.bias is not None
         # Without a weight CUDA gives no bias gradient either.  Of a batch's own statistics torch's
         # backward looks at no variance (but on CUDA asks for one).
@@ -284,7 +285,7 @@ class Backend:
                 variance,
                 mean,
                 scale,
-                layer.from_batch,
+                from_batch,
                 layer.eps,
                 [True, affine, affine],
             )
@@ -311,9 +312,8 @@ class Backend:
         self, mean: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         """relu(FC1(g)) (N, J) and e = FC2(relu(FC1(g))) (N, C) of g (N, C), in its type"""
-        w1, b1, w2, b2 = (as_type(p, mean.dtype) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
-        (hidden,) = self.product([mean], w1.t(), b1, relu=True)
-        (logits,) = self.product([hidden], w2.t(), b2)
+        (hidden,) = self.product([mean], fc1_weight.t(), fc1_bias, relu=True)
+        (logits,) = self.product([hidden], fc2_weight.t(), fc2_bias)
         return hidden, logits
 
     def softmax(self, logits: Tensor) -> Tensor:
@@ -591,4 +591,5 @@ class Backend:
         return da.transpose(1, 2) if channels_last else da
 
 
-register("torch", Backend())
+TORCH = Backend()
+register("torch", TORCH, traced=TORCH)

@@ -14,8 +14,8 @@ from torch import Tensor
 from ggam_fast.autograd import Linear
 from ggam_fast.backends.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
 from ggam_fast.backends.registry import get_backend
-from ggam_fast.backends.torch import Backend, batch_norm
-from ggam_fast.precision import as_type
+from ggam_fast.backends.torch import TORCH, Backend, batch_norm
+from ggam_fast.precision import as_types
 
 
 class LayerGradient(NamedTuple):
@@ -78,57 +78,55 @@ def _forward(
     statistics: list[tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, list[Pullback]]:
     pullbacks: list[Pullback] = []
-    at = 0
+    stages, at = get_backend(backend), 0
     while at < len(layers):
         layer, at = layers[at], at + 1
         if layer.kind == BATCH_NORM and x.shape[0] and not torch.is_grad_enabled():
             # A backend does the norm and what follows at once.
             follows = layers[at] if at < len(layers) and layers[at].kind in (ELU, RELU) else None
             at += follows is not None
-            x, pull, saved = _norm_and_activation(layer, follows, x, get_backend(backend))
+            x, pull, saved = _norm_and_activation(layer, follows, x, stages)
             if statistics is not None:
                 statistics.append(saved)
         else:
-            x, pull = _RULES[layer.kind](layer, x, backend)
+            x, pull = _RULES[layer.kind](layer, x, stages, backend)
         pullbacks.append(pull)
     return x, pullbacks
 
 
-def _linear(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+def _linear(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
     assert layer.weight is not None
-    weight = as_type(layer.weight, x.dtype)
-    bias = None if layer.bias is None else as_type(layer.bias, x.dtype)
+    weight: Tensor = layer.weight
+    bias = layer.bias
 
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         held = LayerGradient(layer.weight, layer.bias, rows[-1], x, True)
         # torch's products have derivatives of every order.
-        stages = get_backend("torch" if torch.is_grad_enabled() else backend)
-        return stages.product(rows, weight), [held]
+        return (TORCH if torch.is_grad_enabled() else stages).product(rows, weight), [held]
 
-    own = get_backend(backend)
-    if not own.multiplies(weight.dtype):
-        return F.linear(x, weight, bias), pull
-    if torch.is_grad_enabled():
-        return Linear.apply(x, weight, bias, backend), pull
-    return own.product([x], weight.t(), bias)[0], pull
+    own = stages.multiplies(x.dtype)
+    if own and not torch.is_grad_enabled():
+        return stages.product([x], weight.t(), bias)[0], pull
+    weight, bias = as_types(x.dtype, weight, bias)
+    return Linear.apply(x, weight, bias, backend) if own else F.linear(x, weight, bias), pull
 
 
-def _identity(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+def _identity(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
     return x, lambda rows: (rows, [])
 
 
-def _dropout(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+def _dropout(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
     if not layer.training or layer.p == 0.0:
-        return _identity(layer, x, backend)
+        return _identity(layer, x, stages, backend)
     mask = F.dropout(torch.ones_like(x), layer.p)
     return x * mask, lambda rows: ([v * mask for v in rows], [])
 
 
-def _relu(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+def _relu(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
     return torch.relu(x), lambda rows: ([torch.ops.aten.threshold_backward(v, x, 0) for v in rows], [])
 
 
-def _elu(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+def _elu(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         if torch.is_grad_enabled():  # torch's own has no third derivative
             slope = (layer.alpha * x.clamp(max=0).exp()).masked_fill(x > 0, 1.0)
@@ -139,12 +137,12 @@ def _elu(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
 
 
 def _norm_and_activation(
-    layer: Layer, follows: Layer | None, x: Tensor, backend: Backend
+    layer: Layer, follows: Layer | None, x: Tensor, stages: Backend
 ) -> tuple[Tensor, Pullback, tuple[Tensor, ...]]:
-    y, saved = backend.batch_norm(x, layer, follows)
+    y, saved = stages.batch_norm(x, layer, follows)
 
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
-        found, dgamma, dbeta = backend.batch_norm_grad(rows, x, layer, follows, saved)
+        found, dgamma, dbeta = stages.batch_norm_grad(rows, x, layer, follows, saved)
         if dgamma is None or dbeta is None:
             return found, []
         return found, [LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)]
@@ -152,11 +150,10 @@ def _norm_and_activation(
     return y, pull, saved
 
 
-def _batch_norm(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+def _batch_norm(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
     """In operations that autograd goes through, any number of times."""
     dtype = x.dtype
-    gamma = None if layer.weight is None else as_type(layer.weight, dtype)
-    beta = None if layer.bias is None else as_type(layer.bias, dtype)
+    gamma, beta = as_types(dtype, layer.weight, layer.bias)
     if x.shape[0] == 0:
         # No statistics to take or to move; the parameters stay in the graph.
         slope = torch.ones_like(x[:1]) if gamma is None else gamma
@@ -183,7 +180,7 @@ def _batch_norm(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback
                 return [v * scale for v in weighted], []
             normed = (x - mean) * scale
             return [scale * (v - v.mean(0) - normed * (v * normed).mean(0)) for v in weighted], []
-        found, dgamma, dbeta = get_backend("torch").batch_norm_grad(rows, x, layer, None, (mean, scale))
+        found, dgamma, dbeta = TORCH.batch_norm_grad(rows, x, layer, None, (mean, scale))
         if dgamma is None or dbeta is None:
             return found, []
         return found, [LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)]
@@ -191,7 +188,7 @@ def _batch_norm(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Pullback
     return y, pull
 
 
-_RULES: dict[str, Callable[[Layer, Tensor, str], tuple[Tensor, Pullback]]] = {
+_RULES: dict[str, Callable[[Layer, Tensor, Backend, str], tuple[Tensor, Pullback]]] = {
     LINEAR: _linear,
     BATCH_NORM: _batch_norm,
     ELU: _elu,

@@ -56,7 +56,7 @@ class Elsewhere(Tensor):
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch.triton, "JITFunction", Kernel)
-    monkeypatch.setattr(launch, "_serves_all_alike", lambda compiled, arguments: True)
+    monkeypatch.setattr(launch, "serve_all_alike", lambda compiled, arguments: True)
     return Kernel()
 
 
@@ -107,10 +107,10 @@ def test_what_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Mock(spec=launch.triton.compiler.CompiledKernel)
     host = torch.zeros(8)
     gpu = host.as_subclass(OnGpu)
-    assert launch._serves_all_alike(compiled, (gpu, None, 0.5, 7, gpu))
-    assert not launch._serves_all_alike(compiled, (gpu, None, 0.5, 7, host))
-    assert not launch._serves_all_alike(None, (gpu,))
-    assert not launch._serves_all_alike(object(), (gpu,))
+    assert launch.serve_all_alike([compiled], (gpu, None, 0.5, 7, gpu))
+    assert not launch.serve_all_alike([compiled], (gpu, None, 0.5, 7, host))
+    assert not launch.serve_all_alike([None], (gpu,))
+    assert not launch.serve_all_alike([object()], (gpu,))
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch.triton, "JITFunction", Kernel)
     kernel = Kernel()

@@ -526,11 +526,12 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         "layer_grads": [(s, t, *[None] * 9), (s, t, t, s, t, t, None, None, s, None, total[0])],
         "softmax": [(s,)],
         "softmax_grad": [(s, s, None, None), (s, s, s, total[0])],
-        "guidance": [(s, s, t, t, s, s, 10, 0, True, 1.0, 0.1),
-                     (s, s, None, None, None, None, 10, 2, False, 2.0, 1.0)],
-        "guided_loss": [(s, s, t, t, s, s, 10, 0, True, 1.0, 0.1, True, total, total),
-                        (s, s, None, None, None, None, 10, 2, False, 2.0, 1.0, False, total, None)],
-        "cross_entropy": [(s, index[:, 0], 0.1, False, True, 3, True), (s, s, 0.0, True, False, 0, False)],
+        "guidance": [(s, s, t, t, s, s, 10, 0, True, 1.0, 0.1, True, None, None),
+                     (s, s, t, t, s, s, 10, 0, True, 1.0, 0.1, True, total, total),
+                     (s, s, None, None, None, None, 10, 2, False, 2.0, 1.0, False, total, None)],
+        "cross_entropy": [(s, index[:, 0], None, 0.1, 0.0, False, True, 3, True, True, False),
+                          (s, s, None, 0.0, 0.0, True, False, 0, False, True, False),
+                          (s, s, total[0], 0.0, 1.0, False, False, 0, True, False, True)],
     }  # fmt: skip
     registered = {
         name.removeprefix("ggam_fast::").split(".")[0]

@@ -18,7 +18,7 @@ from tests.kernels.trace import Trace, counts, elements, needs_interpreter, trac
 pytestmark = needs_interpreter
 if checks.TRITON_AVAILABLE:
     from ggam_fast.backends.triton import TRITON as S
-    from ggam_fast.backends.triton import pooling, shapes, sums
+    from ggam_fast.backends.triton import launch, pooling, sums
 
 SIZES = [(2, 300, 49), (3, 17, 200), (1, 130, 1)]  # C in two partial sums; L in one tile; one position
 Inputs = dict[str, Tensor]
@@ -153,7 +153,7 @@ def test_features_without_a_dense_axis_are_copied_once(
     a = torch.stack([torch.randn(2, 20, 9)] * 2, -1)[..., 0]
     s, t = torch.randn(2, 20).softmax(-1), torch.rand(2, 9)
     copies = []
-    native = shapes.native
+    native = launch.native
 
     def counted(features: Tensor) -> Tensor:
         found = native(features)

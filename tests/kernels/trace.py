@@ -62,7 +62,7 @@ def traced(execute: bool = True) -> Iterator[Trace]:
     """Watch all kernels launched inside; without `execute` nothing is loaded (zeros are) or stored."""
     from triton.runtime import interpreter
 
-    from ggam_fast.backends.triton import shapes
+    from ggam_fast.backends.triton import launch as launching
 
     trace, builder, empty = Trace(), interpreter.InterpreterBuilder, torch.empty
     load, store, launch = builder.create_masked_load, builder.create_masked_store, builder.set_grid_dim
@@ -93,5 +93,5 @@ def traced(execute: bool = True) -> Iterator[Trace]:
         patch.setattr(builder, "create_masked_load", traced_load)
         patch.setattr(builder, "create_masked_store", traced_store)
         patch.setattr(builder, "set_grid_dim", counted_launch)
-        patch.setattr(shapes.torch, "empty", kept)
+        patch.setattr(launching.torch, "empty", kept)
         yield trace

@@ -1,15 +1,15 @@
 """Batch norm with what follows it, and the cross entropy with its seeds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ggam_fast.backends.layer import ELU, Layer
+from ggam_fast.backends.torch import Entropy
 
-from .launch import launch
-from .register import operator
-from .shapes import FP_FUSION, empty, pair, per_image, plan, small
+from .launch import FP_FUSION, contiguous, empty, launch, pair, per_image, plan, runs, small
+from .register import KernelBackend, operator
 
 from ggam_fast.kernels import batch_norm as batch_norm_kernels  # isort: skip
 from ggam_fast.kernels import cross_entropy as cross_entropy_kernels  # isort: skip
@@ -20,79 +20,170 @@ _NONE, _RELU, _ELU = range(3)
 _ASSERTS = {"debug": True}
 
 
+class Classifier(KernelBackend):
+    """The stages of this file in float32, torch's in other types.  A batch norm is no operator, which would
+    hide that its running statistics move."""
+
+    def batch_norm(self, x: Tensor, layer: Layer, follows: Layer | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if _in_torch(x, layer):
+            return super().batch_norm(x, layer, follows)
+        return batch_norm(x, layer, follows)
+
+    def batch_norm_grad(
+        self,
+        rows: Sequence[Tensor],
+        x: Tensor,
+        layer: Layer,
+        follows: Layer | None,
+        saved: tuple[Tensor, ...],
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        if _in_torch(x, layer):
+            return super().batch_norm_grad(rows, x, layer, follows, saved)
+        found, dgamma, dbeta = batch_norm_grad(rows, x, layer, follows, saved)
+        return found, dgamma if layer.weight is not None else None, dbeta
+
+    def cross_entropy(
+        self, logits: Tensor, target: Tensor, smoothing: float, cam_class: str, ignore_index: int | None
+    ) -> Entropy:
+        if not _in_kernel(logits, target):
+            return super().cross_entropy(logits, target, smoothing, cam_class, ignore_index)
+        losses, grad, score, share, _ = self.run.cross_entropy(
+            logits, target, None, smoothing, 0.0, cam_class == "predicted", ignore_index is not None,
+            ignore_index or 0, True, True, False,
+        )  # fmt: skip
+        return Entropy(losses, share, score, grad)
+
+    def class_scores(
+        self, logits: Tensor, target: Tensor, cam_class: str, ignore_index: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not _in_kernel(logits, target):
+            return super().class_scores(logits, target, cam_class, ignore_index)
+        _, _, score, share, _ = self.run.cross_entropy(
+            logits, target, None, 0.0, 0.0, cam_class == "predicted", ignore_index is not None,
+            ignore_index or 0, False, True, False,
+        )  # fmt: skip
+        return score, share
+
+
+def _in_torch(x: Tensor, layer: Layer) -> bool:
+    """Whether torch does it: compiled or under torch.func; for one image or another width, where torch says
+    what is wrong; and where a parameter has another type or is missing."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (x.shape[0] == 1 and layer.from_batch)
+        or layer.weight is None
+        or layer.bias is None
+        or (layer.running_mean is None) != (layer.running_var is None)
+    ):
+        return True
+    for t in (x, layer.weight, layer.bias, layer.running_mean, layer.running_var):
+        if t is not None and not (
+            t.dtype == torch.float32 and t.is_contiguous() and t.shape[-1] == x.shape[1]
+        ):
+            return True
+    return False
+
+
+def _in_kernel(logits: Tensor, target: Tensor) -> bool:
+    soft = target.is_floating_point() and target.dtype != torch.float32
+    return logits.dtype == torch.float32 and not soft
+
+
 def batch_norm(x: Tensor, layer: Layer, follows: Layer | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """act(norm(x)), and the mean and one over the deviation that it was normalised with; running statistics
     move."""
+    act, alpha = _activation(follows)
+    from_batch, moves = layer.from_batch, layer.moves
     batch, channels = x.shape
     y = small(batch, channels, x)
     mean, rstd = small(2, channels, x).unbind(0)  # neighbours in memory
     cut = plan.batch_norm(channels)
-    moves = layer.moves
     momentum = _FIXED
     if moves and layer.tracked is not None:
         momentum = _CUMULATIVE if layer.momentum is None else _SETTLING if layer.settling else _FIXED
     counter = None
     if momentum != _FIXED:
         counter = torch.zeros((1,), dtype=torch.int32, device=x.device)
-    running = (layer.running_mean, layer.running_var) if moves or not layer.from_batch else (None, None)
+    running = (layer.running_mean, layer.running_var) if moves or not from_batch else (None, None)
     launch(
         batch_norm_kernels.batch_norm_kernel, plan.blocks(channels, cut.block_c),
         x.contiguous(), layer.weight, layer.bias, *running, layer.tracked if moves else None, counter,
-        y, mean, rstd, float(layer.momentum or 0.0), float(layer.eps), _alpha(follows), batch,
-        C=channels, TRAINING=layer.from_batch, MOMENTUM=momentum, ACT=_act(follows),
+        y, mean, rstd, float(layer.momentum or 0.0), float(layer.eps), alpha, batch,
+        C=channels, TRAINING=from_batch, MOMENTUM=momentum, ACT=act,
         BLOCK_N=cut.block_n, BLOCK_C=cut.block_c, num_warps=cut.num_warps, **FP_FUSION,
     )  # fmt: skip
     return y, (mean, rstd)
 
 
 def batch_norm_grad(
-    rows: Sequence[Tensor], x: Tensor, layer: Layer, follows: Layer | None, saved: Sequence[Tensor]
+    rows: Sequence[Tensor],
+    x: Tensor,
+    layer: Layer,
+    follows: Layer | None,
+    saved: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """dx of each of one or two dy, and d gamma and d beta of the last one, which are neighbours in memory"""
+    act, alpha = _activation(follows)
+    from_batch = layer.from_batch
     batch, channels = x.shape
-    found = [small(batch, channels, x) for _ in rows]
-    of_parameters = small(2, channels, x)
-    dgamma, dbeta = of_parameters.unbind(0)
+    found: list[Tensor] = []
+    for _ in rows:
+        found.append(small(batch, channels, x))
+    dgamma, dbeta = small(2, channels, x).unbind(0)
     cut = plan.batch_norm(channels)
     launch(
         batch_norm_kernels.batch_norm_grad_kernel, len(rows) * plan.blocks(channels, cut.block_c),
-        *pair([dy.contiguous() for dy in rows]), x.contiguous(), layer.weight, layer.bias, *saved[:2],
-        *pair(found), dgamma, dbeta, _alpha(follows), batch,
-        C=channels, R=len(rows), TRAINING=layer.from_batch, ACT=_act(follows),
+        *pair(rows), x.contiguous(), layer.weight, layer.bias, *saved[:2], *pair(found), dgamma, dbeta, alpha,
+        batch, C=channels, R=len(rows), TRAINING=from_batch, ACT=act,
         BLOCK_N=cut.block_n, BLOCK_C=cut.block_c, num_warps=cut.num_warps, **FP_FUSION,
     )  # fmt: skip
     return found, dgamma, dbeta
 
 
-def _act(follows: Layer | None) -> int:
-    return _NONE if follows is None else _ELU if follows.kind == ELU else _RELU
-
-
-def _alpha(follows: Layer | None) -> float:
-    return 1.0 if follows is None else float(follows.alpha)
+def _activation(follows: Layer | None) -> tuple[int, float]:
+    """Which one follows, and alpha."""
+    if follows is None:
+        return _NONE, 1.0
+    return _ELU if follows.kind == ELU else _RELU, float(follows.alpha)
 
 
 @operator
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
+    guidance: Tensor | None,
     smoothing: float,
+    weight: float,
     predicted: bool,
     ignores: bool,
     ignore_index: int,
     with_loss: bool,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(losses, share, d score, d loss), see `Entropy`; the first and the last are empty without a loss"""
+    with_score: bool,
+    with_total: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(losses, d loss, d score, share, total): see `Entropy`; the total is their mean plus the weighted
+    guidance.  What is not asked for is empty."""
     batch, classes = logits.shape
-    score, share = small(batch, classes, logits), per_image(batch, logits)
-    losses = per_image(batch if with_loss else 0, logits)
-    grad = small(batch if with_loss else 0, classes, logits)
-    yield losses, share, score, grad
-    given = (losses, grad) if with_loss else (None, None)
-    _launch(
-        logits, target, given[0], given[1], score, share, None, None, smoothing, 0.0, predicted, ignores,
-        ignore_index,
-    )  # fmt: skip
+    block, num_warps = plan.cross_entropy(classes)
+    hard = not target.is_floating_point()
+    n, m = batch if with_loss else 0, batch if with_score else 0
+    losses, grad = per_image(n, logits), small(n, classes, logits)
+    score, share = small(m, classes, logits), per_image(m, logits)
+    total = empty(() if with_total else (0,), logits)
+    if runs(batch):
+        counter = None
+        if with_total:
+            counter = torch.zeros((1,), dtype=torch.int32, device=logits.device)
+        asked = (losses if with_loss else None, grad if with_loss else None, score if with_score else None)
+        launch(
+            cross_entropy_kernels.cross_entropy_kernel, batch,
+            contiguous(logits), contiguous(target if hard else target.to(torch.float32)), *asked,
+            share if with_score else None, counter, guidance, total if with_total else None, ignore_index,
+            smoothing, weight, batch, K=classes, HARD=hard, IGNORE=ignores and hard, PREDICTED=predicted,
+            BLOCK_K=block, num_warps=num_warps, **_ASSERTS, **FP_FUSION,
+        )  # fmt: skip
+    return losses, grad, score, share, total
 
 
 def whole_loss(
@@ -104,12 +195,9 @@ def whole_loss(
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The mean of the cross entropies plus the weighted guidance (), and d loss / d logits"""
-    batch, classes = logits.shape
-    total, grad = empty((), logits), small(batch, classes, logits)
-    losses = per_image(batch, logits)
-    _launch(
-        logits, target, losses, grad, None, None, guidance, total, smoothing, weight, False,
-        ignore_index is not None, ignore_index or 0,
+    _, grad, _, _, total = cross_entropy(
+        logits, target, guidance, smoothing, weight, False, ignore_index is not None, ignore_index or 0, True,
+        False, True,
     )  # fmt: skip
     return total, grad
 
@@ -126,33 +214,3 @@ def whole_loss_grad(
         BLOCK=plan.SCALE_BLOCK, num_warps=4, **FP_FUSION,
     )  # fmt: skip
     return of_logits, of_guidance
-
-
-def _launch(
-    logits: Tensor,
-    target: Tensor,
-    losses: Tensor | None,
-    grad: Tensor | None,
-    score: Tensor | None,
-    share: Tensor | None,
-    guidance: Tensor | None,
-    total: Tensor | None,
-    smoothing: float,
-    weight: float,
-    predicted: bool,
-    ignores: bool,
-    ignore_index: int,
-) -> None:
-    batch, classes = logits.shape
-    if not batch:
-        return
-    block, num_warps = plan.cross_entropy(classes)
-    hard = not target.is_floating_point()
-    counter = None if total is None else torch.zeros((1,), dtype=torch.int32, device=logits.device)
-    launch(
-        cross_entropy_kernels.cross_entropy_kernel, batch,
-        logits.contiguous(), target.contiguous() if hard else target.to(torch.float32).contiguous(), losses,
-        grad, score, share, counter, guidance, total, ignore_index, smoothing, weight, batch,
-        K=classes, HARD=hard, IGNORE=ignores and hard, PREDICTED=predicted,
-        BLOCK_K=block, num_warps=num_warps, **_ASSERTS, **FP_FUSION,
-    )  # fmt: skip

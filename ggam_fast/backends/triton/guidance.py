@@ -1,16 +1,78 @@
 """S = softmax(e) and back through it; beta, the guidance loss and its gradient."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from .launch import launch
-from .register import operator
-from .shapes import FP_FUSION, contiguous, empty, per_image, plan, small
+from ggam_fast.backends.torch import CamTerms, Guided
+
+from .launch import CAM_NORM, FP_FUSION, contiguous, empty, launch, per_image, plan, runs, small, thread
+from .register import KernelBackend, operator
 
 from ggam_fast.kernels import guidance as guidance_kernels  # isort: skip
 from ggam_fast.kernels import softmax as softmax_kernels  # isort: skip
+
+
+class Guidance(KernelBackend):
+    """The stages of this file, where one program holds a row; torch's where it does not."""
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        if not _holds(logits):
+            return super().softmax(logits)
+        return self.run.softmax(logits)
+
+    def softmax_grad(
+        self, ds: Tensor, s: Tensor, extra: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        if not _holds(s):
+            return super().softmax_grad(ds, s, extra, scale)
+        return self.run.softmax_grad(ds, s, extra, scale)
+
+    def guidance(
+        self,
+        logits: Tensor,
+        terms: CamTerms,
+        ds: Tensor | None,
+        positions: int,
+        cam_norm: str,
+        temperature: float,
+        divergence: str,
+        weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not _holds(logits):
+            return super().guidance(logits, terms, ds, positions, cam_norm, temperature, divergence, weight)
+        return self.run.guidance(
+            logits, *terms, ds, positions, CAM_NORM[cam_norm], divergence == "symmetric", temperature, weight,
+            True, None, None,
+        )[:4]  # fmt: skip
+
+    def guided_loss(
+        self,
+        logits: Tensor,
+        terms: CamTerms,
+        ds: Tensor | None,
+        positions: int,
+        cam_norm: str,
+        temperature: float,
+        divergence: str,
+        weight: float,
+        mean: bool,
+        share: Tensor | None,
+        losses: Tensor | None,
+    ) -> Guided:
+        if share is None or not _holds(logits):
+            return super().guided_loss(
+                logits, terms, ds, positions, cam_norm, temperature, divergence, weight, mean, share, losses
+            )
+        beta, s, each, de, guidance_loss, loss = self.run.guidance(
+            logits, *terms, ds, positions, CAM_NORM[cam_norm], divergence == "symmetric", temperature, weight,
+            mean, share, losses,
+        )  # fmt: skip
+        return Guided(beta, s, each, de, guidance_loss, guidance_loss if losses is None else loss)
+
+
+def _holds(rows: Tensor) -> bool:
+    """Whether one program holds a row."""
+    return plan.channels_block(rows.shape[1]) is not None and rows.dtype == torch.float32
 
 
 def _channels(channels: int) -> dict[str, int]:
@@ -20,26 +82,28 @@ def _channels(channels: int) -> dict[str, int]:
 
 
 @operator
-def softmax(logits: Tensor) -> Iterator[Tensor]:
+def softmax(logits: Tensor) -> Tensor:
     """S (N, C)"""
     batch, channels = logits.shape
+    sizes = _channels(channels)
     s = small(batch, channels, logits)
-    yield s
-    if batch:
-        launch(softmax_kernels.softmax_kernel, batch, logits.contiguous(), s, **_channels(channels))
+    if runs(batch):
+        launch(softmax_kernels.softmax_kernel, batch, logits.contiguous(), s, **sizes)
+    return s
 
 
 @operator
-def softmax_grad(ds: Tensor, s: Tensor, extra: Tensor | None, scale: Tensor | None) -> Iterator[Tensor]:
+def softmax_grad(ds: Tensor, s: Tensor, extra: Tensor | None, scale: Tensor | None) -> Tensor:
     """de (N, C), plus scale times extra"""
     batch, channels = ds.shape
+    sizes = _channels(channels)
     de = small(batch, channels, ds)
-    yield de
-    if batch:
+    if runs(batch):
         launch(
             softmax_kernels.softmax_grad_kernel, batch,
-            s.contiguous(), ds.contiguous(), contiguous(extra), scale, de, **_channels(channels),
+            s.contiguous(), ds.contiguous(), contiguous(extra), scale, de, **sizes,
         )  # fmt: skip
+    return de
 
 
 @operator
@@ -55,69 +119,35 @@ def guidance(
     symmetric: bool,
     temperature: float,
     weight: float,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(beta, S, loss of each image, de), see `Backend.guidance`"""
-    beta, s, de = (empty(logits.shape, logits) for _ in range(3))
-    losses = per_image(logits.shape[0], logits)
-    yield beta, s, losses, de
-    _launch(
-        logits, (first, t, du, grad_mean, ds), (beta, s, losses, de), (None,) * 5, positions, cam_norm,
-        symmetric, temperature, weight, True,
-    )  # fmt: skip
-
-
-@operator
-def guided_loss(
-    logits: Tensor,
-    first: Tensor,
-    t: Tensor | None,
-    du: Tensor | None,
-    grad_mean: Tensor | None,
-    ds: Tensor | None,
-    positions: int,
-    cam_norm: int,
-    symmetric: bool,
-    temperature: float,
-    weight: float,
     mean: bool,
-    share: Tensor,
+    share: Tensor | None,
     losses: Tensor | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """`Guided`; the whole loss is empty without cross entropies"""
-    beta, s, de = (empty(logits.shape, logits) for _ in range(3))
-    per_image_losses = per_image(logits.shape[0], logits)
-    total, loss = empty((), logits), empty(() if losses is not None else (0,), logits)
-    yield beta, s, per_image_losses, de, total, loss
-    if not logits.shape[0]:
-        total.zero_()
-        loss.zero_()
-        return
-    counter = torch.zeros((1,), dtype=torch.int32, device=logits.device)
-    sums = (share, counter, losses, total, loss if losses is not None else None)
-    _launch(
-        logits, (first, t, du, grad_mean, ds), (beta, s, per_image_losses, de), sums, positions, cam_norm,
-        symmetric, temperature, weight, mean,
-    )  # fmt: skip
-
-
-def _launch(
-    logits: Tensor,
-    terms: tuple[Tensor | None, ...],
-    out: tuple[Tensor, ...],
-    sums: tuple[Tensor | None, ...],
-    positions: int,
-    cam_norm: int,
-    symmetric: bool,
-    temperature: float,
-    weight: float,
-    mean: bool,
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Guided`.  Without shares nothing is reduced: the last two are empty, and de is of each image.  Without
+    cross entropies the last one is empty."""
     batch, channels = logits.shape
     sizes = _channels(channels)
-    if batch:
+    beta, s, de = (
+        small(batch, channels, logits),
+        small(batch, channels, logits),
+        small(batch, channels, logits),
+    )
+    of_images = per_image(batch, logits)
+    total = empty(() if share is not None else (0,), logits)
+    loss = empty(() if share is not None and losses is not None else (0,), logits)
+    if runs(batch):
+        counter = None
+        if share is not None:
+            counter = torch.zeros((1,), dtype=torch.int32, device=logits.device)
         launch(
             guidance_kernels.guidance_kernel, batch,
-            logits.contiguous(), *(contiguous(x) for x in terms), *out, weight, temperature, *sums,
+            logits.contiguous(), contiguous(first), contiguous(t), contiguous(du), contiguous(grad_mean),
+            contiguous(ds), beta, s, of_images, de, weight, temperature, share, counter, losses,
+            None if share is None else total, None if share is None or losses is None else loss,
             L=positions, CAM_NORM=cam_norm, SYMMETRIC=symmetric, MEAN=mean,
             BLOCK_L=plan.map_block(positions, sizes["num_warps"]), **sizes,
         )  # fmt: skip
+    elif not thread.faked:
+        total.zero_()
+        loss.zero_()
+    return beta, s, of_images, de, total, loss

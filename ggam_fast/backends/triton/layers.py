@@ -1,19 +1,86 @@
 """The classifier's and the channel MLP's layers: products and their weights' gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ggam_fast.backends.registry import get_backend
-from ggam_fast.precision import full_precision
+from ggam_fast.backends.registry import full_precision
+from ggam_fast.backends.torch import TORCH, scaled
 
-from .launch import launch, thread
-from .register import operator
-from .shapes import FP_FUSION, contiguous, empty, pair, plan, small
+from .launch import FP_FUSION, contiguous, empty, launch, pair, plan, runs, small, thread
+from .register import KernelBackend, operator
 
 from ggam_fast.kernels import layer_grads as layer_grads_kernels  # isort: skip
 from ggam_fast.kernels import product as product_kernels  # isort: skip
+
+
+class Layers(KernelBackend):
+    """The stages of this file in float32, torch's in other types."""
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.float32
+
+    def product(
+        self,
+        rows: Sequence[Tensor],
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        relu: bool = False,
+    ) -> list[Tensor]:
+        if rows[0].dtype != torch.float32:
+            return super().product(rows, matrix, bias, mask, relu)
+        if matrix.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
+            matrix, bias = matrix.float(), None if bias is None else bias.float()
+        x, x_1 = rows if len(rows) == 2 else (rows[0], None)
+        return list(self.run.product(x, x_1, matrix, bias, mask, relu))[: len(rows)]
+
+    def layer_grads(
+        self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        if not factors or not _float32(factors):
+            return super().layer_grads(factors, scale)
+        return self.parameter_grads(factors, [], scale)[0]
+
+    def parameter_grads(
+        self, factors: Sequence[tuple[Tensor, Tensor]], vectors: Sequence[Tensor], scale: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        joined = [] if scale is None else _joined(vectors)
+        if not factors or not _float32(factors):
+            return super().parameter_grads(factors, vectors, scale)
+        if joined is None:
+            assert scale is not None
+            return self.parameter_grads(factors, [], scale)[0], scaled(vectors, scale)
+        found: list[Tensor] = []
+        copied: list[Tensor] = []
+        for i in range(0, len(factors), 4):
+            flat = [x for pair in factors[i : i + 4] for x in pair]
+            with_it = joined if i == 0 else []
+            made = self.run.layer_grads(
+                *flat, *[None] * (8 - len(flat)), *with_it, *[None] * (2 - len(with_it)), scale
+            )
+            found += made[: len(flat)]
+            copied += made[8 : 8 + len(with_it)]
+        pairs = list(zip(found[::2], found[1::2], strict=True))
+        return pairs, list(vectors) if scale is None else [x for v in copied for x in v.unbind(0)]
+
+
+def _float32(factors: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    return all(x.dtype == torch.float32 for pair in factors for x in pair)
+
+
+def _joined(vectors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Each two of up to four neighbouring vectors as one (2, C); None if they are not that."""
+    if torch.compiler.is_compiling():  # which knows no storages
+        return None if vectors else []
+    pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+    for x, y in pairs:
+        same = x.untyped_storage()._cdata == y.untyped_storage()._cdata
+        if not same or y.storage_offset() - x.storage_offset() != x.numel() or x.shape != y.shape:
+            return None
+    found = [x.as_strided((2, x.numel()), (x.numel(), 1)) for x, _ in pairs]
+    return found if len(found) <= 2 else None
 
 
 def _dot_options(x: Tensor) -> dict[str, str | int]:
@@ -25,28 +92,33 @@ def _dot_options(x: Tensor) -> dict[str, str | int]:
 @operator
 def product(
     x: Tensor, x_1: Tensor | None, matrix: Tensor, bias: Tensor | None, mask: Tensor | None, relu: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """Of one or two x (M, K) and a matrix (K, N): x w + bias, with a ReLU or 0 where mask <= 0"""
     (m, k), (inner, n) = x.shape, matrix.shape
     if k != inner:
         raise RuntimeError(f"a layer takes {inner} features; got {k}, of shape {tuple(x.shape)}")
-    if any(t is not None and t.device != x.device for t in (matrix, bias)):
+    if matrix.device != x.device or (bias is not None and bias.device != x.device):
         raise RuntimeError(
             f"a layer's parameters must be on its input's device, {x.device}; got {matrix.device}"
         )
+    dot = _dot_options(x)
     out = small(m, n, x), small(0 if x_1 is None else m, n, x)
-    yield out
-    rows = [y.contiguous() for y in (x, x_1) if y is not None]
+    if not runs(m * n):
+        return out
+    rows = [x] if x_1 is None else [x, x_1]
+    first, second = pair(rows)
+    assert first is not None
     count = len(rows)
-    # The last of those that share a tile counts on a barrier that waits for the stores of all: not AMD's.
+    # Split-k needs a barrier that orders global stores; AMD's does not.
     may_split = torch.version.hip is None and x.device.type in ("cuda", "cpu", "meta")
     # A recording holds launches alone.
     cut = plan.product(count * m, n, k, bias is not None, may_split, thread.recorder is not None)
     if cut is None:
         with full_precision(x):
-            for y, found in zip(rows, out, strict=False):
-                found.copy_(get_backend("torch").product([y], matrix, bias, mask, relu)[0])
-        return
+            for y, found in zip((first, second), out[:count], strict=False):
+                assert y is not None
+                found.copy_(TORCH.product([y], matrix, bias, mask, relu)[0])
+        return out
     if (k - 1) * matrix.stride(0) + (n - 1) * matrix.stride(1) >= 2**31:
         matrix = matrix.contiguous()
     tiles = count * plan.blocks(m, cut.block_m) * plan.blocks(n, cut.block_n)
@@ -54,15 +126,15 @@ def product(
     if cut.split > 1:
         partials = empty((count, cut.split, m, n), x)
         counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    if tiles:
-        launch(
-            product_kernels.product_kernel, tiles * cut.split,
-            *pair(rows), matrix, contiguous(bias), contiguous(mask), *pair(out[:count]),
-            partials, counters, m, n, k, *rows[0].stride(), *matrix.stride(), R=count, RELU=relu,
-            SPLIT=cut.split, STEPS=plan.blocks(plan.blocks(k, cut.split), cut.block_k),
-            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-            STAGES=cut.stages, num_warps=cut.num_warps, **_dot_options(x), **FP_FUSION,
-        )  # fmt: skip
+    launch(
+        product_kernels.product_kernel, tiles * cut.split,
+        first, second, matrix, contiguous(bias), contiguous(mask), *pair(out[:count]),
+        partials, counters, m, n, k, *first.stride(), *matrix.stride(), R=count, RELU=relu,
+        SPLIT=cut.split, STEPS=plan.blocks(plan.blocks(k, cut.split), cut.block_k),
+        BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        STAGES=cut.stages, num_warps=cut.num_warps, **dot, **FP_FUSION,
+    )  # fmt: skip
+    return out
 
 
 @operator
@@ -78,11 +150,12 @@ def layer_grads(
     vector: Tensor | None,
     vector_1: Tensor | None,
     scale: Tensor | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """scale dy^T x and scale times the sum of dy over the batch, of up to four layers, and scale times one or
     two vectors; empty without"""
     given = [(dy, x), (dy_1, x_1), (dy_2, x_2), (dy_3, x_3)]
     batch = dy.shape[0]
+    dot = _dot_options(dy)
     out: list[Tensor] = []
     for left, right in given:
         j, c = (0, 0) if left is None or right is None else (left.shape[1], right.shape[1])
@@ -91,11 +164,14 @@ def layer_grads(
             raise RuntimeError(f"the layers' gradients and inputs must have one batch size; got {shapes}")
         out += [small(j, c, dy), empty((j,), dy)]
     vectors = [vector, vector_1]
-    out += [empty((0,) if v is None else v.shape, dy) for v in vectors]
-    yield tuple(out)  # type: ignore[misc]
+    for v in vectors:
+        out.append(empty((0,) if v is None else v.shape, dy))
+    if thread.faked:
+        return tuple(out)  # type: ignore[return-value]
     cut, tiles, scale = plan.LAYER_GRADS, 0, contiguous(scale)
     pointers: list[Tensor | None] = []
     sizes: list[int] = []
+    wide_j = wide_c = True  # whether rows of the gradients begin at whole blocks of 16 bytes
     for i, (left, right) in enumerate(given):
         if left is None or right is None:
             continue
@@ -104,29 +180,30 @@ def layer_grads(
         # A layer of no inputs has no tile, but a bias.
         if (j * c * batch > plan.LARGEST_PRODUCT and thread.recorder is None) or c == 0:
             with full_precision(right):
-                ((found, sums),) = get_backend("torch").layer_grads([(left, right)], scale)
+                ((found, sums),) = TORCH.layer_grads([(left, right)], scale)
             weight.copy_(found)
             bias.copy_(sums)
             continue
         tiles += plan.blocks(j, cut.block_m) * plan.blocks(c, cut.block_n)
         pointers += [left.contiguous(), right.contiguous(), weight, bias]
         sizes += [j, c]
+        wide_j, wide_c = wide_j and j % 4 == 0, wide_c and c % 4 == 0
     more: list[Tensor | None] = []
+    lengths: list[int] = []
+    programs = tiles
     for v, copied in zip(vectors, out[8:], strict=True):
         more += [None, None] if v is None else [v.contiguous(), copied]
-    lengths = [0 if v is None else v.numel() for v in vectors]
-    programs = tiles + sum(plan.blocks(v, cut.block_m * cut.block_n) for v in lengths)
-    if not tiles:
-        for v, copied in zip(vectors, out[8:], strict=True):
-            if v is not None:
-                copied.copy_(v if scale is None else v * scale)
+        lengths.append(0 if v is None else v.numel())
+        programs += plan.blocks(lengths[-1], cut.block_m * cut.block_n)
+        if v is not None and not tiles:
+            copied.copy_(v if scale is None else v * scale)
     if tiles:
         pointers += [None] * (16 - len(pointers))
         sizes += [0] * (8 - len(sizes))
         launch(
             layer_grads_kernels.layer_grads_kernel, programs, *pointers, scale, batch, *sizes, *more,
-            *lengths, STEPS=plan.power_of_2(plan.blocks(batch, cut.block_k)), WIDE_J=all(j % 4 == 0 for j in
-            sizes[::2]), WIDE_C=all(c % 4 == 0 for c in sizes[1::2]), BLOCK_J=cut.block_m,
-            BLOCK_C=cut.block_n, BLOCK_N=cut.block_k, STAGES=cut.stages, num_warps=cut.num_warps,
-            **_dot_options(dy), **FP_FUSION,
+            *lengths, STEPS=plan.power_of_2(plan.blocks(batch, cut.block_k)), WIDE_J=wide_j, WIDE_C=wide_c,
+            BLOCK_J=cut.block_m, BLOCK_C=cut.block_n, BLOCK_N=cut.block_k, STAGES=cut.stages,
+            num_warps=cut.num_warps, **dot, **FP_FUSION,
         )  # fmt: skip
+    return tuple(out)  # type: ignore[return-value]

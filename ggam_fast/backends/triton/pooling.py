@@ -1,13 +1,22 @@
 """The other poolings of A: its attended maxima, the attended map, and a dense gradient's means."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from .launch import launch
-from .register import operator
-from .shapes import FP_FUSION, POOL, contiguous, empty, geometry, like_layout, native, plan, small, tile
+from .launch import (
+    FP_FUSION,
+    Work,
+    contiguous,
+    empty,
+    launch,
+    launch_all,
+    like_layout,
+    native,
+    plan,
+    runs,
+    small,
+)
+from .register import KernelBackend, operator
 
 from ggam_fast.kernels import grad_cam_means as grad_cam_means_kernels  # isort: skip
 from ggam_fast.kernels import hadamard as hadamard_kernels  # isort: skip
@@ -15,10 +24,44 @@ from ggam_fast.kernels import max_pool as max_pool_kernels  # isort: skip
 from ggam_fast.kernels import position_scatter as position_scatter_kernels  # isort: skip
 
 
-def maxima(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for A at the maxima, and where."""
+class Pooling(KernelBackend):
+    """The stages of this file."""
+
+    def max_pool(self, features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.run.max_pooled(features, t)
+
+    def position_scatter(self, values: Tensor, index: Tensor, positions: int) -> Tensor:
+        return self.run.position_scatter(values, index, positions)
+
+    def hadamard(self, features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) -> Tensor:
+        return self.run.attended_map(features, t, s, 1.0, for_flatten)
+
+    def multiply(self, x: Tensor, y: Tensor, kappa: int) -> Tensor:
+        return self.run.attended_map(x.unsqueeze(2), None, y, float(kappa), True).squeeze(2)
+
+    def grad_cam_means(
+        self, features: Tensor, grad: Tensor, t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.run.grad_cam_means(features, grad, t)
+
+
+@operator
+def max_pooled(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`max_pool`"""
     batch, channels, _ = features.shape
-    return small(batch, channels, features), empty((batch, channels), features, torch.int64)
+    peak, index = small(batch, channels, features), empty((batch, channels), features, torch.int64)
+    if runs(batch):
+        launch_all(max_pool(native(features), t, peak, index))
+    return peak, index
+
+
+@operator
+def attended_map(features: Tensor, t: Tensor | None, s: Tensor, scale: float, for_flatten: bool) -> Tensor:
+    """`hadamard`"""
+    out = map_like(features, for_flatten)
+    if runs(features.shape[0]):
+        launch_all(hadamard(native(features), t, s, scale, out))
+    return out
 
 
 def map_like(features: Tensor, for_flatten: bool) -> Tensor:
@@ -28,92 +71,60 @@ def map_like(features: Tensor, for_flatten: bool) -> Tensor:
     return like_layout(features, features.dtype)
 
 
-def pooled(features: Tensor, pool: int, for_flatten: bool) -> tuple[Tensor, Tensor]:
-    """Room for (out, index): the pooled features, A at the maxima and where, or D."""
-    batch, channels, _ = features.shape
-    if pool == POOL["max"]:
-        return maxima(features)
-    index = empty((0,), features, torch.int64)
-    if pool == POOL["avg"]:
-        return small(batch, channels, features), index
-    return map_like(features, for_flatten), index
-
-
-def max_pool(features: Tensor, t: Tensor | None, peak: Tensor, index: Tensor) -> None:
-    """A at the position of max_l t_l A_cl, and that position"""
-    features = native(features)
-    batch, channels, _ = features.shape
-    cut = tile(features)
-    if batch:
-        launch(
-            max_pool_kernels.max_pool_kernel, batch * plan.blocks(channels, cut.block_c),
-            features, contiguous(t), peak, index, features.stride(0), **geometry(features, cut),
-        )  # fmt: skip
-
-
-def hadamard(features: Tensor, t: Tensor | None, s: Tensor, scale: float, out: Tensor) -> None:
-    """out = scale A * t, or scale A * s without t"""
-    features = native(features)
+def max_pool(features: Tensor, t: Tensor | None, peak: Tensor, index: Tensor) -> Work:
+    """A at the position of max_l t_l A_cl, and that position, of `native` features"""
     batch, channels, positions = features.shape
-    cut = tile(features)
-    if batch:
-        programs = batch * plan.blocks(channels, cut.block_c) * plan.blocks(positions, cut.block_l)
-        launch(
-            hadamard_kernels.hadamard_kernel, programs,
-            features, (s if t is None else t).contiguous(), out,
-            scale, features.stride(0), out.stride(0), OUT_STRIDE_C=out.stride(1),
-            OUT_STRIDE_L=out.stride(2), BY_CHANNEL=t is None, **geometry(features, cut),
-        )  # fmt: skip
+    cut = plan.tile(channels, positions, plan.memory_order(features.stride()))
+    arguments = (features, None if t is None else t.contiguous(), peak, index, features.stride(0))
+    return Work(
+        max_pool_kernels.max_pool_kernel, batch * plan.blocks(channels, cut.block_c), arguments,
+        {**plan.geometry(features.shape, features.stride(), cut), **FP_FUSION},
+    )  # fmt: skip
+
+
+def hadamard(features: Tensor, t: Tensor | None, s: Tensor, scale: float, out: Tensor) -> Work:
+    """out = scale A * t, or scale A * s without t, of `native` features"""
+    batch, channels, positions = features.shape
+    cut = plan.tile(channels, positions, plan.memory_order(features.stride()))
+    programs = batch * plan.blocks(channels, cut.block_c) * plan.blocks(positions, cut.block_l)
+    weights = (s if t is None else t).contiguous()
+    return Work(
+        hadamard_kernels.hadamard_kernel, programs,
+        (features, weights, out, scale, features.stride(0), out.stride(0)),
+        {"OUT_STRIDE_C": out.stride(1), "OUT_STRIDE_L": out.stride(2), "BY_CHANNEL": t is None,
+         **plan.geometry(features.shape, features.stride(), cut), **FP_FUSION},
+    )  # fmt: skip
 
 
 @operator
-def max_pooled(features: Tensor, t: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """`max_pool`"""
-    peak, index = maxima(features)
-    yield peak, index
-    max_pool(features, t, peak, index)
-
-
-@operator
-def attended_map(
-    features: Tensor, t: Tensor | None, s: Tensor, scale: float, for_flatten: bool
-) -> Iterator[Tensor]:
-    """`hadamard`"""
-    out = map_like(features, for_flatten)
-    yield out
-    hadamard(features, t, s, scale, out)
-
-
-@operator
-def position_scatter(values: Tensor, index: Tensor, positions: int) -> Iterator[Tensor]:
+def position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
     """out[n, l] = sum over c with index[n, c] = l of values[n, c]"""
     batch, channels = values.shape
     out = small(batch, positions, values)
-    yield out
-    cut = plan.SCATTER_TILE
-    if batch:
+    if runs(batch):
+        cut = plan.SCATTER_TILE
         launch(
             position_scatter_kernels.position_scatter_kernel, batch * plan.blocks(positions, cut.block_l),
             values.contiguous(), index.contiguous(), out, C=channels, L=positions,
             BLOCK_C=cut.block_c, BLOCK_L=cut.block_l, num_warps=cut.num_warps, **FP_FUSION,
         )  # fmt: skip
+    return out
 
 
 @operator
-def grad_cam_means(
-    features: Tensor, grad: Tensor, t: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """mean_l G t (N, C), sum_l G A (N, C), sum_c G A in parts (N, P, L)"""
     batch, channels, positions = features.shape
     parts = plan.blocks(channels, plan.MEANS_TILE.block_c)
     partials = empty((batch, parts, positions), features)
     means, dots = small(batch, channels, features), small(batch, channels, features)
-    yield means, dots, partials
-    features = native(features)
-    if batch:
+    if runs(batch):
+        features = native(features)
         launch(
             grad_cam_means_kernels.grad_cam_means_kernel, batch * parts,
             features, grad, contiguous(t), means, dots, partials,
             features.stride(0), grad.stride(0), GRAD_STRIDE_C=grad.stride(1),
-            GRAD_STRIDE_L=grad.stride(2), **geometry(features, plan.MEANS_TILE),
+            GRAD_STRIDE_L=grad.stride(2),
+            **plan.geometry(features.shape, features.stride(), plan.MEANS_TILE), **FP_FUSION,
         )  # fmt: skip
+    return means, dots, partials

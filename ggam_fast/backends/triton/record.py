@@ -1,9 +1,7 @@
 """A step's launches, recorded once from the closed form and replayed without it.
 
-`Recorder` runs the closed form on tensors that have a shape but no memory.  It notes every launch, and
-refuses every other operation on a tensor but allocating one and viewing one: what it accepts is a list of
-launches and nothing else.  `Recording` turns the notes into a `Tape`, whose launches name their tensors
-by slot and offset:
+`launch.Recorder` notes the launches of the closed form.  `Recording` turns the notes into a `Tape`, whose
+launches name their tensors by slot and offset:
 
     environment = [kept, scratch, constants, counters, *inputs, *outputs]        addresses and numbers
 
@@ -19,145 +17,19 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
 from . import launch as launching
-from .launch import record_to, recorder, remembers, trailing
+from .launch import Memory, Note, NotRecordable, Number, Recorder
 
 KEPT, SCRATCH, CONSTANTS, COUNTERS, FIRST = range(5)
 _ALIGNMENT = 256  # bytes: of every tensor in an arena
-_FILLS = {"zeros": 0.0, "new_zeros": 0.0, "zeros_like": 0.0, "ones": 1.0, "new_ones": 1.0, "ones_like": 1.0}
-_EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like")
-
-
-class NotRecordable(Exception):
-    """The step does more than launch kernels."""
-
-
-class Number(float):
-    """A number that each replay is given anew; it goes into launches as it is."""
-
-    def _refuse(self, *_: Any) -> Any:
-        raise NotRecordable("arithmetic with a number that each replay is given")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __pow__ = __neg__ = _refuse
-    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-
-
-class _Memory:
-    """What one storage of the recording is."""
-
-    def __init__(self, tensor: Tensor, fill: float | None = None):
-        self.tensor, self.fill = tensor, fill  # the tensor keeps its storage, and so its key, alive
-        self.offset = 0
-
-    @property
-    def bytes(self) -> int:
-        return self.tensor.untyped_storage().nbytes()
-
-
-class _Note(NamedTuple):
-    kernel: Any
-    programs: int
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-
-
-class Recorder(TorchDispatchMode):
-    """Notes the launches of the closed form; see above."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory: dict[int, _Memory] = {}
-        self.notes: list[_Note] = []
-        self.passes = 0  # that were taken
-        self.parts: dict[int, tuple[int, int]] = {}  # storages that lie in another, and where
-        with torch.utils._python_dispatch._disable_current_modes():
-            self.counters = torch.empty(1, dtype=torch.int32, device="meta")  # all of a pass, as one
-        self.count = Number(0)
-        self._before: Any = None
-
-    def __enter__(self) -> "Recorder":
-        self._before = recorder()
-        record_to(self)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        record_to(self._before)
-        super().__exit__(*error)
-
-    def like(self, x: Tensor) -> Tensor:
-        """A tensor that stands for one of x's shape, strides and type."""
-        with torch.utils._python_dispatch._disable_current_modes():
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-    def like_each(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One for each; the same for the same."""
-        twins = {id(x): x for x in tensors}
-        made = {key: self.like(x) for key, x in twins.items()}
-        return [made[id(x)] for x in tensors]
-
-    def scalar(self) -> Tensor:
-        """A tensor that stands for a float32 scalar."""
-        with torch.utils._python_dispatch._disable_current_modes():
-            return torch.empty((), device="meta")
-
-    def launch(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
-    ) -> None:
-        self.notes.append(_Note(kernel, programs, arguments, constants))
-
-    def take(self) -> list[_Note]:
-        """The launches noted since the last call."""
-        notes, self.notes = self.notes, []
-        self.passes += 1
-        return notes
-
-    def together(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor of all these (each dense and float32) in their order, each at whole blocks of 16
-        bytes."""
-        at = 0
-        with torch.utils._python_dispatch._disable_current_modes():
-            sizes = [(x.numel() + 3) // 4 * 4 for x in tensors]
-            whole = torch.empty(sum(sizes), device="meta")
-            for x, size in zip(tensors, sizes, strict=True):
-                begin = _key(whole), 4 * (at - int(x.storage_offset()))
-                if not x.is_contiguous() or self.parts.setdefault(_key(x), begin) != begin:
-                    raise NotRecordable("a part that is not whole, or not behind its neighbour")
-                if self.memory[_key(x)].fill is not None:
-                    raise NotRecordable("a part that no launch writes")
-                at += size
-        self.memory[_key(whole)] = _Memory(whole)
-        return whole
-
-    def clearing(self) -> tuple[Tensor | None, Any]:
-        """For a launch that can clear counters: those of all that follow, if it is the first one."""
-        return (None, 0) if self.notes or self.passes else (self.counters, self.count)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
-        if name in _EMPTY or name in _FILLS:
-            out = func(*args, **(kwargs | {"device": "meta"}))
-            self.memory[_key(out)] = _Memory(out, _FILLS.get(name))
-            return out
-        views = [r.alias_info for r in func._schema.returns]
-        if views and all(v is not None and not v.is_write for v in views):
-            return func(*args, **kwargs)
-        raise NotRecordable(f"{func} between launches")
-
-
-def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 class Launch:
     """A launch whose dynamic values are looked up in an environment."""
 
-    def __init__(self, note: _Note, place: Callable[[Any], tuple[int, int]]):
+    def __init__(self, note: Note, place: Callable[[Any], tuple[int, int]]):
         self.kernel, self.programs, self.constants = note.kernel, note.programs, note.constants
         self.values: list[Any] = list(note.arguments)
         self.dynamic: list[tuple[int, int, int]] = []  # (argument, slot, bytes from the slot's address)
@@ -168,22 +40,25 @@ class Launch:
                 self.values[i] = None
                 if isinstance(x, Tensor):
                     self.types[i] = x.dtype
+        self.rest = note.rest
         self.run: Any = None
         self.count = len(note.arguments)
 
-    def first(self, environment: Sequence[Any], tensors: Sequence[Any]) -> None:
-        """With tensors, through Triton, which compiles; from then on `run` takes addresses."""
+    def first(self, environment: Sequence[Any], tensors: Sequence[Any]) -> Any:
+        """With tensors, through Triton, which compiles; the compiled form."""
         arguments = self.values[: self.count]
         for i, slot, offset in self.dynamic:
             dtype = self.types.get(i)
             arguments[i] = environment[slot] if dtype is None else _at(tensors[slot], offset, dtype)
-        compiled = self.kernel[(self.programs,)](*arguments, **self.constants)
-        serves = self.run is None and remembers(self.kernel)
-        if serves and launching._serves_all_alike(compiled, tuple(arguments)):
-            # Assigned, not added to: another thread may do the same.
-            self.values = [*self.values[: self.count], *trailing(self.kernel, self.count, self.constants)]
-            self.function, self.packed = compiled.function, compiled.packed_metadata
-            self.run = compiled.run
+        return self.kernel[(self.programs,)](*arguments, **self.constants)
+
+    def keep(self, compiled: Any) -> None:
+        """From now on `run` takes addresses."""
+        assert self.rest is not None
+        # Assigned, not added to: another thread may do the same.
+        self.values = [*self.values[: self.count], *self.rest]
+        self.function, self.packed = compiled.function, compiled.packed_metadata
+        self.run = compiled.run
 
     def written(self, index: int, names: dict[str, Any]) -> str:
         """The launch as a line of Python, of an environment's `e0`, `e1`, ...; what it calls goes into
@@ -271,9 +146,12 @@ class Tape:
             arenas = (kept, scratch, constants, counters)
             tensors = [*arenas, *inputs, *outputs]
             with torch.cuda.device_of(inputs[0]):
-                for launch in self.launches:
-                    launch.first(environment, tensors)
-            self.compiled = all(launch.run is not None for launch in self.launches)
+                compiled = [launch.first(environment, tensors) for launch in self.launches]
+            keeps = all(launch.rest is not None for launch in self.launches)
+            if not self.compiled and keeps and launching.serve_all_alike(compiled, tensors):
+                for launch, form in zip(self.launches, compiled, strict=True):
+                    launch.keep(form)
+                self.compiled = True
             return
         index = self.device.index
         if index is None or torch.cuda.current_device() == index:
@@ -310,7 +188,7 @@ def _hooked() -> bool:
 class Pass(NamedTuple):
     """What was noted of one direction: its launches, what it is given, what it makes."""
 
-    notes: Sequence[_Note]
+    notes: Sequence[Note]
     inputs: Sequence[Tensor]
     numbers: Sequence[Number]
     outputs: Sequence[Tensor | None]
@@ -338,7 +216,7 @@ class Recording:
             lists.append([*passes[1].inputs, *(shared[i] for i in self.saved), *made.values()])
         slots = [{_key(x): FIRST + i for i, x in enumerate(given)} for given in lists]
 
-        self._filled: list[tuple[int, _Memory]] = []
+        self._filled: list[tuple[int, Memory]] = []
         sizes = {KEPT: 0, CONSTANTS: 0}
         placed: dict[int, tuple[int, int]] = {}
         tapes = []
@@ -415,7 +293,7 @@ class Recording:
 class _Blank:
     """How to make an output before a replay fills it."""
 
-    def __init__(self, x: Tensor, memory: _Memory | None, device: torch.device):
+    def __init__(self, x: Tensor, memory: Memory | None, device: torch.device):
         self.shape = x.shape
         self.fill = None if memory is None else memory.fill
         self.make: Callable[[], Tensor]
@@ -458,6 +336,10 @@ class _Gradients:
         return [parts[i] for i in self._begins], [parts[i] for i in self._where]
 
 
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
 def _rounded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -474,7 +356,7 @@ def _touched(p: Pass) -> set[int]:
     return set(_in_order(p))
 
 
-def _counted(note: _Note, recorder: Recorder, counters: int) -> _Note:
+def _counted(note: Note, recorder: Recorder, counters: int) -> Note:
     """The note with how many counters it has to clear, if any."""
     arguments = [counters if x is recorder.count else x for x in note.arguments]
     if not counters:

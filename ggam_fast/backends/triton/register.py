@@ -1,41 +1,51 @@
-"""Kernels as `torch.library` operators: one private functional operator `ggam_fast::...` for each stage.
+"""Stages as functions and as `torch.library` operators: `ggam_fast::...`, one for each stage.
 
-An operator's body is a generator with a typed signature, which is all there is to write: it yields its
-outputs, allocated and still empty, and then launches the kernels that fill them.  The schema is its
-signature; for `torch.compile` and `torch.export` the fake is the same body, left at its yield.  Autograd
-lives outside, in `ggam_fast.autograd`.
+A stage is written once, as a typed function that allocates its outputs and launches the kernels that fill
+them.  Its signature is the operator's schema.  Its fake, for `torch.compile` and `torch.export`, is the
+function itself with launches left out.  Autograd lives outside, in `ggam_fast.autograd`.
+
+Eager code calls the functions.  What looks into operations (a compiler, a dispatch mode, a transform of
+`torch.func`) must see operators: see `registry.get_backend`.
 """
 
 import inspect
 import typing
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from .launch import thread
+from ggam_fast.backends.torch import Backend
+
+from .launch import faked
 
 _LIBRARY = torch.library.Library("ggam_fast", "FRAGMENT")
 OPERATORS: dict[str, Callable[..., Any]] = {}
+FUNCTIONS = SimpleNamespace()
+"""The stages by name, as functions."""
+STAGES = SimpleNamespace()
+"""The same as operators."""
 
 
-def operator(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the body under its name; what is returned calls the operator, or in a recording the body."""
+class KernelBackend(Backend):
+    """Stages that call `run`: `FUNCTIONS` or `STAGES`."""
 
-    def run(*arguments: Any) -> Any:
-        outputs, *_ = body(*arguments)
-        return outputs
+    def __init__(self, run: Any):
+        self.run = run
+
+
+def operator(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """Register the stage under its name."""
 
     def fake(*arguments: Any) -> Any:
-        return next(body(*arguments))
+        with faked():
+            return stage(*arguments)
 
-    (returns,) = typing.get_args(typing.get_type_hints(body)["return"])
-    registered = define(body, returns, run, fake)
-
-    def call(*arguments: Any) -> Any:
-        return run(*arguments) if thread.recorder else registered(*arguments)
-
-    return call
+    name = stage.__name__
+    setattr(FUNCTIONS, name, stage)
+    setattr(STAGES, name, define(stage, typing.get_type_hints(stage)["return"], stage, fake))
+    return stage
 
 
 def define(

@@ -1,173 +1,190 @@
 """The passes that add up A, and the spatial norm between them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from .launch import launch, thread
-from .pooling import hadamard, max_pool, pooled
-from .register import operator
-from .shapes import (
+from .launch import (
     FP_FUSION,
     NORM,
     POOL,
-    contiguous,
+    Work,
+    clearing,
     empty,
-    geometry,
-    layout,
+    launch_all,
     native,
-    pair,
+    partial_sums,
     per_image,
     plan,
+    runs,
     small,
 )
+from .pooling import hadamard, map_like, max_pool
+from .register import KernelBackend, operator
 
 from ggam_fast.kernels import channel_sum as channel_sum_kernels  # isort: skip
 from ggam_fast.kernels import spatial_norm as spatial_norm_kernels  # isort: skip
 from ggam_fast.kernels import spatial_sum as spatial_sum_kernels  # isort: skip
 
 
-def channel_sums(features: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """channel_sum(A, w) for each of one or two w, in parts: (N, R, P, L)"""
-    features = native(features)
-    batch, channels, positions = features.shape
-    cut = plan.channel_sum(channels, positions, features.element_size(), layout(features))
-    parts = plan.blocks(channels, cut.task_c)
-    partials = empty((batch, len(weights), parts, positions), features)
-    if batch:
-        launch(
-            channel_sum_kernels.channel_sum_kernel, batch * parts * plan.blocks(positions, cut.block_l),
-            features, *pair([w.contiguous() for w in weights]), partials, features.stride(0),
-            R=len(weights), PARTIAL_C=cut.task_c, STAGES=cut.stages, **geometry(features, cut),
-        )  # fmt: skip
-    return partials
+class Sums(KernelBackend):
+    """The stages of this file."""
 
+    def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
+        return self.run.channel_sum(features, weights.float())
 
-def spatial_sums(features: Tensor, weights: Sequence[Tensor], scale: float, out: Sequence[Tensor]) -> None:
-    """out = spatial_sum(A, w) for each of one or two w; without any, the sum"""
-    features = native(features)
-    batch, channels, positions = features.shape
-    itemsize = features.element_size()
-    cut = plan.spatial_sum(channels, positions, itemsize, layout(features), len(weights))
-    notes = thread.recorder
-    clear = (None, 0) if notes is None or weights else notes.clearing()
-    if batch:
-        launch(
-            spatial_sum_kernels.spatial_sum_kernel, batch * plan.blocks(channels, cut.task_c),
-            features, *pair([w.contiguous() for w in weights]), *pair(out), scale, features.stride(0), *clear,
-            R=len(weights), TASK_C=cut.task_c, STAGES=cut.stages, **geometry(features, cut),
-        )  # fmt: skip
+    def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return self.run.spatial_sum(features, None if weights is None else weights.float(), scale)
 
+    def attended(
+        self, features: Tensor, s: Tensor, norm: str, pool_type: str, kappa: int = 1
+    ) -> tuple[Tensor, ...]:
+        return self.run.attended(features, s, NORM[norm], POOL[pool_type], pool_type == "flatten", kappa)
 
-def normalise(
-    partials: Tensor, norm: int, kappa: int, attention: Tensor, weights: Tensor, total: Tensor
-) -> None:
-    """T, kappa T (but for kappa = 1) and sum(U) of U (N, 1, P, L) in parts"""
-    batch, _, parts, positions = partials.shape
-    if batch:
-        launch(
-            spatial_norm_kernels.spatial_norm_kernel, batch,
-            partials, attention, None if kappa == 1 else weights, total, parts, float(kappa),
-            NORM=norm, **_map_geometry(positions),
-        )  # fmt: skip
+    def attention_backward(
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+    ) -> list[tuple[Tensor, Tensor]]:
+        v, v_1 = grads if len(grads) == 2 else (grads[0], None)
+        du, ds, du_1, ds_1 = self.run.attention_backward(features, v, v_1, scale, extra, t, total, NORM[norm])
+        return [(du, ds)] if v_1 is None else [(du, ds), (du_1, ds_1)]
 
+    def spatial_attention(
+        self, features: Tensor, s: Tensor, norm: str, kappa: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.run.spatial_attention(features, s, NORM[norm], kappa)
 
-def normalise_grads(
-    partials: Tensor,
-    scale: float,
-    extra: Tensor | None,
-    t: Tensor,
-    total: Tensor,
-    norm: int,
-    grads: Sequence[Tensor],
-) -> None:
-    """dU of each of the R dT (N, R, P, L) in parts"""
-    batch, rows, parts, positions = partials.shape
-    if batch:
-        launch(
-            spatial_norm_kernels.spatial_norm_grad_kernel, batch * rows,
-            partials, contiguous(extra), t.contiguous(), total.contiguous(), *pair(grads), scale, parts,
-            R=rows, NORM=norm, **_map_geometry(positions),
-        )  # fmt: skip
+    def spatial_attention_grad(
+        self,
+        features: Tensor,
+        v: Tensor,
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+    ) -> Tensor:
+        return self.run.spatial_attention_grad(features, v, scale, extra, t, total, NORM[norm])
 
-
-def _map_geometry(positions: int) -> dict[str, int]:
-    block_l, num_warps = plan.norm_block(positions)
-    return {"L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **FP_FUSION}
-
-
-def _maps(features: Tensor, kappa: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for T, kappa T and sum(U)."""
-    batch, _, positions = features.shape
-    weights = per_image(0, features) if kappa == 1 else small(batch, positions, features)
-    return small(batch, positions, features), weights, per_image(batch, features)
+    def spatial_norm_grad(
+        self, dt: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+    ) -> Tensor:
+        partials = dt.unsqueeze(1) if dt.dim() == 2 else dt
+        return self.run.spatial_norm_grad(partials, float(scale), extra, t, total, NORM[norm])
 
 
 @operator
-def spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Iterator[Tensor]:
+def spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
     """scale * spatial_sum(A, w), or the sum"""
     out = small(features.shape[0], features.shape[1], features)
-    yield out
-    spatial_sums(features, [] if weights is None else [weights], scale, [out])
+    if runs(features.shape[0]):
+        features = native(features)
+        if weights is None:
+            work = _spatial_sums(features, [], scale, [out], clearing())
+        else:
+            work = _spatial_sums(features, [weights.contiguous()], scale, [out])
+        launch_all(work)
+    return out
 
 
 @operator
-def channel_sum(features: Tensor, weights: Tensor) -> Iterator[Tensor]:
+def channel_sum(features: Tensor, weights: Tensor) -> Tensor:
     """channel_sum(A, w)"""
-    out = small(features.shape[0], features.shape[2], features)
-    yield out
-    # Not torch.sum, whose order of addition may depend on the batch.
-    partials = channel_sums(features, [weights])
-    normalise(partials, NORM["none"], 1, out, out, per_image(features.shape[0], features))
+    batch, _, positions = features.shape
+    out = small(batch, positions, features)
+    if runs(batch):
+        features = native(features)
+        partials, total = (
+            partial_sums(features, 1),
+            per_image(batch, features),
+        )
+        launch_all(
+            # Not torch.sum, whose order of addition may depend on the batch.
+            _channel_sums(features, [weights.contiguous()], partials),
+            _normalise(partials, NORM["none"], 1, out, out, total),
+        )
+    return out
 
 
 @operator
-def spatial_attention(
-    features: Tensor, s: Tensor, norm: int, kappa: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def spatial_attention(features: Tensor, s: Tensor, norm: int, kappa: int) -> tuple[Tensor, Tensor, Tensor]:
     """T, kappa T and sum(U) for U = channel_sum(A, s)"""
-    t, weights, total = _maps(features, kappa)
-    yield t, weights, total
-    normalise(channel_sums(features, [s]), norm, kappa, t, weights, total)
+    batch, _, positions = features.shape
+    t, total = small(batch, positions, features), per_image(batch, features)
+    weights = per_image(0, features) if kappa == 1 else small(batch, positions, features)
+    if runs(batch):
+        features = native(features)
+        partials = partial_sums(features, 1)
+        launch_all(
+            _channel_sums(features, [s.contiguous()], partials),
+            _normalise(partials, norm, kappa, t, weights, total),
+        )
+    return t, weights, total
 
 
 @operator
 def spatial_norm_grad(
     partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
-) -> Iterator[Tensor]:
+) -> Tensor:
     """dU of dT = scale sum_p partials (N, P, L) + extra"""
     out = small(t.shape[0], t.shape[1], t)
-    yield out
-    normalise_grads(partials.contiguous().unsqueeze(1), scale, extra, t, total, norm, [out])
+    if runs(t.shape[0]):
+        parts = partials.contiguous().unsqueeze(1)
+        launch_all(_normalise_grads(parts, scale, extra, t, total, norm, [out]))
+    return out
 
 
 @operator
 def spatial_attention_grad(
     features: Tensor, v: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
-) -> Iterator[Tensor]:
+) -> Tensor:
     """dU for dT = scale channel_sum(A, v) + extra"""
     out = small(t.shape[0], t.shape[1], t)
-    yield out
-    normalise_grads(channel_sums(features, [v]), scale, extra, t, total, norm, [out])
+    if runs(t.shape[0]):
+        features = native(features)
+        partials = partial_sums(features, 1)
+        launch_all(
+            _channel_sums(features, [v.contiguous()], partials),
+            _normalise_grads(partials, scale, extra, t, total, norm, [out]),
+        )
+    return out
 
 
 @operator
 def attended(
     features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool, kappa: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """T = norm(channel_sum(A, s)) and A pooled under kappa T: (out, index, T, kappa T, total)"""
-    out, index = pooled(features, pool, for_flatten)
-    t, weights, total = _maps(features, kappa)
-    yield out, index, t, weights, total
-    features = native(features)  # copied once, if it must be
-    normalise(channel_sums(features, [s]), norm, kappa, t, weights, total)
-    multiplied = t if kappa == 1 else weights
-    if pool == POOL["avg"]:
-        spatial_sums(features, [multiplied], 1.0 / features.shape[2], [out])
-    elif pool == POOL["max"]:
-        max_pool(features, multiplied, out, index)
-    else:
-        hadamard(features, multiplied, s, 1.0, out)
+    batch, channels, positions = features.shape
+    dense = pool == POOL["flatten"]
+    out = map_like(features, for_flatten) if dense else small(batch, channels, features)
+    index = empty((batch, channels) if pool == POOL["max"] else (0,), features, torch.int64)
+    t, total = small(batch, positions, features), per_image(batch, features)
+    weights = per_image(0, features) if kappa == 1 else small(batch, positions, features)
+    if runs(batch):
+        features = native(features)  # copied once, if it must be
+        partials = partial_sums(features, 1)
+        multiplied = t if kappa == 1 else weights
+        if pool == POOL["avg"]:
+            pooled = _spatial_sums(features, [multiplied], 1.0 / positions, [out])
+        elif pool == POOL["max"]:
+            pooled = max_pool(features, multiplied, out, index)
+        else:
+            pooled = hadamard(features, multiplied, s, 1.0, out)
+        launch_all(
+            _channel_sums(features, [s.contiguous()], partials),
+            _normalise(partials, norm, kappa, t, weights, total),
+            pooled,
+        )
+    return out, index, t, weights, total
 
 
 @operator
@@ -180,16 +197,93 @@ def attention_backward(
     t: Tensor,
     total: Tensor,
     norm: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dU (N, L) and ds (N, C) of v, which may have an extra if it is alone, and of v_1; empty without"""
     batch, channels, positions = features.shape
     second = 0 if v_1 is None else batch
     du, ds = small(batch, positions, features), small(batch, channels, features)
     du_1, ds_1 = small(second, positions, features), small(second, channels, features)
-    yield du, ds, du_1, ds_1
-    assert extra is None or v_1 is None
-    features = native(features)
-    grads, sums = ([du], [ds]) if v_1 is None else ([du, du_1], [ds, ds_1])
-    partials = channel_sums(features, [v] if v_1 is None else [v, v_1])
-    normalise_grads(partials, scale, extra, t, total, norm, grads)
-    spatial_sums(features, grads, 1.0, sums)
+    if runs(batch):
+        assert extra is None or v_1 is None
+        features = native(features)
+        v = v.contiguous()
+        vs, grads, sums = [v], [du], [ds]
+        if v_1 is not None:
+            vs, grads, sums = [v, v_1.contiguous()], [du, du_1], [ds, ds_1]
+        partials = partial_sums(features, len(vs))
+        launch_all(
+            _channel_sums(features, vs, partials),
+            _normalise_grads(partials, scale, extra, t, total, norm, grads),
+            _spatial_sums(features, grads, 1.0, sums),
+        )
+    return du, ds, du_1, ds_1
+
+
+# ---- each a launch; features are `native`, weights dense
+
+
+def _channel_sums(features: Tensor, weights: Sequence[Tensor], partials: Tensor) -> Work:
+    """channel_sum(A, w) for each of one or two w, in parts: (N, R, P, L)"""
+    batch, channels, positions = features.shape
+    order = plan.memory_order(features.stride())
+    cut = plan.channel_sum(channels, positions, features.element_size(), order)
+    programs = batch * partials.shape[2] * plan.blocks(positions, cut.block_l)
+    arguments = (features, *_two(weights), partials, features.stride(0))
+    return Work(channel_sum_kernels.channel_sum_kernel, programs, arguments, {
+        "R": len(weights), "PARTIAL_C": cut.task_c, "STAGES": cut.stages,
+        **plan.geometry(features.shape, features.stride(), cut), **FP_FUSION,
+    })  # fmt: skip
+
+
+def _spatial_sums(
+    features: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    out: Sequence[Tensor],
+    clear: tuple[Any, Any] = (None, 0),
+) -> Work:
+    """out = spatial_sum(A, w) for each of one or two w; without any, the sum, and counters that it clears"""
+    batch, channels, positions = features.shape
+    order = plan.memory_order(features.stride())
+    cut = plan.spatial_sum(channels, positions, features.element_size(), order, len(weights))
+    programs = batch * plan.blocks(channels, cut.task_c)
+    arguments = (features, *_two(weights), *_two(out), scale, features.stride(0), *clear)
+    return Work(spatial_sum_kernels.spatial_sum_kernel, programs, arguments, {
+        "R": len(weights), "TASK_C": cut.task_c, "STAGES": cut.stages,
+        **plan.geometry(features.shape, features.stride(), cut), **FP_FUSION,
+    })  # fmt: skip
+
+
+def _normalise(
+    partials: Tensor, norm: int, kappa: int, attention: Tensor, weights: Tensor, total: Tensor
+) -> Work:
+    """T, kappa T (but for kappa = 1) and sum(U) of U (N, 1, P, L) in parts"""
+    batch, _, parts, positions = partials.shape
+    block_l, num_warps = plan.norm_block(positions)
+    arguments = (partials, attention, None if kappa == 1 else weights, total, parts, float(kappa))
+    return Work(spatial_norm_kernels.spatial_norm_kernel, batch, arguments, {
+        "NORM": norm, "L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **FP_FUSION,
+    })  # fmt: skip
+
+
+def _normalise_grads(
+    partials: Tensor,
+    scale: float,
+    extra: Tensor | None,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+    grads: Sequence[Tensor],
+) -> Work:
+    """dU of each of the R dT (N, R, P, L) in parts"""
+    batch, rows, parts, positions = partials.shape
+    block_l, num_warps = plan.norm_block(positions)
+    extra = None if extra is None else extra.contiguous()
+    arguments = (partials, extra, t.contiguous(), total.contiguous(), *_two(grads), scale, parts)
+    return Work(spatial_norm_kernels.spatial_norm_grad_kernel, batch * rows, arguments, {
+        "R": rows, "NORM": norm, "L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **FP_FUSION,
+    })  # fmt: skip
+
+
+def _two(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return (*tensors, None, None)[:2]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from . import recorded, step
 from .autograd import Function
@@ -42,13 +43,19 @@ def applies(
     # Not is_exporting(), which is True in all that Dynamo of torch 2.11 traces.
     if layers is None or options.pool_type != "avg" or torch.compiler._is_exporting_flag:
         return False
+    if torch._C._are_functorch_transforms_active():
+        return False
     batch, width, positions = features.shape
-    if torch.version.hip is not None or batch == 0 or positions == 1 or plan.channels_block(width) is None:
+    # A batch of unknown size may be empty.
+    if torch.version.hip is not None or guard_or_true(batch == 0) or positions == 1:
+        return False
+    if plan.channels_block(width) is None:
         return False
     if any(layer.kind == DROPOUT and layer.training and layer.p for layer in layers):
         return False
-    soft = target is not None and target.is_floating_point()
-    if len(_norms(layers)) > 2 or (soft and target.dtype != torch.float32):
+    if target is not None and target.is_floating_point() and target.dtype != torch.float32:
+        return False
+    if len(_norms(layers)) > 2:
         return False
     # Which torch refuses.
     if batch == 1 and any(layer.from_batch for layer in _norms(layers)):
@@ -599,15 +606,16 @@ class DropInNode(Function):
         if ctx.needs_input_grad[1]:
             with full_precision(features):
                 t, s = _attention(spec, features, mlp, layers, seen, kept)
-                first, *rest = _parts(flat, _drop_in_factors(spec.options, features))
-                du = rest.pop(0) if spec.options.uses_spatial else None
-                dg = rest.pop(0) if spec.options.uses_channel else None
-                da = _features_grad(features, spec.options, (first, s, du, dg), t)
-        found: list[Tensor | None] = [None] * len(tensors)
-        if ctx.trained:
-            begins = iter(_drop_in_begins(spec, features, mlp, layers))
-            for i in _parameters(spec):
-                found[i] = flat.narrow(0, next(begins), tensors[i].numel()).view(tensors[i].shape)
+                parts = _parts(flat, _drop_in_factors(spec.options, features))
+                du = parts[1] if spec.options.uses_spatial else None
+                dg = parts[-1] if spec.options.uses_channel else None
+                da = _features_grad(features, spec.options, (parts[0], s, du, dg), t)
+        at = _parameters(spec) if ctx.trained else []
+        begins = _drop_in_begins(spec, features, mlp, layers)
+        found = [
+            flat.narrow(0, begins[at.index(i)], x.numel()).view(x.shape) if i in at else None
+            for i, x in enumerate(tensors)
+        ]
         return None, da, *[None] * 7, *found
 
 
@@ -755,7 +763,7 @@ def _drop_in_forward(
     words: tuple[Any, ...] = spec.terms
     mlp, layers = spec.stand(left, layer_numbers)
     out, seen = step.drop_in_forward(
-        recorded.BACKEND, x, mlp, options, layers, target, LossTerms(*words, temperature) if words else None,
+        recorded.BACKEND, x, mlp, options, layers, target, LossTerms(*words, *[temperature]) if words else None,
         mean,
     )  # fmt: skip
     attended, maps, kept = seen.attended, [], []

@@ -762,10 +762,8 @@ def _drop_in_forward(
     target = left.pop(0) if spec.terms else None
     words: tuple[Any, ...] = spec.terms
     mlp, layers = spec.stand(left, layer_numbers)
-    out, seen = step.drop_in_forward(
-        recorded.BACKEND, x, mlp, options, layers, target, LossTerms(*words, *[temperature]) if words else None,
-        mean,
-    )  # fmt: skip
+    terms = LossTerms(*words, *[temperature]) if words else None
+    out, seen = step.drop_in_forward(recorded.BACKEND, x, mlp, options, layers, target, terms, mean)
     attended, maps, kept = seen.attended, [], []
     assert attended.channel is not None
     if options.uses_spatial:

@@ -11,7 +11,10 @@ time of the one thread.  With a GPU the device is idle before each call, and wha
     fused, drop_in, eager        a guided step, forward and backward: `fused_ggam_loss`; the head, then
                                  `GGAMLoss`; the eager reference
     forward, eager_forward       the logits of one image, without gradients: the head, the eager reference
-    fused_compiled, compiled     `fused` and the reference inside torch.compile
+    fused_compiled, drop_in_compiled, compiled
+                                 `fused`, `drop_in` and the reference's step inside torch.compile
+    forward_compiled, compiled_forward
+                                 `forward` and the reference's inside torch.compile
     launches                     kernels, copies and fills of `fused`, see `launches`
 
 Calls are timed in turns, so that all feel alike what a shared machine does; each time is a median.
@@ -46,24 +49,34 @@ CPU = Case(4, 64, 4, 4, torch.float32)
 TURN = 10  # calls
 STEPS = {"fused": "fused", "drop_in": "fused_modular", "eager": "eager"}
 FORWARDS = {"forward": "fused", "eager_forward": "eager"}
-COMPILED = {"fused_compiled": "fused_compiled", "compiled": "compiled"}
+COMPILED_STEPS = {
+    "fused_compiled": "fused_compiled",
+    "drop_in_compiled": "fused_modular_compiled",
+    "compiled": "compiled",
+}
+COMPILED_FORWARDS = {"forward_compiled": "fused_compiled", "compiled_forward": "compiled"}
+WITHOUT_GRADIENTS = {*FORWARDS, *COMPILED_FORWARDS}
 Step = Callable[[], Any]
 
 
 class Bar(NamedTuple):
-    """`value` is at most `limit` times `beside`, or at most `limit` where that is None."""
+    """`value` is at most `limit` times `beside`, or at most `limit` where that is None; without a limit the
+    ratio is told."""
 
     value: str
     beside: str | None
-    limit: float
+    limit: float | None
 
     def verdict(self, found: Mapping[str, float]) -> str | None:
-        """One line, "met" or "MISSED" first; None if the values are not among what was found."""
+        """One line, "met" or "MISSED" first if there is a limit; None if the values are not among what was
+        found."""
         if not {self.value, self.beside or self.value} <= found.keys():
             return None
         value = found[self.value] / (found[self.beside] if self.beside else 1)
         name = f"{self.value} / {self.beside}" if self.beside else self.value
         shown = f"{value:.3f}" if self.beside else f"{value:.0f}"
+        if self.limit is None:
+            return f"       {name}: {shown}"
         return f"{'met   ' if value <= self.limit else 'MISSED'} {name}: {shown} (at most {self.limit:g})"
 
 
@@ -72,6 +85,8 @@ BARS = (
     Bar("drop_in", "eager", 0.4),
     Bar("forward", "eager_forward", 0.3),
     Bar("fused_compiled", "compiled", 0.6),
+    Bar("drop_in_compiled", "compiled", None),
+    Bar("forward_compiled", "compiled_forward", None),
     Bar("launches", None, 28),
 )
 
@@ -106,9 +121,10 @@ def steps(case: Case, compiled: bool) -> dict[str, Step]:
     """What is timed, by name."""
     device = environment.device()
     work, one = Workload(case, device), Workload(case._replace(n=1), device)
-    providers = STEPS | (COMPILED if compiled else {})
-    found = {name: step(work, provider) for name, provider in providers.items()}
-    return found | {name: forward(one, provider) for name, provider in FORWARDS.items()}
+    whole = STEPS | (COMPILED_STEPS if compiled else {})
+    logits = FORWARDS | (COMPILED_FORWARDS if compiled else {})
+    found = {name: step(work, provider) for name, provider in whole.items()}
+    return found | {name: forward(one, provider) for name, provider in logits.items()}
 
 
 def microseconds(calls: Mapping[str, Step], rounds: int) -> dict[str, float]:
@@ -116,14 +132,14 @@ def microseconds(calls: Mapping[str, Step], rounds: int) -> dict[str, float]:
     not counted: it finds the others' code and data in the caches."""
     on_gpu = torch.cuda.is_available()
     for name, call in calls.items():
-        with torch.set_grad_enabled(name not in FORWARDS):
+        with torch.set_grad_enabled(name not in WITHOUT_GRADIENTS):
             for _ in range(5):  # compiles; records; takes memory
                 call()
     gc.collect()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(-(-rounds // TURN)):
         for name, call in calls.items():
-            with torch.set_grad_enabled(name not in FORWARDS):
+            with torch.set_grad_enabled(name not in WITHOUT_GRADIENTS):
                 call()
                 samples[name] += _on_gpu_times(call) if on_gpu else _cpu_times(call)
     return {name: 1e6 * statistics.median(own) for name, own in samples.items()}

@@ -9,6 +9,7 @@
     fused                     this library: `fused_ggam_loss` for the step, the head for the rest
     fused_modular             the head, then `GGAMLoss`
     fused_compiled            `fused` inside torch.compile(fullgraph=True)
+    fused_modular_compiled    `fused_modular` inside torch.compile(fullgraph=True); `bench.host` alone
     fused_reduce_overhead     the same in mode "reduce-overhead", A's copy included
     fused_graphed             `fused_compiled` through torch.cuda.make_graphed_callables: two CUDA graphs and
                               no guards at a call, A's copy included; the step alone
@@ -41,6 +42,7 @@ MODES = {
     "compiled_reduce_overhead": "reduce-overhead",
     "compiled_closed_form": "default",
     "fused_compiled": "default",
+    "fused_modular_compiled": "default",
     "fused_reduce_overhead": "reduce-overhead",
     GRAPHED: "default",
 }

@@ -1,26 +1,30 @@
-"""The fused step under `torch.compile`, on the Triton backend: one operator forward, one backward.
+"""A head's steps under `torch.compile`, on the Triton backend: one operator forward, one backward.
 
-`ggam_fast::guided_step` launches all of the forward at once, from a recording as an eager step replays it.
-What touches A at its edges stays torch's own: the mean of A, which Inductor computes where A is made, and
-the outer products of dA, which it writes where dA is used.  Running statistics move outside of the
-operator, from those of the batch.  The backward, `ggam_fast::guided_step_grads`, makes the gradients of all
-parameters.
+    ggam_fast::guided_step, guided_step_grads      the fused loss
+    ggam_fast::drop_in_step, drop_in_step_grads    the drop-in form, and logits alone
+
+The forward launches all at once, from a recording as an eager step replays it.  What touches A at its edges
+stays torch's own: the mean of A, which Inductor computes where A is made, and the outer products of dA,
+which it writes where dA is used.  Running statistics move outside of the operator, from those of the batch.
+The backward makes the gradients of all parameters, and in the drop-in form the factors of dA.  The cross
+entropy of `GGAMLoss` stays torch's own too.
 """
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from . import recorded, step
 from .autograd import Function
 from .backends.layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer
 from .backends.registry import full_precision, get_backend
-from .backends.triton.launch import plan
-from .backends.triton.record import Number, Pass, Recorder, Recording
+from .backends.triton.launch import NotRecordable, Number, Recorder, plan
+from .backends.triton.record import Pass, Recording
 from .backends.triton.register import define
 from .base import GGAMOutput
 from .classifier.rules import scores
@@ -32,18 +36,28 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def applies(
-    features: Tensor, mlp: ChannelMLP, options: Options, layers: Sequence[Layer] | None, target: Tensor
+    features: Tensor, mlp: ChannelMLP, options: Options, layers: Sequence[Layer] | None, target: Tensor | None
 ) -> bool:
     """Whether the operator takes this head; what it does not take is compiled stage by stage."""
     # Not is_exporting(), which is True in all that Dynamo of torch 2.11 traces.
     if layers is None or options.pool_type != "avg" or torch.compiler._is_exporting_flag:
         return False
+    if torch._C._are_functorch_transforms_active():
+        return False
     batch, width, positions = features.shape
-    if torch.version.hip is not None or batch == 0 or positions == 1 or plan.channels_block(width) is None:
+    # A batch of unknown size may be empty.
+    if torch.version.hip is not None or guard_or_true(batch == 0) or positions == 1:
+        return False
+    if plan.channels_block(width) is None:
         return False
     if any(layer.kind == DROPOUT and layer.training and layer.p for layer in layers):
         return False
-    if len(_norms(layers)) > 2 or (target.is_floating_point() and target.dtype != torch.float32):
+    if target is not None and target.is_floating_point() and target.dtype != torch.float32:
+        return False
+    if len(_norms(layers)) > 2:
+        return False
+    # Which torch refuses.
+    if batch == 1 and any(layer.from_batch for layer in _norms(layers)):
         return False
     if all(layer.kind != LINEAR for layer in layers):
         return False
@@ -71,7 +85,7 @@ class Spec(NamedTuple):
     """What the operator is told beside tensors and numbers, written as text into the graph."""
 
     options: Options
-    terms: tuple[str | int | None, ...]  # of `LossTerms`, but its numbers
+    terms: tuple[str | int | None, ...]  # of `LossTerms`, but its numbers; none for logits alone
     layers: tuple[tuple[str, bool, tuple[str, ...]], ...]  # kind, training, names of its tensors
 
     @classmethod
@@ -92,6 +106,97 @@ class Spec(NamedTuple):
         return mlp, layers
 
 
+class _Told(NamedTuple):
+    """What an operator is told of a head."""
+
+    features: Tensor  # (N, C, L) or (N, C, H, W)
+    mean: Tensor | None  # (N, C) of A
+    tensors: list[Tensor]  # parameters, then what else the layers hold, one layer after another
+    spec: Spec
+    text: str  # the spec
+    numbers: list[float]  # eps and alpha of each layer
+
+    @property
+    def detached(self) -> list[Tensor]:
+        return [x.detach() for x in self.tensors]
+
+
+def _told(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    layers: Sequence[Layer],
+    terms: tuple[Any, ...],
+    whole: Tensor | None,
+) -> _Told:
+    # Statistics of the batch move outside; the operator is given none to move.
+    given = [
+        layer._replace(running_mean=None, running_var=None) if layer.training else layer for layer in layers
+    ]
+    names = [tuple(n for n in _TENSORS if getattr(layer, n) is not None) for layer in given]
+    kinds = tuple((layer.kind, layer.training, n) for layer, n in zip(given, names, strict=True))
+    numbers = [float(x) for layer in given for x in (layer.eps, layer.alpha)]
+    spec = Spec(options, tuple(terms[:6]), kinds)
+    tensors = [p for p in mlp if p is not None]
+    for layer, name in zip(given, names, strict=True):
+        tensors += [getattr(layer, n) for n in name]
+    with torch.no_grad():
+        x = (features if whole is None else whole).detach()
+        mean = x.mean((*range(2, x.dim()),), dtype=torch.float32) if options.uses_channel else None
+    return _Told(x, mean, tensors, spec, repr((tuple(options), spec.terms, spec.layers)), numbers)
+
+
+def _move(layers: Sequence[Layer], statistics: Sequence[Tensor], batch: int) -> None:
+    """Running statistics by those of the batch, (2, C): mean and one over the deviation."""
+    for layer, pair in zip(_norms(layers), statistics, strict=True):
+        if layer.moves:
+            mean, rstd = pair.unbind(0)
+            move(layer, mean, (rstd.square().reciprocal() - layer.eps).clamp_min(0.0), batch)
+
+
+def _features_grad(
+    features: Tensor,
+    options: Options,
+    factors: Sequence[Tensor | None],
+    weights: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """dA in torch's operations, from its factors (first, S, dU, dg) and kappa T."""
+    first, channel, du, dg = factors
+    assert first is not None
+    assert channel is not None
+    index = torch.empty(0, dtype=torch.int64, device=features.device)
+    t = weights if options.uses_spatial else None
+    return get_backend("torch").features_grad(features, "avg", first, index, t, du, channel, dg, scale)
+
+
+def _replayed(
+    name: tuple[Any, ...],
+    given: Sequence[Tensor],
+    numbers: Sequence[float],
+    record: Callable[[], Recording],
+) -> list[Tensor]:
+    """What the launches make of the tensors given; recorded for the first that are alike."""
+    addresses = [*map(Tensor.data_ptr, given)]
+    key = (
+        *name, given[0].stride(), *recorded.triton_options(),
+        *[(*map(of, given),) for of in recorded.PROPERTIES], (*[a & 15 for a in addresses],),
+    )  # fmt: skip
+    recording = recorded.remembered(key)
+    if recording is None:
+        if not all(x.is_contiguous() for x in given[1:]):
+            raise RuntimeError(f"ggam_fast: {name[0]} takes dense tensors beside the features")
+        recording = record()
+        recorded.remember(key, recording)
+    out = [blank.make() for blank in recording.outputs]
+    addresses += map(Tensor.data_ptr, out)
+    recording.forward.play(None, recording.constants(), given, out, addresses, numbers)
+    return out
+
+
+# ---- the fused loss
+
+
 def fused_loss(
     features: Tensor,
     mlp: ChannelMLP,
@@ -103,35 +208,18 @@ def fused_loss(
 ) -> FusedLoss:
     """`step.fused_loss` of known layers.  `whole` is A as (N, C, H, W), where it is channels-last: to flatten
     it Inductor would write it with its positions together, and then copy it back for the operator."""
-    # Statistics of the batch move below; the operator is given none to move.
-    given = [
-        layer._replace(running_mean=None, running_var=None) if layer.training else layer for layer in layers
-    ]
-    names = [tuple(n for n in _TENSORS if getattr(layer, n) is not None) for layer in given]
-    kinds = tuple((layer.kind, layer.training, n) for layer, n in zip(given, names, strict=True))
-    numbers = [float(x) for layer in given for x in (layer.eps, layer.alpha)]
-    spec = Spec(options, tuple(terms[:6]), kinds)
-    text = repr((tuple(options), spec.terms, spec.layers))
-    tensors = [p.detach() for p in mlp if p is not None]
-    for layer, name in zip(given, names, strict=True):
-        tensors += [getattr(layer, n).detach() for n in name]
+    told = _told(features, mlp, options, layers, terms, whole)
+    x, mean, _, spec, text, numbers = told
     with torch.no_grad():
-        x = (features if whole is None else whole).detach()
-        mean = x.mean((*range(2, x.dim()),), dtype=torch.float32) if options.uses_channel else None
         loss, seen, kept = guided_step(
-            x, mean, target.contiguous(), tensors, text, numbers, float(terms.guidance_weight),
+            x, mean, target.contiguous(), told.detached, text, numbers, float(terms.guidance_weight),
             float(terms.label_smoothing), float(terms.cam_temperature),
         )  # fmt: skip
         logits, s, beta, guidance, *maps = _parts(seen, _seen_shapes(features, options, layers))
-        # Without spatial attention T is a constant.
-        t = maps[0] if maps else x.new_ones((x.shape[0], features.shape[2]), dtype=torch.float32)
+        t = maps[0] if maps else _no_map(features)
         sizes = [size for shape in _shapes(features, options, mlp, layers) for size in shape]
         *_, statistics = _split(kept, sizes, spec)
-        for layer, pair in zip(_norms(layers), statistics, strict=True):
-            if layer.moves:
-                batch_mean, rstd = pair.unbind(0)
-                variance = (rstd.square().reciprocal() - layer.eps).clamp_min(0.0)
-                move(layer, batch_mean, variance, x.shape[0])
+        _move(layers, statistics, x.shape[0])
     parameters = [p for layer in reversed(layers) for p in (layer.weight, layer.bias) if p is not None]
     parameters += [p for p in mlp if p is not None]
     if any(p.requires_grad for p in (features, *parameters)):  # Dynamo refuses a node without
@@ -175,16 +263,17 @@ class CompiledNode(Function):
         with full_precision(features):
             if ctx.needs_input_grad[1]:
                 factors, weights, *_ = _split(kept, ctx.sizes, spec)
-                first, channel, du, dg = factors
-                t = (spatial if weights is None else weights) if spec.options.uses_spatial else None
-                index = torch.empty(0, dtype=torch.int64, device=features.device)
-                da = get_backend("torch").features_grad(
-                    features, "avg", first, index, t, du, channel, dg, grad
-                )
+                weights = spatial if weights is None else weights
+                da = _features_grad(features, spec.options, factors, weights, grad)
         flat = guided_step_grads(kept, mean, grad, ctx.sizes, ctx.text)
         begins = _grad_begins(ctx.sizes, spec)
         found = [flat.narrow(0, at, s.numel()).view(s) for at, s in zip(begins, ctx.shapes, strict=False)]
         return None, da, *[None] * 6, *found
+
+
+def _no_map(features: Tensor) -> Tensor:
+    """T without spatial attention, a constant."""
+    return features.new_ones((features.shape[0], features.shape[2]), dtype=torch.float32)
 
 
 def _scaled(options: Options) -> bool:
@@ -301,19 +390,12 @@ def _run(
     *numbers: float,
 ) -> tuple[Tensor, ...]:
     given = [features, target, *tensors] if mean is None else [features, target, mean, *tensors]
-    addresses = [*map(Tensor.data_ptr, given)]
-    key = (
-        "compiled", spec, *layer_numbers, features.stride(), *recorded.triton_options(),
-        *[(*map(of, given),) for of in recorded.PROPERTIES], (*[a & 15 for a in addresses],),
+    return tuple(
+        _replayed(
+            ("compiled", spec, *layer_numbers), given, numbers,
+            lambda: _record(Spec.read(spec), given, mean is not None, layer_numbers),
+        )
     )  # fmt: skip
-    recording = recorded.remembered(key)
-    if recording is None:
-        recording = _record(Spec.read(spec), given, mean is not None, layer_numbers)
-        recorded.remember(key, recording)
-    out = [blank.make() for blank in recording.outputs]
-    addresses += map(Tensor.data_ptr, out)
-    recording.forward.play(None, recording.constants(), given, out, addresses, numbers)
-    return tuple(out)
 
 
 def _step(
@@ -336,12 +418,10 @@ guided_step = define(_step, tuple[Tensor, Tensor, Tensor], _run, _fake)
 
 
 def _record(spec: Spec, given: list[Tensor], with_mean: bool, layer_numbers: Sequence[float]) -> Recording:
-    if not all(x.is_contiguous() for x in given[1:]):
-        raise RuntimeError("ggam_fast::guided_step takes dense tensors beside the features")
     recorder, numbers = Recorder(), [Number(1.0), Number(0.0), Number(1.0)]
     words: tuple[Any, ...] = spec.terms
     terms = LossTerms(*words, *(numbers[i] for i in (2, 0, 1)))
-    statistics: list[tuple[Tensor, ...]] = []
+    visited: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), recorder:
         twins = recorder.like_each(given)
         x, target, *rest = twins
@@ -349,7 +429,7 @@ def _record(spec: Spec, given: list[Tensor], with_mean: bool, layer_numbers: Seq
         mlp, layers = spec.stand(rest, layer_numbers)
         out, guided, held = step.fused_forward(
             recorded.BACKEND, x.flatten(2), mlp, spec.options,
-            lambda pooled: scores(layers, pooled, True, recorded.BACKEND, statistics), target, terms, mean,
+            lambda pooled: scores(layers, pooled, True, recorded.BACKEND, visited), target, terms, mean,
         )  # fmt: skip
         f = held.factors
         kept = [held.weights] if _scaled(spec.options) else []
@@ -357,12 +437,17 @@ def _record(spec: Spec, given: list[Tensor], with_mean: bool, layer_numbers: Seq
         for layer in held.layers:
             pair = [layer.left, layer.right] if layer.product else [_joined(layer.left)]
             kept += [t for t in pair if t is not mean]
-        kept += [_joined(pair[0]) for pair in statistics]
+        kept += _statistics(visited)
         seen = [out.logits, out.channel_attention, out.cam_weights, out.guidance_loss]
         seen += [out.spatial_attention] if spec.options.uses_spatial else []
         made = [guided.loss, recorder.together(seen), recorder.together(kept)]
         forward = Pass(recorder.take(), twins, numbers, made)
         return Recording(recorder, [forward], given[0].device)
+
+
+def _statistics(visited: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Mean and one over the deviation of each batch norm, (2, C)."""
+    return [_joined(of_layer[1]) for of_layer in visited if len(of_layer) > 1]
 
 
 def _joined(x: Tensor) -> Tensor:
@@ -374,24 +459,27 @@ def _grad_begins(sizes: Sequence[int], spec: Spec) -> list[int]:
     """Where each gradient begins in the one tensor of them, in the order of the node's parameters, and its
     end."""
     at = 2 * (3 + _scaled(spec.options) + spec.options.uses_spatial + spec.options.uses_channel - 1)
-    found: list[int] = []
-    end = 0
+    shapes: list[tuple[int, int]] = []
     for kind, *_ in reversed(spec.layers):
         if kind == LINEAR:
-            j, c = sizes[at + 1], sizes[at + 3]
-            found += [end, end + _padded(j * c)]
-            end += _padded(j * c) + _padded(j)
+            shapes.append((sizes[at + 1], sizes[at + 3]))
             at += 4
-        elif kind == BATCH_NORM:  # its two are neighbours
-            width = sizes[at + 1]
-            found += [end, end + width]
-            end += _padded(2 * width)
+        elif kind == BATCH_NORM:
+            shapes.append((sizes[at + 1], 0))
             at += 2
     if spec.options.uses_channel:
         hidden, channels = sizes[at + 1], sizes[at + 3]
-        for j, c in ((hidden, channels), (channels, hidden)):
-            found += [end, end + _padded(j * c)]
-            end += _padded(j * c) + _padded(j)
+        shapes += [(hidden, channels), (channels, hidden)]
+    return _begins(shapes)
+
+
+def _begins(shapes: Sequence[tuple[int, int]], end: int = 0) -> list[int]:
+    """Where the gradients of each layer's weight (J, C) and bias (J,) begin, the first at `end`, and their
+    end.  C is 0 for a batch norm, whose two are neighbours."""
+    found: list[int] = []
+    for j, c in shapes:
+        found += [end, end + (_padded(j * c) if c else j)]
+        end += _padded(j * c) + _padded(j) if c else _padded(2 * j)
     return [*found, end]
 
 
@@ -401,19 +489,10 @@ def _grads_fake(kept: Tensor, mean: Tensor | None, grad: Tensor, sizes: Sequence
 
 def _grads_run(kept: Tensor, mean: Tensor | None, grad: Tensor, sizes: Sequence[int], spec: str) -> Tensor:
     given = [kept, grad] if mean is None else [kept, grad, mean]
-    addresses = [*map(Tensor.data_ptr, given)]
-    key = (
-        "compiled grads", spec, *sizes, *recorded.triton_options(), kept.get_device(),
-        *[(x.dtype, a & 15) for x, a in zip(given, addresses, strict=True)],
-    )  # fmt: skip
-    recording = recorded.remembered(key)
-    if recording is None:
-        recording = _record_grads(Spec.read(spec), given, list(sizes))
-        recorded.remember(key, recording)
-    out = recording.outputs[0].make()
-    addresses.append(out.data_ptr())
-    recording.forward.play(None, None, given, [out], addresses, ())
-    return out
+    return _replayed(
+        ("compiled grads", spec, *sizes), given, (),
+        lambda: _record_grads(Spec.read(spec), given, list(sizes)),
+    )[0]  # fmt: skip
 
 
 def _grads(kept: Tensor, mean: Tensor | None, grad: Tensor, sizes: Sequence[int], spec: str) -> None:
@@ -441,6 +520,355 @@ def _record_grads(spec: Spec, given: list[Tensor], sizes: list[int]) -> Recordin
             else:
                 pairs.append((left, next(mean) if right is None else right))
         made = held_grads(get_backend(recorded.BACKEND), pairs, [not norm for norm in norms], grad)
-        units = [[_joined(pair[0])] if norm else pair for pair, norm in zip(made, norms, strict=True)]
-        whole = recorder.together([x for unit in units for x in unit])
+        whole = recorder.together(_apart(made, norms))
         return Recording(recorder, [Pass(recorder.take(), twins, [], [whole])], given[0].device)
+
+
+def _apart(made: Sequence[tuple[Tensor, Tensor]], norms: Sequence[bool]) -> list[Tensor]:
+    """The gradients of each layer in memory's pieces: those of a batch norm are one."""
+    pieces = [[_joined(pair[0])] if norm else [*pair] for pair, norm in zip(made, norms, strict=True)]
+    return [x for piece in pieces for x in piece]
+
+
+# ---- the drop-in form: logits, and with a target the guidance
+
+
+def drop_in(
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    layers: Sequence[Layer],
+    target: Tensor | None,
+    terms: LossTerms | None,
+    whole: Tensor | None = None,
+) -> GGAMOutput:
+    """Logits of known layers, and with a target beta and the guidance loss: else the logits alone count.
+    `whole` as in `fused_loss`."""
+    told = _told(features, mlp, options, layers, () if terms is None else terms, whole)
+    x, mean, tensors, spec, text, numbers = told
+    trained = any(x.requires_grad for x in tensors)
+    graph = torch.is_grad_enabled() and (features.requires_grad or trained)
+    temperature = 1.0 if terms is None else float(terms.cam_temperature)
+    with torch.no_grad():
+        labels = None if target is None else target.contiguous()
+        seen, kept = drop_in_step(x, mean, labels, told.detached, text, numbers, temperature, graph)
+        layout = _drop_in_kept(spec, features, mlp, layers, graph)
+        _move(layers, _parts(kept, layout)[len(layout) - len(_norms(layers)) :], x.shape[0])
+    if graph:
+        plain = (tuple(options), *spec[1:])
+        seen = DropInNode.apply(seen, features, x, mean, kept, text, plain, numbers, trained, *tensors)
+    logits, *attention = _parts(seen, _drop_in_seen(spec, features, layers))
+    if target is None:
+        return GGAMOutput(logits, *[logits] * 4)
+    s, beta, guidance, *maps = attention
+    t = maps[0] if maps else _no_map(features)
+    if not options.uses_channel:
+        s, guidance = s.detach(), guidance.detach()
+    return GGAMOutput(logits, s, t, beta.detach(), guidance.view(()))
+
+
+class DropInNode(Function):
+    """All outputs in one tensor, whose backward is one operator, but for dA in torch's operations."""
+
+    @staticmethod
+    def forward(
+        seen: Tensor,
+        features: Tensor,
+        given: Tensor,
+        mean: Tensor | None,
+        kept: Tensor,
+        text: str,
+        spec: tuple[Any, ...],
+        numbers: list[float],
+        trained: bool,
+        *tensors: Tensor,
+    ) -> Tensor:
+        return seen.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5], *inputs[9:])
+        ctx.text, ctx.spec, ctx.numbers, ctx.trained = inputs[5:9]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        seen, features, given, mean, kept, *tensors = ctx.saved_tensors
+        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        _ = features.stride()
+        spec, da = Spec(Options(*ctx.spec[0]), *ctx.spec[1:]), None
+        flat = drop_in_step_grads(
+            given.detach(), mean, seen, kept, grad.contiguous(), [x.detach() for x in tensors], ctx.text,
+            ctx.numbers, ctx.trained,
+        )  # fmt: skip
+        mlp, layers = spec.stand(tensors, ctx.numbers)
+        if ctx.needs_input_grad[1]:
+            with full_precision(features):
+                t, s = _attention(spec, features, mlp, layers, seen, kept)
+                parts = _parts(flat, _drop_in_factors(spec.options, features))
+                du = parts[1] if spec.options.uses_spatial else None
+                dg = parts[-1] if spec.options.uses_channel else None
+                da = _features_grad(features, spec.options, (parts[0], s, du, dg), t)
+        at = _parameters(spec) if ctx.trained else []
+        begins = _drop_in_begins(spec, features, mlp, layers)
+        found = [
+            flat.narrow(0, begins[at.index(i)], x.numel()).view(x.shape) if i in at else None
+            for i, x in enumerate(tensors)
+        ]
+        return None, da, *[None] * 7, *found
+
+
+def _parameters(spec: Spec) -> list[int]:
+    """Where the parameters stand among the tensors, in the order of their gradients."""
+    at, found = 4 * spec.options.uses_channel, []
+    for *_, names in spec.layers:
+        found.append([at, at + 1][: len(names)])
+        at += len(names)
+    return [i for layer in reversed(found) for i in layer] + [*range(4)][: 4 * spec.options.uses_channel]
+
+
+def _drop_in_seen(spec: Spec, features: Tensor, layers: Sequence[Layer]) -> list[tuple[int, int]]:
+    shapes = _seen_shapes(features, spec.options, layers)
+    return shapes if spec.terms else shapes[:1]
+
+
+def _drop_in_kept(
+    spec: Spec, features: Tensor, mlp: ChannelMLP, layers: Sequence[Layer], graph: bool
+) -> list[tuple[int, int]]:
+    """Of what is kept for the backward, in its order; the norms' statistics come last, and with or without a
+    graph."""
+    (batch, channels, positions), options = features.shape, spec.options
+    shapes: list[tuple[int, int]] = []
+    if graph:
+        shapes += [(batch, positions)] * _scaled(options)
+        shapes.append((batch, channels))
+        shapes += [(batch, positions)] * (options.uses_spatial and not spec.terms)  # else it is seen
+        shapes += [(1, batch)] * options.uses_spatial
+        if options.uses_channel:
+            assert mlp.fc1_weight is not None
+            shapes += [(batch, mlp.fc1_weight.shape[0]), *[(batch, channels)] * bool(spec.terms)]
+        shapes += [(batch, x.weight.shape[-1]) for x in layers if x.weight is not None]
+    return shapes + [(2, x.weight.shape[0]) for x in _norms(layers) if x.weight is not None]
+
+
+def _drop_in_factors(options: Options, features: Tensor) -> list[tuple[int, int]]:
+    """Of dA's first factor, dU and dg."""
+    batch, channels, positions = features.shape
+    rest = [(batch, positions)] * options.uses_spatial + [(batch, channels)] * options.uses_channel
+    return [(batch, channels), *rest]
+
+
+def _drop_in_begins(spec: Spec, features: Tensor, mlp: ChannelMLP, layers: Sequence[Layer]) -> list[int]:
+    """As `_begins`, of gradients that lie behind the factors."""
+    weights = [x.weight for x in reversed(layers)] + [mlp.fc1_weight, mlp.fc2_weight]
+    shapes = [(w.shape[0], w.shape[1] if w.dim() == 2 else 0) for w in weights if w is not None]
+    return _begins(shapes, sum(_padded(r * c) for r, c in _drop_in_factors(spec.options, features)))
+
+
+def _attention(
+    spec: Spec, features: Tensor, mlp: ChannelMLP, layers: Sequence[Layer], seen: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """kappa T, if there is a T, and S"""
+    parts = _parts(kept, _drop_in_kept(spec, features, mlp, layers, True))
+    if _scaled(spec.options):
+        return parts[0], parts[1]
+    s, t, *_ = parts
+    return _parts(seen, _drop_in_seen(spec, features, layers))[-1] if spec.terms else t, s
+
+
+def _drop_in_fake(
+    features: Tensor,
+    mean: Tensor | None,
+    target: Tensor | None,
+    tensors: Sequence[Tensor],
+    spec: str,
+    layer_numbers: Sequence[float],
+    temperature: float,
+    graph: bool,
+) -> tuple[Tensor, Tensor]:
+    read = Spec.read(spec)
+    mlp, layers = read.stand(tensors, layer_numbers)
+    flat = features.flatten(2)
+    seen, kept = (
+        features.new_empty(sum(_padded(r * c) for r, c in shapes), dtype=torch.float32)
+        for shapes in (_drop_in_seen(read, flat, layers), _drop_in_kept(read, flat, mlp, layers, graph))
+    )
+    return seen, kept
+
+
+def _drop_in_run(
+    features: Tensor,
+    mean: Tensor | None,
+    target: Tensor | None,
+    tensors: Sequence[Tensor],
+    spec: str,
+    layer_numbers: Sequence[float],
+    temperature: float,
+    graph: bool,
+) -> tuple[Tensor, Tensor]:
+    given = [features, *[x for x in (mean, target) if x is not None], *tensors]
+
+    def record() -> Recording:
+        recorder, number = Recorder(), Number(temperature)
+        with torch.no_grad(), recorder:
+            twins = recorder.like_each(given)
+            done = _drop_in_forward(Spec.read(spec), twins, layer_numbers, number, graph)
+            made = [recorder.together(x) for x in (done.seen, done.kept) if x]
+            numbers = [] if target is None else [number]
+            return Recording(recorder, [Pass(recorder.take(), twins, numbers, made)], features.device)
+
+    name = ("compiled drop-in", spec, *layer_numbers, graph)
+    seen, *kept = _replayed(name, given, [] if target is None else [temperature], record)
+    return seen, kept[0] if kept else seen.new_empty(0)
+
+
+def _drop_in(
+    features: Tensor,
+    mean: Tensor | None,
+    target: Tensor | None,
+    tensors: Sequence[Tensor],
+    spec: str,
+    layer_numbers: Sequence[float],
+    temperature: float,
+    graph: bool,
+) -> None:
+    """The drop-in form of features (N, C, L) or (N, C, H, W) and their mean: what a head returns in one
+    tensor, and in another what a backward needs, if there will be one, and the norms' statistics"""
+
+
+_drop_in.__name__ = "drop_in_step"
+drop_in_step = define(_drop_in, tuple[Tensor, Tensor], _drop_in_run, _drop_in_fake)
+
+
+class _Done(NamedTuple):
+    """A recorded forward of the drop-in form."""
+
+    seen: list[Tensor]
+    kept: list[Tensor]
+    features: Tensor  # (N, C, L)
+    mlp: ChannelMLP
+    for_backward: step.Seen
+
+
+def _drop_in_forward(
+    spec: Spec, given: Sequence[Tensor], layer_numbers: Sequence[float], temperature: float, graph: bool
+) -> _Done:
+    """`step.drop_in_forward` of features, their mean, a target and the tensors of the spec, in this order
+    and if there are any."""
+    options, left = spec.options, [*given]
+    x = left.pop(0).flatten(2)
+    mean = left.pop(0) if options.uses_channel else None
+    target = left.pop(0) if spec.terms else None
+    words: tuple[Any, ...] = spec.terms
+    mlp, layers = spec.stand(left, layer_numbers)
+    terms = LossTerms(*words, *[temperature]) if words else None
+    out, seen = step.drop_in_forward(recorded.BACKEND, x, mlp, options, layers, target, terms, mean)
+    attended, maps, kept = seen.attended, [], []
+    assert attended.channel is not None
+    if options.uses_spatial:
+        maps = [attended.spatial]
+    if graph:
+        kept = [attended.weights] * _scaled(options)
+        kept += [attended.channel] if words else [attended.channel, *maps]
+        kept += [attended.total] * options.uses_spatial + [attended.hidden] * options.uses_channel
+        kept += [seen.grad_logits] if options.uses_channel and seen.grad_logits is not None else []
+        kept += [of_layer[0] for of_layer in seen.given]
+    kept += _statistics(seen.given)
+    outputs = [out.logits, out.channel_attention, out.cam_weights, out.guidance_loss, *maps]
+    return _Done(outputs if words else outputs[:1], kept, x, mlp, seen)
+
+
+def _drop_in_grads_fake(
+    features: Tensor,
+    mean: Tensor | None,
+    seen: Tensor,
+    kept: Tensor,
+    grad: Tensor,
+    tensors: Sequence[Tensor],
+    spec: str,
+    layer_numbers: Sequence[float],
+    trained: bool,
+) -> Tensor:
+    read = Spec.read(spec)
+    mlp, layers = read.stand(tensors, layer_numbers)
+    begins = _drop_in_begins(read, features.flatten(2), mlp, layers)
+    return kept.new_empty(begins[-1 if trained else 0])
+
+
+def _drop_in_grads_run(
+    features: Tensor,
+    mean: Tensor | None,
+    seen: Tensor,
+    kept: Tensor,
+    grad: Tensor,
+    tensors: Sequence[Tensor],
+    spec: str,
+    layer_numbers: Sequence[float],
+    trained: bool,
+) -> Tensor:
+    given = [features, *([] if mean is None else [mean]), seen, kept, grad, *tensors]
+    return _replayed(
+        ("compiled drop-in grads", spec, *layer_numbers, trained), given, (),
+        lambda: _record_drop_in_grads(Spec.read(spec), given, layer_numbers, trained),
+    )[0]  # fmt: skip
+
+
+def _drop_in_grads(
+    features: Tensor,
+    mean: Tensor | None,
+    seen: Tensor,
+    kept: Tensor,
+    grad: Tensor,
+    tensors: Sequence[Tensor],
+    spec: str,
+    layer_numbers: Sequence[float],
+    trained: bool,
+) -> None:
+    """For a gradient of all that was seen the factors of dA, and if asked for behind them the gradients of
+    all parameters, in one tensor"""
+
+
+_drop_in_grads.__name__ = "drop_in_step_grads"
+drop_in_step_grads = define(_drop_in_grads, Tensor, _drop_in_grads_run, _drop_in_grads_fake)
+
+
+def _record_drop_in_grads(
+    spec: Spec, given: list[Tensor], layer_numbers: Sequence[float], trained: bool
+) -> Recording:
+    """The forward is recorded again, for what of it lies where in the tensors given, and forgotten."""
+    recorder, options, at = Recorder(), spec.options, 1 + spec.options.uses_channel
+    with torch.no_grad(), recorder:
+        twins = recorder.like_each(given)
+        batch = given[0].shape[0]
+        target = [torch.empty(batch, dtype=torch.int64)] * bool(spec.terms)
+        before = [*twins[:at], *target, *twins[at + 3 :]]
+        done = _drop_in_forward(spec, before, layer_numbers, Number(1.0), True)
+        passed = _touched(recorder.take())
+        twins[at : at + 2] = recorder.together(done.seen), recorder.together(done.kept)
+        layers = spec.stand(twins[at + 3 :], layer_numbers)[1]
+        logits, *rest = _parts(twins[at + 2], _drop_in_seen(spec, done.features, layers))
+        of_s = of_guidance = of_t = None
+        if spec.terms:
+            of_s, _, of_guidance, *maps = rest
+            of_s, of_t = of_s if options.uses_channel else None, maps[0] if maps else None
+        held = step.drop_in_factors(
+            recorded.BACKEND, done.features, done.mlp, options, done.for_backward, logits, of_guidance, of_s,
+            of_t,
+        )  # fmt: skip
+        f = held.factors
+        made = [x for x in (f.first, f.grad_map, f.grad_mean) if x is not None]
+        if trained:
+            pairs = step.held_layer_grads(recorded.BACKEND, held)
+            made += _apart(pairs, [not layer.product for layer in held.layers])
+        whole, notes = recorder.together(made), recorder.take()
+        if lost := _touched(notes) & passed - {*map(_storage, twins)} - recorder.parts.keys():
+            raise NotRecordable(f"{len(lost)} tensors of the forward that are not kept")
+        return Recording(recorder, [Pass(notes, twins, [], [whole])], given[0].device)
+
+
+def _touched(notes: Sequence[Any]) -> set[int]:
+    return {_storage(x) for note in notes for x in note.arguments if isinstance(x, Tensor)}
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata

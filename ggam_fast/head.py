@@ -105,12 +105,22 @@ class GGAMHead(GGAMHeadBase):
         x, spatial_shape, mlp, options, backend = self._inputs(features)
         second_order = target is not None and not self.cam_detach and torch.is_grad_enabled()
 
+        if target is not None:
+            target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
+        layers = known_layers(self.classifier, self.drop)
+        if not pre_logits and self._compiles_whole(x, mlp, options, layers, target, backend):
+            assert compiled is not None
+            assert layers is not None
+            terms, whole = None if target is None else self._loss_terms(), self._whole(features)
+            out = compiled.drop_in(x, mlp, options, layers, target, terms, whole)
+            if target is None:
+                return out.logits
+            checks.scores(out.logits, x.shape[0], self.num_classes)
+            return _with_map(out, spatial_shape)
+
         attended = step.ggam_attention(x, mlp, options, backend, differentiable=second_order)
         if target is None:
-            return self._classify(attended.pooled, spatial_shape, pre_logits, backend)
-
-        target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
-        layers = known_layers(self.classifier, self.drop)
+            return self._classify(layers, attended.pooled, spatial_shape, pre_logits, backend)
         logits, pull_back = self._score(layers, attended.pooled, spatial_shape, not second_order, backend)
         checks.scores(logits, x.shape[0], self.num_classes)
         seed, share = TORCH.class_scores(logits, target, self.cam_class, self.ignore_index)
@@ -162,14 +172,13 @@ class GGAMHead(GGAMHeadBase):
         target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
 
         layers = known_layers(self.classifier, self.drop)
-        if torch.compiler.is_compiling() and backend == "triton" and layers is not None:
+        if self._compiles_whole(x, mlp, options, layers, target, backend):
             assert compiled is not None
-            if compiled.applies(x, mlp, options, layers, target):
-                last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
-                whole = features if last and self.input_fmt == "NCHW" else None
-                loss, out = compiled.fused_loss(x, mlp, options, layers, target, terms, whole)
-                checks.scores(out.logits, x.shape[0], self.num_classes)
-                return FusedLoss(loss, _with_map(out, spatial_shape))
+            assert layers is not None
+            whole = self._whole(features)
+            loss, out = compiled.fused_loss(x, mlp, options, layers, target, terms, whole)
+            checks.scores(out.logits, x.shape[0], self.num_classes)
+            return FusedLoss(loss, _with_map(out, spatial_shape))
 
         def score(pooled: Tensor) -> Scores:
             if layers is not None:
@@ -216,10 +225,35 @@ class GGAMHead(GGAMHeadBase):
             mlp = ChannelMLP(*parameters)
         return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
 
+    def _compiles_whole(
+        self,
+        x: Tensor,
+        mlp: ChannelMLP,
+        options: Options,
+        layers: list[Layer] | None,
+        target: Tensor | None,
+        backend: str,
+    ) -> bool:
+        """Whether the compiler is given one operator each way; else it is given stages."""
+        if not torch.compiler.is_compiling() or backend != "triton" or compiled is None:
+            return False
+        return (
+            type(self) is GGAMHead and self.cam_detach and compiled.applies(x, mlp, options, layers, target)
+        )
+
+    def _whole(self, features: Tensor) -> Tensor | None:
+        """Channels-last features (N, C, H, W) as they are; else None."""
+        last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
+        return features if last and self.input_fmt == "NCHW" else None
+
     def _classify(
-        self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool, backend: str
+        self,
+        layers: list[Layer] | None,
+        pooled: Tensor,
+        spatial_shape: tuple[int, ...],
+        pre_logits: bool,
+        backend: str,
     ) -> Tensor:
-        layers = known_layers(self.classifier, self.drop)
         if layers is None or self.pool_type == "":
             return self._custom(pooled, spatial_shape, pre_logits)
         with full_precision(pooled):

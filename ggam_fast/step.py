@@ -128,6 +128,7 @@ class Seen(NamedTuple):
     attended: Attended
     pull_back: Pullback
     grad_logits: Tensor | None  # (N, C): de of the guidance loss
+    given: list[tuple[Tensor, ...]]  # the classifier's layers, see `classifier.rules.scores`
 
 
 def drop_in_forward(
@@ -138,14 +139,17 @@ def drop_in_forward(
     layers: Sequence[Layer],
     target: Tensor | None,
     terms: LossTerms | None,
+    mean: Tensor | None = None,
 ) -> tuple[GGAMOutput, Seen]:
-    """Logits, and with a target beta and the guidance loss, of known layers and without a graph."""
+    """Logits, and with a target beta and the guidance loss, of known layers and without a graph; `mean`
+    (N, C) is that of A, where it is at hand."""
     stages = get_backend(backend)
-    attended = attend(stages, features, mlp, options)
-    result = scores(layers, attended.pooled, True, backend)
+    given: list[tuple[Tensor, ...]] = []
+    attended = attend(stages, features, mlp, options, mean)
+    result = scores(layers, attended.pooled, True, backend, given)
     if terms is None or target is None:
         out = GGAMOutput(result.logits, *[attended.spatial] * 4)  # of which the logits alone are asked for
-        return out, Seen(attended, result.pull_back, None)
+        return out, Seen(attended, result.pull_back, None, given)
     seed, share = stages.class_scores(result.logits, target, terms.cam_class, terms.ignore_index)
     (v,), _ = result.pull_back([seed])
     beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, v, terms.cam_at)
@@ -154,7 +158,7 @@ def drop_in_forward(
         terms.divergence, 1.0, terms.guidance_reduction == "mean", share, None,
     )  # fmt: skip
     out = GGAMOutput(result.logits, found.channel, attended.spatial, found.cam_weights, found.guidance)
-    return out, Seen(attended, result.pull_back, found.grad_logits)
+    return out, Seen(attended, result.pull_back, found.grad_logits, given)
 
 
 def drop_in_backward(
@@ -171,20 +175,39 @@ def drop_in_backward(
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]], list[tuple[Tensor, Tensor]] | None]:
     """dA, the weights and biases, and their gradients, of gradients of the logits and of the guidance
     loss."""
-    stages = get_backend(backend)
+    held = drop_in_factors(backend, features, mlp, options, seen, grad_logits, grad_guidance)
+    da = held_features_grad(backend, features, options, held) if needs_features else None
+    pairs = held_layer_grads(backend, held) if needs_parameters else None
+    return da, [(layer.weight, layer.bias) for layer in held.layers], pairs
+
+
+def drop_in_factors(
+    backend: str,
+    features: Tensor,
+    mlp: ChannelMLP,
+    options: Options,
+    seen: Seen,
+    grad_logits: Tensor,
+    grad_guidance: Tensor | None = None,
+    grad_channel: Tensor | None = None,
+    grad_spatial: Tensor | None = None,
+) -> "Held":
+    """What `drop_in_backward` makes its gradients of, for gradients of S and T too."""
+    stages, attended = get_backend(backend), seen.attended
     (dz,), layers = seen.pull_back([grad_logits])
-    attended = seen.attended
-    f = pull_back(stages, features, mlp, options, attended, dz, seen.grad_logits, logits_scale=grad_guidance)
-    da = pairs = None
-    if needs_features:
-        da = features_grad(stages, features, options, attended.spatial_weights, attended.peak_index, f)
-    parameters = [(layer.weight, layer.bias) for layer in layers]
-    parameters += [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)][: 2 * options.uses_channel]
-    if needs_parameters:
-        factors = [(layer.left, layer.right) for layer in layers] + mlp_factors(attended, f)
-        products = [layer.product for layer in layers] + [True] * (len(factors) - len(layers))
-        pairs = held_grads(stages, factors, products, None)
-    return da, parameters, pairs
+    de, scale = seen.grad_logits, grad_guidance
+    if grad_channel is not None:
+        assert attended.channel is not None
+        de, scale = stages.softmax_grad(grad_channel, attended.channel, de, scale), None
+    f = pull_back(stages, features, mlp, options, attended, dz, de, grad_spatial, scale)
+    layers = [*layers, *_mlp_layers(mlp, attended, f)]
+    return Held(f, attended.spatial_weights, attended.peak_index, layers)
+
+
+def _mlp_layers(mlp: ChannelMLP, attended: Attended, f: Factors) -> list[LayerGradient]:
+    parameters = [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)]
+    factors = mlp_factors(attended, f)
+    return [LayerGradient(*p, *pair, True) for p, pair in zip(parameters, factors, strict=False)]
 
 
 class FusedLoss(NamedTuple):
@@ -225,7 +248,7 @@ def _smaller(backend: Backend, layers: Sequence[LayerGradient]) -> list[LayerGra
 
 
 class Held(NamedTuple):
-    """What the fused loss's backward needs: dA's factors, and the layers' gradients or their factors."""
+    """What all gradients are made of: dA's factors, and the layers' gradients or their factors."""
 
     factors: Factors
     weights: Tensor  # (N, L): kappa T
@@ -284,20 +307,20 @@ def fused_forward(
         )  # fmt: skip
         de = guided.grad_logits if options.uses_channel else None
         f = pull_back_to_mean(stages, mlp, attended, pulled_z, de)
-        parameters = [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)]
-        for pair, factors in zip(parameters, mlp_factors(attended, f), strict=False):
-            layers.append(LayerGradient(*pair, *factors, True))
+        layers += _mlp_layers(mlp, attended, f)
     out = GGAMOutput(scored.logits, guided.channel, attended.spatial, guided.cam_weights, guided.guidance)
     return out, guided, Held(f, attended.spatial_weights, attended.peak_index, layers)
 
 
-def held_features_grad(backend: str, features: Tensor, options: Options, held: Held, scale: Tensor) -> Tensor:
+def held_features_grad(
+    backend: str, features: Tensor, options: Options, held: Held, scale: Tensor | None = None
+) -> Tensor:
     """dA times the scalar `scale`."""
     stages = get_backend(backend)
     return features_grad(stages, features, options, held.weights, held.peak_index, held.factors, scale)
 
 
-def held_layer_grads(backend: str, held: Held, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+def held_layer_grads(backend: str, held: Held, scale: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
     """The gradients of each held layer's weight and bias times the scalar `scale`."""
     pairs = [(layer.left, layer.right) for layer in held.layers]
     return held_grads(get_backend(backend), pairs, [layer.product for layer in held.layers], scale)

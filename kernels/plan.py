@@ -156,7 +156,9 @@ def tile(channels: int, positions: int, layout: str, num_warps: int = 4) -> Tile
 # sixteen warps or more fit a multiprocessor (`tests/test_codegen.py`).
 
 
-def partial_sums(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, rows: int) -> tuple[int, ...]:
+def partial_sums(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, rows: int
+) -> tuple[int, ...]:
     """The shape of what `channel_sum` leaves to add up for R rows of weights: (N, R, P, L)."""
     batch, channels, positions = shape
     cut = channel_sum(channels, positions, itemsize, memory_order(strides))

@@ -68,12 +68,14 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 
 
 def check(head: GGAMHead, device: torch.device, backend: str, dynamic: bool | None = None) -> None:
+    # The mean of A is then torch's, rounded otherwise.
+    tolerance = 1e-4 if head.backend == "triton" else 1e-5
     eager = Model(head).to(device).train()
     compiled = copy.deepcopy(eager)
     run = torch.compile(compiled, fullgraph=True, backend=backend, dynamic=dynamic)
     for n in (N, N + 1) if dynamic else (N,):
         images, target = batch(device, n)
-        assert_same(step(run, compiled, images, target), step(eager, eager, images, target))
+        assert_same(step(run, compiled, images, target), step(eager, eager, images, target), tolerance)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -30,8 +30,8 @@ if not checks.TRITON_AVAILABLE:
 import triton
 
 from ggam_fast import recorded, step
+from ggam_fast.backends.triton import launch as launching
 from ggam_fast.backends.triton import record
-from ggam_fast.backends.triton.launch import thread
 from ggam_fast.classifier.layers import known_layers
 from ggam_fast.classifier.rules import scores
 from ggam_fast.functional import fused_ggam_loss
@@ -1049,4 +1049,4 @@ def test_outputs_do_not_keep_the_features(device: torch.device) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     yield
-    assert thread.recorder is None
+    assert launching.thread.recorder is None

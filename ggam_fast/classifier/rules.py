@@ -51,11 +51,11 @@ def scores(
     x: Tensor,
     detach: bool,
     backend: str,
-    statistics: list[tuple[Tensor, ...]] | None = None,
+    given: list[tuple[Tensor, ...]] | None = None,
 ) -> Scores:
-    """Run each layer once (batch statistics move once, one dropout mask) and remember its pullback.  What
-    each batch norm normalised with is added to `statistics`."""
-    y, pullbacks = _forward(layers, x, backend, statistics)
+    """Run each layer once (batch statistics move once, one dropout mask) and remember its pullback.  The
+    input of each linear layer and batch norm is added to `given`, with what a norm normalised with."""
+    y, pullbacks = _forward(layers, x, backend, given)
 
     def pull_back(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         gradients: list[LayerGradient] = []
@@ -75,7 +75,7 @@ def _forward(
     layers: Sequence[Layer],
     x: Tensor,
     backend: str,
-    statistics: list[tuple[Tensor, ...]] | None = None,
+    given: list[tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, list[Pullback]]:
     pullbacks: list[Pullback] = []
     stages, at = get_backend(backend), 0
@@ -85,11 +85,14 @@ def _forward(
             # A backend does the norm and what follows at once.
             follows = layers[at] if at < len(layers) and layers[at].kind in (ELU, RELU) else None
             at += follows is not None
-            x, pull, saved = _norm_and_activation(layer, follows, x, stages)
-            if statistics is not None:
-                statistics.append(saved)
+            y, pull, saved = _norm_and_activation(layer, follows, x, stages)
+            of_layer = x, *saved
         else:
-            x, pull = _RULES[layer.kind](layer, x, stages, backend)
+            y, pull = _RULES[layer.kind](layer, x, stages, backend)
+            of_layer = (x,)
+        if given is not None and layer.kind in (BATCH_NORM, LINEAR):
+            given.append(of_layer)
+        x = y
         pullbacks.append(pull)
     return x, pullbacks
 

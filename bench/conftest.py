@@ -34,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
         environment.keep_freed_memory()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """One process, also where PYTEST_ADDOPTS asks for several: a timing needs the machine to itself."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.numprocesses = 0
+
+
 @pytest.fixture(autouse=True)
 def _within_budget(request: pytest.FixtureRequest) -> None:
     config = request.config

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option = parser.add_argument
     option("files", nargs="*", type=Path, metavar="FILE", help="result files (default: all in bench/results)")
     option("--page", type=Path, default=PAGE, help="the page (default: docs/performance.md)")
-    option("--plots", type=Path, default=PLOTS, help="folder of the pictures (default: docs/performance)")
+    option("--plots", type=Path, default=PLOTS, help="folder of the pictures (default: bench/results/plots)")
     option("--check", action="store_true", help="change nothing; exit with 1 if the page is stale")
     chosen = parser.parse_args(arguments)
     if chosen.files and chosen.page.resolve() == PAGE:

@@ -8,11 +8,12 @@ from bench.measure.environment import ROOT
 from bench.report.tables import markdown
 
 PAGE = ROOT / "docs" / "performance.md"
-PLOTS = ROOT / "docs" / "performance"
+PLOTS = records.RESULTS / "plots"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SOURCE = (
     '`pip install -e ".[test,bench]" && pytest bench/` times the head and its peers; each is first checked\n'
-    "against the reference. `python -m bench.report` writes these tables from the files in `bench/results`."
+    "against the reference. `python -m bench.report` writes these tables from\n"
+    "[bench/results](../bench/results/README.md)."
 )
 HOST = "host.json"
 

@@ -88,7 +88,9 @@ def _tables(results: Results) -> Iterable[str]:
             "faster it is. A load above the number of threads means that other processes were running."
         )
     pictures = {"time": "time against batch size", "speedup": "speed-ups", "memory": "memory"}
-    links = (f"[{text}](performance/{results.path.stem}-{name}.png)" for name, text in pictures.items())
+    links = (
+        f"[{text}](../bench/results/plots/{results.path.stem}-{name}.png)" for name, text in pictures.items()
+    )
     yield f"Pictures: {', '.join(links)}."
     beta = _beta_table(results)
     if beta:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.tools import every_kernel  # noqa: E402
+from bench.tools import every_kernel
 
 
 class Noted:

@@ -25,15 +25,7 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "distributed"),
-    [
-        ([], True),
-        (["-k", "one"], True),
-        (["-n", "0"], False),
-        (["tests"], False),
-        (["-p", "no:xdist"], False),
-    ],
-    ids=str,
+    ("arguments", "distributed"), [([], True), (["-n", "0"], False), (["tests"], False)], ids=str
 )
 def test_all_cores_without_paths(
     arguments: list[str], distributed: bool, project: Path, monkeypatch: pytest.MonkeyPatch

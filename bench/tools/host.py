@@ -186,9 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     with nullcontext() if on_gpu else without_kernels():
         if not on_gpu:
             torch.set_num_threads(1)
-            torch.set_flush_denormal(
-                True
-            )  # unwritten memory may hold denormal numbers, which are slow to add
+            # Unwritten memory may hold denormal numbers, which are slow to add.
+            torch.set_flush_denormal(True)
         machine = {
             "case": str(chosen.case), "torch": torch.__version__, "triton": triton.__version__,
             "python": platform.python_version(), "cpu": environment.cpu(),

@@ -61,7 +61,7 @@ def _set(values: Choice) -> None:
 
 
 def median(work: Workload, run: str) -> float:
-    """Seconds of the fused pass, in a CUDA graph's replays where there is one, once parity has passed."""
+    """Seconds of the fused pass, in a CUDA graph if possible.  Parity is checked first."""
     peer = work.build("fused", run)
     work.check("fused", run, peer)
     spreads = work.measure({"fused": peer})["fused"].spreads

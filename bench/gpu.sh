@@ -63,7 +63,7 @@ parity() {
     step parity 160 kernels "${tests[@]}" tests/backends tests/kernels
     step parity 130 head "${tests[@]}" tests/head tests/test_{autograd,step,scale,interop}.py tests/classifier
     step parity 100 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/backends tests/test_*.py
-    step parity 45 "the measuring itself" "${tests[@]}" tests/bench/measure tests/bench/suite tests/bench/tools/test_{tune,kernel_times}.py
+    step parity 60 "the measuring itself" "${tests[@]}" tests/bench/measure tests/bench/suite tests/bench/tools/test_{tune,kernel_times}.py
     step parity 120 compile "${tests[@]}" tests/test_compile.py
 }
 

@@ -86,7 +86,7 @@ def measured(case: Case, step: str) -> Iterator[tuple[str, Crossings]]:
 def judged(step: str, way: str, found: Crossings) -> str:
     """One line: "met" or "MISSED", and what was found."""
     return verdict(
-        f"crossings of {len(found.files)} files, {step}, {way}", found.times, LIMITS[way], digits=0
+        f"{step}, {way}, crossings between {len(found.files)} files", found.times, LIMITS[way], digits=0
     )
 
 

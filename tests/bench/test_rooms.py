@@ -85,7 +85,17 @@ def test_commands_start(name: str) -> None:
 
 
 def test_commands_named_in_text_exist() -> None:
-    texts = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *BENCH.rglob("*.md"), BENCH / "gpu.sh"]
+    texts = [ROOT / "README.md", *ROOT.glob("d*/**/*.md"), *BENCH.rglob("*.md"), BENCH / "gpu.sh"]
     named = {name for t in texts for name in re.findall(r"-m bench\.(\w+)", t.read_text())}
     assert named
     assert named <= {*TOOLS, "report"}
+
+
+@pytest.mark.parametrize("script", ["bench/gpu.sh", ".ci/run"])
+def test_tests_named_in_scripts_exist(script: str) -> None:
+    named = re.findall(r"tests/[\w/{},.*]+", (ROOT / script).read_text())
+    assert named
+    done = subprocess.run(
+        ["bash", "-c", f"ls -d {' '.join(named)}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -9,7 +9,8 @@
     fused                     this library: `fused_ggam_loss` for the step, the head for the rest
     fused_modular             the head, then `GGAMLoss`
     fused_compiled            `fused` inside torch.compile(fullgraph=True)
-    fused_reduce_overhead     the same in mode "reduce-overhead", with the copy of A
+    fused_modular_compiled    `fused_modular` inside torch.compile(fullgraph=True); only for `bench.host`
+    fused_reduce_overhead     `fused_compiled` in mode "reduce-overhead", with the copy of A
     fused_graphed             `fused_compiled` through torch.cuda.make_graphed_callables: two CUDA graphs, no
                               guards at a call, with the copy of A; only for the step
     grad_cam, captum, torchcam   only beta, see `cam_libraries`
@@ -41,6 +42,7 @@ MODES = {
     "compiled_reduce_overhead": "reduce-overhead",
     "compiled_closed_form": "default",
     "fused_compiled": "default",
+    "fused_modular_compiled": "default",
     "fused_reduce_overhead": "reduce-overhead",
     GRAPHED: "default",
 }

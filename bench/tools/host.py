@@ -12,7 +12,10 @@ time by the clock.
     fused, drop_in, eager        a guided step, forward and backward: `fused_ggam_loss`; the head, then
                                  `GGAMLoss`; the eager reference
     forward, eager_forward       the logits of one image, without gradients: the head, the eager reference
-    fused_compiled, compiled     `fused` and the reference inside torch.compile
+    fused_compiled, drop_in_compiled, compiled
+                                 `fused`, `drop_in` and the reference's step inside torch.compile
+    forward_compiled, compiled_forward
+                                 `forward` and the reference's forward inside torch.compile
     launches                     kernels, copies and fills of `fused`, see `launches`
 
 Each time is a median.  Calls take turns, so that other processes of a shared machine affect all alike.
@@ -47,25 +50,36 @@ CPU = Case(4, 64, 4, 4, torch.float32)
 TURN = 10  # calls
 STEPS = {"fused": "fused", "drop_in": "fused_modular", "eager": "eager"}
 FORWARDS = {"forward": "fused", "eager_forward": "eager"}
-COMPILED = {"fused_compiled": "fused_compiled", "compiled": "compiled"}
+COMPILED_STEPS = {
+    "fused_compiled": "fused_compiled",
+    "drop_in_compiled": "fused_modular_compiled",
+    "compiled": "compiled",
+}
+COMPILED_FORWARDS = {"forward_compiled": "fused_compiled", "compiled_forward": "compiled"}
+WITHOUT_GRADIENTS = {*FORWARDS, *COMPILED_FORWARDS}
 Step = Callable[[], Any]
 
 
 class Target(NamedTuple):
-    """`value` is at most `limit` times `reference`, or at most `limit` if there is no reference."""
+    """`value` is at most `limit` times `reference`, or at most `limit` if there is no reference.
+
+    Without a limit, the ratio is only shown.
+    """
 
     value: str
     reference: str | None
-    limit: float
+    limit: float | None
 
     def verdict(self, found: Mapping[str, float]) -> str | None:
-        """One line that starts with "met" or "MISSED"; None if a value was not measured."""
+        """One line, which starts with "met" or "MISSED" if there is a limit; None if a value is missing."""
         if not {self.value, self.reference or self.value} <= found.keys():
             return None
-        if self.reference is None:
-            return verdict(self.value, found[self.value], self.limit, digits=0)
-        ratio = found[self.value] / found[self.reference]
-        return verdict(f"{self.value} / {self.reference}", ratio, self.limit, digits=3)
+        name, value, digits = self.value, found[self.value], 0
+        if self.reference is not None:
+            name, value, digits = f"{name} / {self.reference}", value / found[self.reference], 3
+        if self.limit is None:
+            return f"       {name}: {value:.{digits}f}"
+        return verdict(name, value, self.limit, digits=digits)
 
 
 TARGETS = (
@@ -73,6 +87,8 @@ TARGETS = (
     Target("drop_in", "eager", 0.4),
     Target("forward", "eager_forward", 0.3),
     Target("fused_compiled", "compiled", 0.6),
+    Target("drop_in_compiled", "compiled", None),
+    Target("forward_compiled", "compiled_forward", None),
     Target("launches", None, 28),
 )
 
@@ -107,9 +123,10 @@ def steps(case: Case, compiled: bool) -> dict[str, Step]:
     """The timed calls by name."""
     device = environment.device()
     work, one = Workload(case, device), Workload(case._replace(n=1), device)
-    providers = STEPS | (COMPILED if compiled else {})
-    found = {name: step(work, provider) for name, provider in providers.items()}
-    return found | {name: forward(one, provider) for name, provider in FORWARDS.items()}
+    whole = STEPS | (COMPILED_STEPS if compiled else {})
+    logits = FORWARDS | (COMPILED_FORWARDS if compiled else {})
+    found = {name: step(work, provider) for name, provider in whole.items()}
+    return found | {name: forward(one, provider) for name, provider in logits.items()}
 
 
 def microseconds(calls: Mapping[str, Step], rounds: int) -> dict[str, float]:
@@ -119,14 +136,14 @@ def microseconds(calls: Mapping[str, Step], rounds: int) -> dict[str, float]:
     """
     on_gpu = torch.cuda.is_available()
     for name, call in calls.items():
-        with torch.set_grad_enabled(name not in FORWARDS):
+        with torch.set_grad_enabled(name not in WITHOUT_GRADIENTS):
             for _ in range(5):  # compiles, records and allocates
                 call()
     gc.collect()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(-(-rounds // TURN)):
         for name, call in calls.items():
-            with torch.set_grad_enabled(name not in FORWARDS):
+            with torch.set_grad_enabled(name not in WITHOUT_GRADIENTS):
                 call()
                 samples[name] += _on_gpu_times(call) if on_gpu else _cpu_times(call)
     return {name: 1e6 * statistics.median(own) for name, own in samples.items()}

@@ -46,6 +46,7 @@ def test_numbers_are_written(tmp_path: Path) -> None:
     [
         ({"fused": 20.0, "eager": 100.0}, "met    fused / eager: 0.200 (at most 0.2)"),
         ({"fused": 21.0, "eager": 100.0}, "MISSED fused / eager: 0.210 (at most 0.2)"),
+        ({"drop_in_compiled": 30.0, "compiled": 40.0}, "       drop_in_compiled / compiled: 0.750"),
         ({"launches": 28}, "met    launches: 28 (at most 28)"),
         ({"launches": 29}, "MISSED launches: 29 (at most 28)"),
     ],

@@ -1,7 +1,8 @@
-"""A whole training step: backbone, head, loss, backward, optimizer.
+"""Times a whole training step: backbone, head, loss, backward, optimizer.
 
-On a GPU ResNet-50 at 448 with 32 images, bfloat16 autocast, channels-last, random weights; on a CPU a
-ResNet-10 on small images, which tests the code and says little about speed.  Peak memory is the whole step's.
+On a GPU the backbone is a ResNet-50 with random weights, on 32 images of 448 x 448, channels-last, under
+bfloat16 autocast.  On a CPU it is a ResNet-10 on small images, which tests the code and says little about
+speed.  Peak memory is that of the whole step.
 """
 
 import functools
@@ -12,17 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import environment, parity, rows, side_by_side, timing
-from bench.side_by_side import Timed, take
-from bench.training_step import CPU, GPU, PROVIDERS, Setting, TrainingStep
+from bench.measure import environment, parity, records, side_by_side, timing
+from bench.measure.side_by_side import Timed, take
+from bench.suite.training_step import CPU, GPU, PROVIDERS, Setting, TrainingStep
 
-ALLOWED = 1e-2  # the backbone's convolutions may use TF32 and other algorithms from run to run
+ALLOWED = 1e-2  # convolutions may use TF32, and another algorithm in each run
 ENERGY_SECONDS = 3.0
-"""How long to run for one reading of the energy counter, which moves every 20 to 100 ms."""
+"""How long to run for one energy reading; the counter changes every 20 to 100 ms."""
 
 
 def check(provider: str, setting: Setting) -> float:
-    """The authors' loss and head gradients are ours, in float32 on few images; the plain head has no peer."""
+    """The largest difference from the authors' loss and head gradients, in float32 on few images.
+
+    It is a share of the allowed difference; above 1, Refused is raised.  The plain head has no peer.
+    """
     if provider == "linear":
         return 0.0
     found, ours = {}, "fused" if provider == "authors" else provider
@@ -31,12 +35,12 @@ def check(provider: str, setting: Setting) -> float:
         found[name] = {"loss": one.loss(), **{n: p.grad for n, p in one.head.named_parameters()}}
     worst = max(parity.errors(found[ours], found["authors"]).values())
     if not worst <= ALLOWED:
-        raise parity.Refused(f"{ours} and authors are {worst:.1e} apart; allowed are {ALLOWED:.0e}")
+        raise parity.Refused(f"{ours} and authors are {worst:.1e} apart; allowed: {ALLOWED:.0e}")
     return worst / ALLOWED
 
 
 def energy_per_step(step: TrainingStep) -> float | None:
-    """Joules of the whole GPU; None where its counter cannot be read."""
+    """Joules of the whole GPU for one step, or None if its counter cannot be read."""
     if not torch.cuda.is_available() or environment.energy_joules() is None:
         return None
     torch.cuda.synchronize()
@@ -57,7 +61,7 @@ def _call(step: TrainingStep) -> timing.Call:
 
 @functools.lru_cache(maxsize=1)
 def timed(providers: tuple[str, ...], setting: Setting) -> dict[str, Timed[TrainingStep] | Exception]:
-    """Kept until each provider's test has taken its own."""
+    """The times of all providers, kept until the test of each has taken its own."""
     return side_by_side.timed(
         providers,
         build=lambda name: TrainingStep(name, setting, environment.device()),
@@ -71,7 +75,7 @@ def bench_e2e(
     benchmark: Any,
     provider: str,
     beside: list[str],
-    write: Callable[[list[rows.Row]], None],
+    write: Callable[[list[records.Record]], None],
     leave_out: Callable[[str], None],
 ) -> None:
     setting: Setting = GPU if torch.cuda.is_available() else CPU
@@ -87,14 +91,14 @@ def bench_e2e(
         h, w = step.backbone(step.images).shape[2:]
     kind = "bfloat16" if setting.autocast else "float32"
     found = [
-        rows.Row(
+        records.Record(
             setting.backbone, provider, "e2e", setting.n, step.channels, h, w, kind, "channels_last", name,
             *(x * 1e6 for x in s), None, None, None, None, peak, timing.launches(_call(step)),
             environment.current(), None, own.parity, None if name == "host" else setting.n / s.p50,
             None if energy is None else energy / setting.n,
         )
         for name, s in own.measured.spreads.items()
-        if name != "cold"  # the images are one buffer, and the step is far larger than any cache
+        if name != "cold"  # there is one buffer of images, and a step is far larger than any cache
     ]  # fmt: skip
     write(found)
     benchmark.group = f"e2e {setting.backbone} {setting.n}x3x{setting.size}x{setting.size}"

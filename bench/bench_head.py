@@ -1,10 +1,10 @@
-"""Attention, Grad-CAM weights and the guided step, against every peer.
+"""Times attention, Grad-CAM weights and the guided step against every peer.
 
-    pytest bench/bench_head.py                    # a GPU: a telling part; a CPU: small cases
-    pytest bench/bench_head.py --full             # a GPU: all
+    pytest bench/bench_head.py                    # on a GPU a selection, on a CPU small cases
+    pytest bench/bench_head.py --full             # on a GPU all cases
     pytest bench/bench_head.py -k "2048x14x14 and step"
 
-pytest-benchmark's table shows whole calls by the clock; the result file has what is reported.
+pytest-benchmark's table shows whole calls by the clock.  The result file has the reported times.
 """
 
 import functools
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import environment, rows
-from bench.cases import FUSED_COMPILED, GRAPHED, Case, Run, cpu_default, gpu_default, gpu_full
-from bench.parity import Refused
-from bench.peers import Peer
-from bench.side_by_side import Timed, take
-from bench.workload import Workload
+from bench.measure import environment, records
+from bench.measure.parity import Refused
+from bench.measure.side_by_side import Timed, take
+from bench.measure.timing import first_line
+from bench.suite.cases import FUSED_COMPILED, GRAPHED, Case, Run, cpu_default, gpu_default, gpu_full
+from bench.suite.peers import Peer
+from bench.suite.workload import Workload
 
 OURS = ("memcpy", "eager", "fused", "fused_modular", *FUSED_COMPILED, GRAPHED)
 
@@ -33,13 +34,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.lru_cache(maxsize=1)
 def workload(case: Case) -> Workload:
-    """Kept from one provider to the next of the same case."""
+    """The workload of a case, kept for its next provider."""
     return Workload(case, environment.device())
 
 
 @functools.lru_cache(maxsize=1)
 def timed(case: Case, run: str, providers: tuple[str, ...]) -> dict[str, Timed[Peer] | Exception]:
-    """Kept until each provider's test has taken its own."""
+    """The times of all providers, kept until the test of each has taken its own."""
     return workload(case).timed(run, providers)
 
 
@@ -48,20 +49,20 @@ def bench_head(
     run: Run,
     beside: list[Run],
     copy_bandwidth: float,
-    write: Callable[[list[rows.Row]], None],
+    write: Callable[[list[records.Record]], None],
     leave_out: Callable[[str], None],
 ) -> None:
     work = workload(run.case)
     try:
         providers = tuple(r.provider for r in beside if (r.run, r.case) == (run.run, run.case))
         own = take(timed(run.case, run.run, providers), run.provider)
-        found = work.rows(run.provider, run.run, own, copy_bandwidth)
+        found = work.records(run.provider, run.run, own, copy_bandwidth)
     except Refused:
         raise
     except Exception as error:
         if run.provider in OURS:
             raise
-        pytest.skip(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        pytest.skip(first_line(error))
     write(found)
     for line in own.measured.missing:
         leave_out(line)
@@ -72,5 +73,7 @@ def bench_head(
             torch.cuda.synchronize()
 
     benchmark.group = f"{run.run} {run.case}"
-    benchmark.extra_info.update({f"{row.timing} p50 us": row.p50 for row in found}, provider=run.provider)
+    benchmark.extra_info.update(
+        {f"{record.timing} p50 us": record.p50 for record in found}, provider=run.provider
+    )
     benchmark.pedantic(once, rounds=5)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, the result file, the time budget, the list of what was left out."""
+"""Shared by the benchmarks: options, the result file, the time budget, the list of what was not measured."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,25 +8,37 @@ from typing import Any
 import pytest
 import torch
 
-from bench import environment, rows, timing
-from bench.cases import CPU_LEFT_OUT
+from bench.measure import environment, records, timing
+from bench.suite.cases import CPU_LEFT_OUT
 
-BUDGET_ON_GPU = 440.0  # seconds after which no test is started: with the one in flight, under nine minutes
+BUDGET_ON_GPU = 440.0  # seconds; no test starts later, so a run ends within nine minutes
 _LEFT_OUT = pytest.StashKey[list[str]]()
 _STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ggam_fast benchmarks")
-    group.addoption("--full", action="store_true", help="every case and provider (a GPU; hours)")
-    group.addoption("--results", type=Path, default=rows.RESULTS, help="folder of the CSV files")
-    group.addoption("--budget", type=float, help="seconds after which nothing new is started (440 on a GPU)")
+    group.addoption("--full", action="store_true", help="run every case and provider (GPU only, takes hours)")
+    group.addoption(
+        "--results",
+        type=Path,
+        default=records.RESULTS,
+        help="folder of the CSV files (default: bench/results)",
+    )
+    group.addoption("--budget", type=float, help="seconds after which no test starts (default: 440 on a GPU)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LEFT_OUT] = []
     if not torch.cuda.is_available():
         environment.keep_freed_memory()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """One process, also where PYTEST_ADDOPTS asks for several: a timing needs the machine to itself."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.numprocesses = 0
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +53,10 @@ def _within_budget(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def _as_the_rows_say() -> Iterator[None]:
-    """Grad-CAM by autograd compiles, CUDA graphs are never left out in silence, float32 is float32."""
+    """Settings that the records rely on.
+
+    Grad-CAM by autograd can be compiled, a missing CUDA graph is an error, and float32 is not TF32.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     graphs = torch._inductor.config.patch({"triton.cudagraph_or_error": True})
@@ -57,26 +72,28 @@ def copy_bandwidth() -> float:
 
 @pytest.fixture
 def beside(request: pytest.FixtureRequest) -> list[Any]:
-    """The parameters of the tests that this one may be timed in turns with: all selected of its file, on a
-    CPU; on a GPU its own."""
+    """The parameters of the tests to time in turns with this one.
+
+    On a CPU these are all selected tests of its file, on a GPU its own.
+    """
     items = [request.node] if torch.cuda.is_available() else request.session.items
     mine = [item for item in items if item.path == request.path]
     return [value for item in mine for value in item.callspec.params.values()]
 
 
 @pytest.fixture
-def write(request: pytest.FixtureRequest) -> Callable[[list[rows.Row]], None]:
-    """Appends rows to the file of this device and these versions."""
+def write(request: pytest.FixtureRequest) -> Callable[[list[records.Record]], None]:
+    """Appends records to the file of this device and these versions."""
 
-    def append(found: list[rows.Row]) -> None:
-        rows.append(rows.path_for(environment.current(), request.config.getoption("--results")), found)
+    def append(found: list[records.Record]) -> None:
+        records.append(records.path_for(environment.current(), request.config.getoption("--results")), found)
 
     return append
 
 
 @pytest.fixture
 def leave_out(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Names, in the summary, what was not measured."""
+    """Adds a line to the summary of what was not measured."""
     return lambda line: request.config.stash[_LEFT_OUT].append(f"{request.node.name}: {line}")
 
 
@@ -92,13 +109,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     lines = config.stash[_LEFT_OUT]
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        terminalreporter.section("left out on a CPU")
+        terminalreporter.section("not run on a CPU")
         for line in CPU_LEFT_OUT:
             terminalreporter.line(line)
     if lines:
         terminalreporter.section("not measured")
         for line in lines:
             terminalreporter.line(line)
-    path = rows.path_for(environment.current(), config.getoption("--results"))
+    path = records.path_for(environment.current(), config.getoption("--results"))
     terminalreporter.section("results")
-    terminalreporter.line(f"{path.name}; floor and speed-ups: python -m bench.report")
+    terminalreporter.line(f"{path.name}; for floor and speed-ups run python -m bench.report")

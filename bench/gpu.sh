@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for; no failure stops the rest, and a summary is printed last.
+# Runs everything that needs a GPU.  A failure does not stop the rest.  The last lines are a summary.
 #
 #   bench/gpu.sh DIR                       all sections, at most 50 minutes
-#   bench/gpu.sh DIR parity                these alone, each below ten minutes
+#   bench/gpu.sh DIR parity recorded       only these sections, each below ten minutes
 #
-#   parity      every kernel, compiled, against float64; streams, threads and graph replays      parity.log
+#   parity      every compiled kernel against float64; streams, threads and graph replays        parity.log
 #   recorded    steps replayed from a recording, eager and compiled                              recorded.log
-#   bench       the suite, under nine minutes                                                    bench.log, DEVICE-torch...csv
-#   counters    each kernel of a compiled step: its time in a graph; bytes read from and written
-#               to device memory (ncu)                                                           counters.log, .csv
+#   bench       the benchmarks, under nine minutes                                               bench.log, DEVICE-torch...csv
+#   counters    each kernel of a compiled step: its time in a graph, and the bytes it reads from
+#               and writes to device memory (ncu)                                                counters.log, .csv
 #   sanitizer   memcheck and racecheck on small shapes (compute-sanitizer)                       sanitizer.log
 #   first_call  the first step of a new process, with empty and with warm caches; the host's
 #               time to start a step, its launches, the files it enters                          first_call.log
 #
-# Rows and logs are in DIR as soon as they are written.  DIR holds at most 8 files and 16 MB. A copy without its
-# history, or with another's, takes its commit from BENCH_COMMIT. BENCH_ARGS is handed to pytest bench/:
-# "-k max_autotune", say, for what the budget left out; such rows are added to those in DIR.
+# Logs and records appear in DIR as they are written.  DIR holds at most 8 files and 16 MB.  For a copy of the
+# repository with another history or none, set BENCH_COMMIT to its commit.  BENCH_ARGS is passed to pytest bench/,
+# such as "-k max_autotune" for what the time budget left out; its records are added to those in DIR.
 set -u
 usage="usage: bench/gpu.sh DIR [parity] [recorded] [bench] [counters] [sanitizer] [first_call]"
 out=${1:?$usage}
@@ -24,8 +24,8 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
 cd "$(dirname "$0")/.." || exit
 export PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET GGAM_FAST_BACKEND
-# Launches are counted by the profiler between replays of CUDA graphs; torch.profiler knows of crashes where
-# CUPTI is torn down and set up again.
+# The profiler counts launches between replays of CUDA graphs.  torch.profiler warns of crashes there when CUPTI
+# is torn down and set up again.
 export TEARDOWN_CUPTI=0
 python=$(command -v python3 || command -v python)
 scratch=$(mktemp -d)
@@ -33,7 +33,7 @@ trap 'rm -rf "$scratch"' EXIT
 all=(parity recorded bench counters sanitizer first_call)
 summary=()
 
-# step SECTION LIMIT NAME COMMAND...: run it with a time limit, log it, note how it ended
+# step SECTION LIMIT NAME COMMAND...: run COMMAND for at most LIMIT seconds, log it, note how it ended
 step() {
     local section=$1 limit=$2 name=$3 began=$SECONDS status=0
     shift 3
@@ -46,7 +46,7 @@ step() {
     local word=ok
     case $status in
         0) ;;
-        3) [[ "$*" == *pytest* ]] && word="FAILED (3)" || word=MISSING ;; # a tool or a device is not here
+        3) [[ "$*" == *pytest* ]] && word="FAILED (3)" || word=MISSING ;; # a tool or a device is missing
         124 | 137) word="OUT OF TIME" ;;
         *) word="FAILED ($status)" ;;
     esac
@@ -61,9 +61,9 @@ tests=("$python" -m pytest -q -p no:cacheprovider)
 
 parity() {
     step parity 160 kernels "${tests[@]}" tests/backends tests/kernels
-    step parity 130 head "${tests[@]}" tests/test_{head,autograd,step,scale,interop}.py tests/classifier
+    step parity 130 head "${tests[@]}" tests/head tests/test_{autograd,step,scale,interop}.py tests/classifier
     step parity 100 "marked gpu" "${tests[@]}" -m gpu tests/bench tests/kernels tests/backends tests/test_*.py
-    step parity 45 "the measuring itself" "${tests[@]}" tests/bench/test_parity_gate.py tests/bench/test_tools.py
+    step parity 60 "the measuring itself" "${tests[@]}" tests/bench/measure tests/bench/suite tests/bench/tools/test_{tune,kernel_times}.py
     step parity 120 compile "${tests[@]}" tests/test_compile.py
 }
 
@@ -86,11 +86,11 @@ counters() {
 
 sanitizer() {
     local tool
-    # Compiles the kernels, which under a tool takes long: memcheck of whole steps did not end in 130 s.
+    # Compiles the kernels first, because that takes long under a tool: memcheck of whole steps took over 130 s.
     step sanitizer 150 "without a tool" "$python" -m bench.every_kernel
     for tool in memcheck racecheck; do
         if command -v compute-sanitizer >/dev/null; then
-            # Torch's caching allocator would hide accesses past the end of a tensor.
+            # With torch's caching allocator, accesses past the end of a tensor would go unseen.
             step sanitizer 205 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.every_kernel
         else

@@ -153,7 +153,7 @@ def tile(channels: int, positions: int, layout: str, num_warps: int = 4) -> Tile
 
 
 # Programs of one warp, or two, were the fastest for both sums on an H100 (`bench/results/h100.md`), of which
-# sixteen warps or more fit a multiprocessor (`tests/test_codegen.py`).
+# sixteen warps or more fit a multiprocessor (`tests/bench/tools/test_codegen.py`).
 
 
 def partial_sums(

@@ -1,4 +1,4 @@
-"""Shared by all tests: the device, Triton's interpreter where there is no GPU, one seed per test."""
+"""Shared by all tests: processes, the device, Triton's interpreter without a GPU, one seed per test."""
 
 import os
 import zlib
@@ -13,6 +13,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 for name in ("GGAM_FAST_BACKEND", "GGAM_FAST_CHECKS"):
     os.environ.pop(name, None)
+
+
+MOST_ON_A_GPU = 8  # processes: each needs its own part of the device's memory
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` without paths takes all cores if pytest-xdist is installed; `-n 0` keeps it in one process."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = "auto"
+        if torch.cuda.is_available():
+            config.option.maxprocesses = config.option.maxprocesses or MOST_ON_A_GPU
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: together they fill the cores
 
 
 @pytest.fixture

@@ -116,6 +116,16 @@ def test_each_layer_imports_downward() -> None:
                 assert rank[other] < rank[name], f"{name} imports {other}"
 
 
+def test_every_module_has_its_test() -> None:
+    """`a/b.py` has tests/a/test_b.py, or a folder tests/a/b of several."""
+    tests = ROOT / "tests"
+    for name in modules():
+        *folders, leaf = (part.strip("_") for part in name.split("."))
+        if "triton" not in folders:  # its modules launch one kernel each: tests/kernels
+            place = tests.joinpath(*folders)
+            assert (place / f"test_{leaf}.py").exists() or any((place / leaf).glob("test_*.py")), name
+
+
 def test_autograd_nodes_know_their_signature() -> None:
     """torch looks it up at every call, which takes longer than a launch."""
     nodes = {

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ggam_fast import GGAMHead, GGAMLoss
 from ggam_fast.classifier.layers import known_layers
 from ggam_fast.functional import ggam_attention
+from tests.head.heads import pooled_classifier
 from tests.parity import C, K, N, assert_parity, combine, features, gradients, hard_target, pair
 
 
@@ -73,10 +74,6 @@ def test_a_hook_may_change_the_gradient_in_place(
     y.register_hook(lambda gradient: gradient.mul_(2))
     GGAMLoss()(head(y, target), target).backward()
     torch.testing.assert_close(x.grad, 2 * expected)
-
-
-def pooled_classifier() -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 10), nn.GELU(), nn.Linear(10, K))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict", "safe_load"])

@@ -182,13 +182,3 @@ def test_a_state_dict_that_does_not_fit_loads_nothing(
     with pytest.raises(ValueError, match=message):
         head.load_release_state_dict(state)
     assert all(torch.equal(v, before[n]) for n, v in head.state_dict().items())
-
-
-def test_presets_name_every_choice_of_the_method() -> None:
-    assert presets.RELEASE.keys() == presets.PAPER.keys()
-    differing = {n for n in presets.PAPER if presets.PAPER[n] != presets.RELEASE[n]}
-    assert differing == {
-        "spatial_norm", "pool_type", "cam_at", "cam_class", "cam_norm", "divergence", "guidance_reduction",
-    }  # fmt: skip
-    with pytest.raises(TypeError):
-        presets.PAPER["attention"] = "none"  # type: ignore[index]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bench import timing
+from bench.measure import timing
 from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput, checks
 from ggam_fast.backends.torch import Backend
 from ggam_fast.functional import fused_ggam_loss

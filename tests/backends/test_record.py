@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import driver_stub
+from bench.measure import driver_stub
 from ggam_fast import checks
 
 if not checks.TRITON_AVAILABLE:
@@ -296,7 +296,8 @@ def test_an_int_is_launched_as_a_float(kernel: Kernel) -> None:
 
 BEGIN = """
 import torch, triton
-from bench import driver_stub, host
+from bench.measure import driver_stub
+from bench.tools import host
 from ggam_fast import GGAMHead, recorded
 from ggam_fast.functional import fused_ggam_loss
 

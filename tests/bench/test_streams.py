@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import parity, timing
-from bench.cases import Case
-from bench.peers import Results
-from bench.workload import Workload
+from bench.measure import parity, timing
+from bench.measure.parity import Outputs
+from bench.suite.cases import Case
+from bench.suite.workload import Workload
 
 pytestmark = pytest.mark.gpu
 CASES = [
@@ -88,7 +88,7 @@ def test_compiled_into_graphs(device: torch.device) -> None:
     compiled = work.build("fused_compiled", "step")
     expected = [work.results(compiled, i) for i in range(2)]
     peer = work.build("fused_reduce_overhead", "step")
-    seen: dict[int, Results] = {}
+    seen: dict[int, Outputs] = {}
     with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):
         for i in (0, 1, 0, 1, 0, 1):
             found = work.results(peer, i)

@@ -1,0 +1,1 @@
+"""How a call is timed, checked and recorded: nothing here knows what is timed."""

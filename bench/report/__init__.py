@@ -1,0 +1,1 @@
+"""What the result files say: tables, pictures, and how far the targets are."""

@@ -32,7 +32,7 @@ def helps() -> tuple[str, dict[str, tuple[str, str]]]:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise RuntimeError(f"the help of ggam-fast could not be read:\n{run.stderr}")
+        raise RuntimeError(f"the help of ggam-fast ended with {run.returncode}:\n{run.stderr}")
     first, texts = json.loads(run.stdout)
     missing = [name for name, (short, full) in texts.items() if not (short.strip() and full.strip())]
     if missing or not texts:

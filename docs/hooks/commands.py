@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 MARK = "<!-- the help of every command -->"
+FENCE = "``` {.text .help}"
 # All of them in one process: torch is imported once.
 PROGRAM = """
 import contextlib, io, json, runpy, sys
@@ -44,8 +45,8 @@ def section(name: str, short: str, full: str) -> str:
     full = re.sub(r"\x1b\[[0-9;]*m", "", full)
     indented = "\n".join(f"    {line}".rstrip() for line in full.strip("\n").splitlines())
     return (
-        f"### ggam-fast {name} --help\n\n```text\n{short.strip()}\n```\n\n"
-        f'??? note "every option of {name} in full"\n\n    ```text\n{indented}\n    ```\n'
+        f"### ggam-fast {name} --help\n\n{FENCE}\n{short.strip()}\n```\n\n"
+        f'??? note "every option of {name} in full"\n\n    {FENCE}\n{indented}\n    ```\n'
     )
 
 
@@ -54,4 +55,4 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return markdown
     first, texts = helps()
     parts = [section(name, short, full) for name, (short, full) in texts.items()]
-    return markdown.replace(MARK, f"```text\n{first.strip()}\n```\n\n" + "\n".join(parts))
+    return markdown.replace(MARK, f"{FENCE}\n{first.strip()}\n```\n\n" + "\n".join(parts))

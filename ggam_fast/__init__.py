@@ -11,4 +11,4 @@ if checks.TRITON_AVAILABLE:
     from .backends import triton as _triton  # noqa: F401  (registers itself and the operators)
 
 __all__ = ["GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -152,7 +152,7 @@ class GGAMHeadBase(nn.Module):
 
     @property
     def pooled_features(self) -> int:
-        """Width of the vector the classifier sees: C, or C*H*W for `pool_type="flatten"`."""
+        """Width of the vector the classifier sees: C, or `C * H * W` for `pool_type="flatten"`."""
         if self.pool_type != "flatten":
             return self.in_features
         if self.feat_size is None:

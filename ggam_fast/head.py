@@ -33,52 +33,62 @@ class GGAMHead(GGAMHeadBase):
         g = mean_l A;  S = softmax(FC2(relu(FC1(g))));  U = sum_c S_c A_c;  T = norm(U);  D = kappa A T
         logits = classifier(pool(D));  beta = mean_l d y / d A;  L = divergence(S, norm(beta))
 
-    `head(features)` returns logits (N, K): a drop-in for pooling and a linear layer; beta is never
-    computed. `head(features, target)` returns a `GGAMOutput`. Nothing is stashed on the module.
+    `head(features)` returns logits (N, K) and computes no Grad-CAM: it replaces pooling and a linear layer.
+    `head(features, target)` returns a `GGAMOutput`. The module keeps nothing of a call.
 
     Args:
         in_features: C, channels of the features.
-        num_classes: K; 0 for no classifier (timm's convention).
-        attention: "channel_spatial"; "channel" (D = kappa S A); "spatial" (S = 1/C); "none" (D = A).
-        spatial_norm: "softmax" over positions; "sum" (U / sum U, uniform where that is 0); "sigmoid".
+        num_classes: K; 0 builds no classifier, as in timm.
+        attention: "channel_spatial"; "channel" (D = kappa S A); "spatial" (S = 1/C); "none" (D = A). The
+            paper's ablations.
+        spatial_norm: T from U. "softmax" over positions, the paper's text; "sum" (U / sum U, uniform where
+            that is 0), its printed formula; "sigmoid", the authors' script.
         attention_scale: kappa. "unit_mean": the weights that multiply A average to one, so kappa is L for
             "softmax" and "sum", 1 for "sigmoid", C for attention="channel". "printed": kappa = 1, as in the
-            paper and its script. It is in the state dict; one without it loads as "printed".
-        rd_ratio: hidden width of the channel MLP as a share of C, in (0, 1]; `rd_channels` sets it outright.
-        pool_type: "avg", "max" (ties to the first position), "flatten" (needs `feat_size`), or "" to hand
-            the attended map to `classifier`.
-        hidden_size: width of the default BN-FC-BN-ELU-FC classifier; 0 or None for one linear layer.
-        classifier: your own module on the pooled vector (N, C), or on the map for `pool_type=""`.
-            Its class-score gradient is autograd's (see `classifier` for compiling it), so its first layer
-            must not work in place.
-        cam_at: beta at the "features" A or at the "attended" map D.
-        cam_class: y is the score of the "label" (or of a soft target), or of the "predicted" class.
-        cam_detach: False differentiates the guidance loss through beta too (second order).
-        cam_norm, cam_temperature, divergence: the guidance loss, see `guidance`.
-        guidance_reduction: "mean" or "sum" over the batch; None follows the divergence's source: mean for
-            "symmetric", sum for "forward".
+            paper and its script. It is in the state dict; a state dict without it loads as "printed".
+        rd_ratio: hidden width of the channel MLP as a share of C, in (0, 1].
+        rd_channels: that width itself; it replaces `rd_ratio`.
+        pool_type: what the classifier sees of D. "avg"; "max" (ties go to the first position); "flatten",
+            which needs `feat_size`; "" hands D to `classifier`.
+        hidden_size: width of the default classifier's hidden layer (BN-FC-BN-ELU-FC); 0 or None for one
+            linear layer.
+        classifier: your own module on the pooled vector (N, C), or on D for `pool_type=""`. Autograd gives
+            its class-score gradient, so its first layer must not work in place.
+        cam_at: where beta is taken. "features": beta = mean dy/dA; "attended": beta = mean dy/dD.
+        cam_class: whose score y is explained: the "label" (for a soft target, its weighted sum), or the
+            "predicted" class.
+        cam_detach: True treats beta as a constant; False differentiates the guidance loss through beta
+            too, which is second order and needs more memory.
+        cam_norm: what makes beta comparable with S. "sigmoid", the paper; "softmax" over channels, the
+            authors' script; "standardized", ours: z-scores over channels, then a sigmoid.
+        cam_temperature: divides beta before `cam_norm`, finite and > 0.
+        divergence: "symmetric": (KL(S, beta~) + KL(beta~, S)) / 2; "forward": KL(S, beta~).
+        guidance_reduction: "mean" or "sum" over the batch; None for the mean with "symmetric" and the sum
+            with "forward", as in their sources.
         ignore_index: a label whose images have no loss, no guidance and no gradient, and do not count in
             the means; give `GGAMLoss` the same. Any other label outside [0, K) is an error.
-        drop_rate: dropout before the classifier's last layer, in [0, 1); a classifier that is not an
-            nn.Sequential is one layer.
-        norm_layer, act_layer: layers of the hidden classifier. Others than SettlingBatchNorm1d (see `norm`),
-            BatchNorm1d, ELU, ReLU and Identity, or a hook on the classifier or one of its layers, make it a
+        drop_rate: dropout before the classifier's last layer, in [0, 1). A classifier that is not an
+            nn.Sequential counts as one layer.
+        norm_layer: norm of the default classifier. Others than SettlingBatchNorm1d and BatchNorm1d make it
+            a custom classifier, as does a hook on the classifier or on one of its layers.
+        act_layer: activation of the default classifier. Others than ELU, ReLU and Identity make it a
             custom classifier.
-        norm_eps: eps of the first norm, finite and >= 0; None for the layer's own (1e-5).
-        input_fmt: "NCHW" (any memory order; NCHW and channels-last are read in place), "NHWC" or "NLC".
-        feat_size: (H, W) for "flatten", whose features are ordered C, H, W for every input format.
-        backend: "auto" (Triton on a GPU tensor, torch elsewhere), "triton" or "torch".
-        device, dtype: of the parameters.
+        norm_eps: eps of the classifier's first norm, finite and >= 0; None for the layer's own, 1e-5.
+        input_fmt: "NCHW", read in place in NCHW and in channels-last memory; "NHWC"; or "NLC".
+        feat_size: (H, W) for "flatten". Its features are in the order C, H, W for every input format.
+        backend: "auto" (Triton for a GPU tensor, torch for others), "triton" or "torch".
+        device: of the parameters.
+        dtype: of the parameters.
 
-    Features are float32, bfloat16, float16, or float64 (torch backend). Everything small, logits of the
-    default classifiers included, is computed and returned in float32 (float64 for float64), under
-    autocast too; a custom classifier runs under the caller's autocast, or in its parameters' type.
+    Features are float32, bfloat16, float16, or float64 (torch backend). Small tensors, logits of the
+    default classifiers included, are computed and returned in float32 (float64 for float64), under
+    autocast too. A custom classifier runs under the caller's autocast, or in its parameters' type.
     In training mode with batch norm, beta is the gradient of the batch's summed score, coupling included.
 
     Raises:
         ValueError, TypeError: an option, shape, type or target that does not fit, named in the message.
 
-    Example:
+    Examples:
         >>> head = GGAMHead(512, 10)
         >>> out = head(torch.randn(4, 512, 7, 7), torch.tensor([1, 2, 3, 4]))
         >>> out.logits.shape, out.cam_weights.shape

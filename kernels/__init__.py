@@ -35,5 +35,5 @@ A guided step with average pooling and the default classifier is 27 launches,
 of which 25 are made when the loss is computed: the gradients need nothing that arrives at it but its scale.
 
 One pass after another was faster on an H100 than one persistent launch whose second read finds A in the L2
-cache, and than tiles held in shared memory, which read A once (`bench/results/h100.md`).
+cache, and than tiles held in shared memory, which read A once (`dev/h100.md`).
 """

@@ -69,7 +69,7 @@ PARTIAL_CHANNELS = 128
 """Channels of one partial sum of `channel_sum`: few images still fill a GPU, and few partial sums are left to
 add up.  On an H100, 2048 x 14 x 14, bfloat16, N = 128 and 32: 40.6 and 12.2 us with 128; 41.0 and 11.4 with
 64, which leave twice as many to `spatial_norm` (0.7 us more); with 256 39.9 and 15.8.  Times in this file
-are of scripts that are not kept (`bench/results/h100.md`); `python -m bench.tune PARTIAL_CHANNELS=64,128,256`
+are of scripts that are not kept (`dev/h100.md`); `python -m bench.tune PARTIAL_CHANNELS=64,128,256`
 times whole steps."""
 
 LARGEST_CHANNELS = 8192
@@ -88,7 +88,7 @@ class Product(NamedTuple):
 
 
 # Chosen from some twenty tiles for each product of a step at 2048 channels, N = 128 and 32, on an H100:
-# "Small products" in `bench/results/h100.md`.
+# "Small products" in `dev/h100.md`.
 SMALL_PRODUCT = Product(16, 32, 64, 4, 4, 1)
 
 WIDE_PRODUCT = Product(16, 64, 32, 4, 4, 1)
@@ -152,7 +152,7 @@ def tile(channels: int, positions: int, layout: str, num_warps: int = 4) -> Tile
     return Tile(block_c, _TILE_ELEMENTS // block_c, num_warps)
 
 
-# Programs of one warp, or two, were the fastest for both sums on an H100 (`bench/results/h100.md`), of which
+# Programs of one warp, or two, were the fastest for both sums on an H100 (`dev/h100.md`), of which
 # sixteen warps or more fit a multiprocessor (`tests/bench/tools/test_codegen.py`).
 
 

@@ -81,7 +81,19 @@ def source() -> tuple[str, int | None]:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        return commit, int(bool(git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")))
+        return commit, int(
+            bool(
+                git(
+                    "status",
+                    "--porcelain",
+                    "--",
+                    ".",
+                    ":!bench/results",
+                    ":!README.md",
+                    ":!docs/performance.md",
+                )
+            )
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
 

@@ -1,7 +1,7 @@
 """Memory for a stage and launches of its kernels; or notes of both.
 
 `kernel[grid](...)` binds and specialises all arguments and asks the driver about every pointer: 12 us, and 4
-us for each pointer, on the machine of `bench/results/h100.md`.  Here a kernel's compiled form is remembered
+us for each pointer, on the machine of `dev/h100.md`.  Here a kernel's compiled form is remembered
 with what Triton specialised it for; launched as in Triton's tutorial on fused softmax, it takes addresses.
 
 `Recorder` runs the closed form on tensors that have a shape but no memory.  It notes every launch, and
@@ -59,7 +59,7 @@ def runs(size: Any) -> bool:
 
 
 # ---- memory: what a launch does not need is None.  Triton compiles it away, and asks the driver about every
-# pointer it is given (4 us each on the machine of `bench/results/h100.md`).
+# pointer it is given (4 us each on the machine of `dev/h100.md`).
 
 
 def native(features: Tensor) -> Tensor:

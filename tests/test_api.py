@@ -121,9 +121,8 @@ def test_every_module_has_its_test() -> None:
     tests = ROOT / "tests"
     for name in modules():
         *folders, leaf = (part.strip("_") for part in name.split("."))
-        if "triton" not in folders:  # its modules launch one kernel each: tests/kernels
-            place = tests.joinpath(*folders)
-            assert (place / f"test_{leaf}.py").exists() or any((place / leaf).glob("test_*.py")), name
+        place = tests.joinpath(*folders)
+        assert (place / f"test_{leaf}.py").exists() or any((place / leaf).glob("test_*.py")), name
 
 
 def test_autograd_nodes_know_their_signature() -> None:

@@ -87,7 +87,7 @@ def run_command(
 @pytest.fixture
 def tiny_config(tmp_path: Path, photos: Path):
     """A `TrainConfig` for `photos`, and a `Report` that keeps its text."""
-    from ggam_fast.training.config import (
+    from ggam_fast.training.config.options import (
         BackboneConfig,
         DataConfig,
         HeadConfig,
@@ -109,7 +109,7 @@ def tiny_config(tmp_path: Path, photos: Path):
 def report():
     from rich.console import Console
 
-    from ggam_fast.training.reports import Report
+    from ggam_fast.training.show.console import Report
 
     return Report(Console(file=io.StringIO(), width=100))
 

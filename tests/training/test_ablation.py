@@ -9,8 +9,11 @@ from scipy import optimize
 
 from ggam_fast import GGAMHead
 from ggam_fast.guidance import kl_guidance
-from ggam_fast.training import ablation
-from ggam_fast.training.ablation import (
+from ggam_fast.training.ablation import study as ablation
+from ggam_fast.training.ablation.cell import beta_statistics
+from ggam_fast.training.ablation.group import Group, grouped, paired_difference
+from ggam_fast.training.ablation.report import percent
+from ggam_fast.training.ablation.study import (
     AblateConfig,
     Cell,
     StudyConfig,
@@ -19,12 +22,10 @@ from ggam_fast.training.ablation import (
     plan,
     with_validation,
 )
-from ggam_fast.training.ablation_cell import beta_statistics
-from ggam_fast.training.ablation_report import Group, grouped, paired_difference, percent
-from ggam_fast.training.batches import MapBatches
-from ggam_fast.training.config import DataConfig
-from ggam_fast.training.engine import load_images
+from ggam_fast.training.config.options import DataConfig
+from ggam_fast.training.data.batches import MapBatches
 from ggam_fast.training.errors import Interrupted, TrainError
+from ggam_fast.training.run.train import load_images
 
 
 @pytest.fixture

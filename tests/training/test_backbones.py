@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 
-from ggam_fast.training import backbones, data
+from ggam_fast.training.data.image_set import eval_transform, read_image
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model import backbones
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def test_every_packaged_weight_has_one_name_in_timm(classifying):
 def test_known_photograph(classifying):
     """Rear admiral Grace Hopper, which comes with matplotlib, wears a military uniform (652)."""
     photo = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    image = data.read_image(photo).resize((224, 224), resample=3)
-    look = data.eval_transform(224, (0.5,) * 3, (0.5,) * 3)
+    image = read_image(photo).resize((224, 224), resample=3)
+    look = eval_transform(224, (0.5,) * 3, (0.5,) * 3)
     with torch.no_grad():
         probabilities = classifying(look(image)[None]).softmax(1)[0]
     assert probabilities.argmax() == 652

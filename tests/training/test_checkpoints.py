@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ggam_fast.training import checkpoints, load_checkpoint
-from ggam_fast.training.backbones import create_backbone
-from ggam_fast.training.classifier import GGAMClassifier, create_head
-from ggam_fast.training.config import HeadConfig, TrainConfig
-from ggam_fast.training.data import ImageSet
+from ggam_fast.training import load_checkpoint
+from ggam_fast.training.config.options import HeadConfig, TrainConfig
+from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.outputs import write_atomically
+from ggam_fast.training.model import model_file
+from ggam_fast.training.model.backbones import create_backbone
+from ggam_fast.training.model.classifier import GGAMClassifier, create_head
+from ggam_fast.training.system.files import write_atomically
 
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -31,8 +32,8 @@ def save(folder, model: GGAMClassifier, head: HeadConfig):
     files = tuple(folder / f"{name}.png" for name in "abc")
     splits = {"train": rows, "test": rows}
     images = ImageSet("three", files, rows, ("a", "b", "c"), splits, ((),), ())
-    description = checkpoints.describe(model, images, config)
-    return checkpoints.save_checkpoint(folder, model, description)
+    description = model_file.describe(model, images, config)
+    return model_file.save_checkpoint(folder, model, description)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import torch
 import ggam_fast
 from ggam_fast.training import load_checkpoint
 from ggam_fast.training.cli import main
-from ggam_fast.training.commands import COMMANDS, parse_train
-from ggam_fast.training.config import TrainConfig
+from ggam_fast.training.cli.commands import COMMANDS, parse_train
+from ggam_fast.training.config.options import TrainConfig
 
 from .conftest import TINY
 

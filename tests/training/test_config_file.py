@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from ggam_fast.training import engine
 from ggam_fast.training.cli import main
-from ggam_fast.training.commands import _parsed, parse_train
-from ggam_fast.training.config import TrainConfig
-from ggam_fast.training.config_file import read_config_file, write_config_file
+from ggam_fast.training.cli.commands import _parsed, parse_train
+from ggam_fast.training.config.config_file import config_text, read_config_file
+from ggam_fast.training.config.options import TrainConfig
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.evaluation import EvaluateConfig
-from ggam_fast.training.explanation import ExplainConfig
+from ggam_fast.training.run.train import OPTIONS, train
+from ggam_fast.training.use.evaluate import EvaluateConfig
+from ggam_fast.training.use.explain import ExplainConfig
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_recipe_preset_file_and_flags_in_that_order(tmp_path):
 
 def test_written_options_are_read_back(tmp_path):
     config = parse_train(["--recipe", "paper", "--preset", "paper", "--root", "here", "--lr", "1e-5"])
-    write_config_file(tmp_path / "options.yaml", config.values())
+    (tmp_path / "options.yaml").write_text(config_text(config.values()))
     assert parse_train(["--config", str(tmp_path / "options.yaml")]) == config
 
 
@@ -86,8 +86,8 @@ def test_wrong_type_in_a_file_is_code_2(tmp_path, capsys):
 
 
 def test_options_saved_with_a_run_repeat_it(tiny_config, report, tmp_path):
-    engine.train(tiny_config, report)
-    again = parse_train(["--config", str(tiny_config.run.out / engine.OPTIONS), "--out", str(tmp_path / "b")])
+    train(tiny_config, report)
+    again = parse_train(["--config", str(tiny_config.run.out / OPTIONS), "--out", str(tmp_path / "b")])
     assert again == replace(tiny_config, run=replace(tiny_config.run, out=tmp_path / "b"))
 
 
@@ -106,7 +106,7 @@ def test_what_is_told_by_its_place_can_stand_in_a_file_too(tmp_path):
 
 
 def test_a_recipe_that_a_whole_file_undoes_is_refused(tmp_path):
-    write_config_file(tmp_path / "options.yaml", parse_train([]).values())
+    (tmp_path / "options.yaml").write_text(config_text(parse_train([]).values()))
     for flags in (["--recipe", "paper"], ["--preset", "release"]):
         with pytest.raises(TrainError, match=f"{flags[0]} {flags[1]} means"):
             parse_train(["--config", str(tmp_path / "options.yaml"), *flags])

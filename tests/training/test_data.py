@@ -5,17 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ggam_fast.training import data
+from ggam_fast.training.data.image_set import ImageFiles, ImageSet, eval_transform, read_image
+from ggam_fast.training.data.readers import elpv as elpv_reader
+from ggam_fast.training.data.readers import folder, read_images
+from ggam_fast.training.data.scan import scan
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.readers import elpv as elpv_reader
-from ggam_fast.training.readers import folder, read_images
-from ggam_fast.training.scanning import scan
 
 from .conftest import write_image
 
 
 @pytest.fixture(scope="module")
-def elpv() -> data.ImageSet:
+def elpv() -> ImageSet:
     return elpv_reader.read(Path(), Path())
 
 
@@ -146,13 +146,13 @@ def test_unreadable_image_is_named(photos, content):
     path = photos / "red" / "0.png"
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
     with pytest.raises(TrainError, match=r"0\.png") as raised:
-        data.read_image(path)
+        read_image(path)
     assert "\n" not in str(raised.value)
 
 
 def test_transform_resizes_the_shorter_side_and_crops_the_centre(photos):
-    image = data.read_image(photos / "red" / "0.png")
-    tensor = data.eval_transform(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(image)
+    image = read_image(photos / "red" / "0.png")
+    tensor = eval_transform(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(image)
     assert tensor.shape == (3, 32, 32)
     assert tensor.abs().max() <= 1
     assert tensor[0].mean() > tensor[1].mean() + 0.5
@@ -160,8 +160,8 @@ def test_transform_resizes_the_shorter_side_and_crops_the_centre(photos):
 
 def test_flips_come_after_all_plain_images(photos):
     images = folder.read(photos, photos)
-    look = data.eval_transform(32, (0.0,) * 3, (1.0,) * 3)
-    files = data.ImageFiles(images, "train", look, images.flips)
+    look = eval_transform(32, (0.0,) * 3, (1.0,) * 3)
+    files = ImageFiles(images, "train", look, images.flips)
     count = len(images.splits["train"])
     assert len(files) == 2 * count
     plain, label = files[3]
@@ -179,7 +179,7 @@ def test_sixteen_bits_become_eight(tmp_path, mode, suffix):
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     path = tmp_path / f"ramp.{suffix}"
     Image.frombytes(mode, (16, 16), ramp.astype(">u2" if mode == "I;16B" else "<u2").tobytes()).save(path)
-    found = np.asarray(data.read_image(path))
+    found = np.asarray(read_image(path))
     assert np.array_equal(found, np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2))
 
 
@@ -188,7 +188,7 @@ def test_pixels_of_unknown_range_are_refused(tmp_path, photos, mode):
     path = photos / "red" / "deep.tif"
     Image.new(mode, (8, 8), 1).save(path)
     with pytest.raises(TrainError, match="32 bits a pixel"):
-        data.read_image(path)
+        read_image(path)
     images = folder.read(photos, tmp_path)
     problems = [one.problem for one in scan(images, range(len(images.files))) if one.problem]
     assert len(problems) == 1

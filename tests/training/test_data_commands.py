@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ggam_fast.training.cli import main
-from ggam_fast.training.readers import READERS
+from ggam_fast.training.data.readers import READERS
 
 from . import trees
 from .conftest import TINY
@@ -46,7 +46,7 @@ def test_check_counts_and_finds_what_is_wrong(tmp_path, capsys):
 def test_preview_draws_annotations(tmp_path, capsys, monkeypatch, name):
     from PIL import Image
 
-    monkeypatch.setattr("ggam_fast.training.readers.birds.SCENES", {"train": 4, "val": 1, "test": 1})
+    monkeypatch.setattr("ggam_fast.training.data.readers.birds.SCENES", {"train": 4, "val": 1, "test": 1})
     root = getattr(trees, name)(tmp_path / "root")
     out = tmp_path / "picture.png"
     options = ("--data", name, "--root", root, "--cache-dir", tmp_path / "cache", "--images", 7, "--out", out)
@@ -112,18 +112,18 @@ def test_images_smaller_than_the_crop(photos, tmp_path, capsys):
 
 
 def test_file_that_is_gone(photos, tmp_path, capsys, monkeypatch):
-    from ggam_fast.training.readers import read_images
+    from ggam_fast.training.data.readers import read_images
 
     images = read_images("folder", photos, tmp_path)
     (photos / "red" / "1.png").unlink()
-    monkeypatch.setattr("ggam_fast.training.engine.load_images", lambda config: images)
+    monkeypatch.setattr("ggam_fast.training.run.train.load_images", lambda config: images)
     options = ("train", "--data", "folder", "--root", str(photos), *TINY, "--no-compile")
     assert main([*options, "--out", str(tmp_path / "out"), "--cache-dir", str(tmp_path)]) == 2
     assert "1.png" in capsys.readouterr().err
 
 
 def test_set_without_some_rows(photos, tmp_path):
-    from ggam_fast.training.readers import read_images
+    from ggam_fast.training.data.readers import read_images
 
     images = read_images("folder", photos, tmp_path)
     rest = images.without([0, 5, 29])

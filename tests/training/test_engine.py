@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ggam_fast.training import engine, fitting, load_checkpoint
-from ggam_fast.training.compiling import compile_or_eager
-from ggam_fast.training.config import TrainConfig
+from ggam_fast.training import load_checkpoint
+from ggam_fast.training.config.options import TrainConfig
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.run import loop
+from ggam_fast.training.run.train import create_classifier, image_batches, load_images, train
+from ggam_fast.training.system.compiling import compile_or_eager
 
 
 def said(report) -> str:
@@ -25,7 +27,7 @@ def numbers(folder) -> dict:
 def test_run_learns_and_leaves_all_its_results(tiny_config, report):
     # At the default rate 24 steps change little: what it then answers is chance.
     tiny_config = replace(tiny_config, optim=replace(tiny_config.optim, lr=3e-3))
-    outcome = engine.train(tiny_config, report)
+    outcome = train(tiny_config, report)
     out = tiny_config.run.out
     names = {path.name for path in out.iterdir()}
     results = {"model.safetensors", "best.safetensors", "config.json", "metrics.json", "gallery.png"}
@@ -40,11 +42,11 @@ def test_run_learns_and_leaves_all_its_results(tiny_config, report):
 
 
 def test_same_seed_same_numbers_and_weights(tiny_config, report, elsewhere):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     cached = elsewhere(tiny_config, "again")
-    engine.train(cached, report)  # its maps come from the cache
+    train(cached, report)  # its maps come from the cache
     other = elsewhere(tiny_config, "other")
-    engine.train(replace(other, optim=replace(other.optim, seed=1)), report)
+    train(replace(other, optim=replace(other.optim, seed=1)), report)
     assert numbers(tiny_config.run.out) == numbers(cached.run.out)
     assert said(report).count("feature maps, ") == 2  # random weights differ with the seed
     first, second, third = (
@@ -55,25 +57,25 @@ def test_same_seed_same_numbers_and_weights(tiny_config, report, elsewhere):
 
 
 def test_frozen_backbone_stays_as_it_was_and_fine_tuning_moves_it(tiny_config, report, elsewhere):
-    before = engine.create_classifier(tiny_config, 3)
+    before = create_classifier(tiny_config, 3)
     torch.manual_seed(tiny_config.optim.seed)
-    before = engine.create_classifier(tiny_config, 3).backbone.state_dict()
-    engine.train(tiny_config, report)
+    before = create_classifier(tiny_config, 3).backbone.state_dict()
+    train(tiny_config, report)
     frozen = load_checkpoint(tiny_config.run.out).model.backbone.state_dict()
     assert all(tensor.equal(before[name]) for name, tensor in frozen.items())
     tuned = elsewhere(tiny_config, "tuned")
     tuned = replace(tuned, backbone=replace(tuned.backbone, finetune=True))
-    engine.train(tuned, report)
+    train(tuned, report)
     moved = load_checkpoint(tuned.run.out).model.backbone.state_dict()
     assert not any(tensor.equal(before[name]) for name, tensor in moved.items() if name.endswith("weight"))
 
 
 def test_reported_accuracy_is_that_of_the_reloaded_checkpoint(tiny_config, report):
-    outcome = engine.train(tiny_config, report)
+    outcome = train(tiny_config, report)
     model = load_checkpoint(tiny_config.run.out).model
-    images = engine.load_images(tiny_config.data)
-    batches = engine.image_batches(images, model, tiny_config, torch.device("cpu"))
-    logits, labels = fitting.evaluate(model, batches["test"], torch.device("cpu"))
+    images = load_images(tiny_config.data)
+    batches = image_batches(images, model, tiny_config, torch.device("cpu"))
+    logits, labels = loop.evaluate(model, batches["test"], torch.device("cpu"))
     assert (logits.argmax(1) == labels).float().mean().item() == outcome.metrics.accuracy
 
 
@@ -85,7 +87,7 @@ def test_validation_split_is_followed(tiny_config, report, photos):
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, target)
     data = replace(tiny_config.data, root=photos.parent / "split")
-    engine.train(replace(tiny_config, data=data), report)
+    train(replace(tiny_config, data=data), report)
     epochs = numbers(tiny_config.run.out)["epochs"]
     assert all(0 <= epoch["val_accuracy"] <= 1 for epoch in epochs)
 
@@ -106,7 +108,7 @@ def test_validation_split_is_followed(tiny_config, report, photos):
 def test_bad_option_leaves_nothing_behind(tiny_config, report, part, option, words):
     config = replace(tiny_config, **{part: replace(getattr(tiny_config, part), **option)})
     with pytest.raises(TrainError, match=words) as raised:
-        engine.train(config, report)
+        train(config, report)
     assert "\n" not in str(raised.value)
     assert not config.run.out.exists()
 
@@ -114,7 +116,7 @@ def test_bad_option_leaves_nothing_behind(tiny_config, report, part, option, wor
 def test_unreadable_image_leaves_nothing_behind(tiny_config, report, photos):
     (photos / "red" / "3.png").write_bytes(b"broken")
     with pytest.raises(TrainError, match=r"3\.png"):
-        engine.train(tiny_config, report)
+        train(tiny_config, report)
     assert not tiny_config.run.out.exists()
 
 
@@ -122,7 +124,7 @@ def test_folder_of_an_earlier_run_is_not_overwritten(tiny_config, report):
     tiny_config.run.out.mkdir()
     (tiny_config.run.out / "notes.txt").write_text("mine")
     with pytest.raises(TrainError, match="--overwrite"):
-        engine.train(tiny_config, report)
+        train(tiny_config, report)
     assert [path.name for path in tiny_config.run.out.iterdir()] == ["notes.txt"]
 
 
@@ -156,9 +158,9 @@ def test_compiled_step_follows_the_eager_one(tiny_config, report, elsewhere, fin
     )
     compiled = elsewhere(tiny_config, "compiled")
     compiled = replace(compiled, run=replace(compiled.run, compile=True))
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     torch._dynamo.utils.counters.clear()
-    engine.train(compiled, report)
+    train(compiled, report)
     assert "running eagerly" not in said(report)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
@@ -175,27 +177,27 @@ def test_default_configuration_is_valid():
 
 def test_diverged_run_is_an_error(tiny_config, report):
     with pytest.raises(TrainError, match=r"training loss of epoch \d is (nan|inf)"):
-        engine.train(replace(tiny_config, optim=replace(tiny_config.optim, lr=1e30)), report)
+        train(replace(tiny_config, optim=replace(tiny_config.optim, lr=1e30)), report)
     assert not (tiny_config.run.out / "metrics.json").exists()
 
 
 def test_dollar_signs_are_drawn(tiny_config, report, photos):
     (photos / "red").rename(photos / "$_$")
     (photos / "blue").rename(photos / "$5 #1")
-    outcome = engine.train(tiny_config, report)
+    outcome = train(tiny_config, report)
     assert outcome.gallery is not None
 
 
 def test_maps_that_were_enlarged_do_not_hide_small_images(tiny_config, report, elsewhere):
     larger = replace(tiny_config, data=replace(tiny_config.data, image_size=256))
-    engine.train(larger, report)
+    train(larger, report)
     strict = replace(elsewhere(larger, "strict"), data=replace(larger.data, enlarge=False))
     with pytest.raises(TrainError, match="smaller than the crop"):
-        engine.train(strict, report)
+        train(strict, report)
 
 
 def test_overwriting_removes_what_was_made_of_the_older_run(tiny_config, report):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     (tiny_config.run.out / "evaluation.json").write_text("{}")
-    engine.train(replace(tiny_config, run=replace(tiny_config.run, overwrite=True)), report)
+    train(replace(tiny_config, run=replace(tiny_config.run, overwrite=True)), report)
     assert not (tiny_config.run.out / "evaluation.json").exists()

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ggam_fast.training import data, engine, load_checkpoint
+from ggam_fast.training import load_checkpoint
 from ggam_fast.training.cli import main
-from ggam_fast.training.config import DataConfig
+from ggam_fast.training.config.options import DataConfig
+from ggam_fast.training.data.image_set import eval_transform
+from ggam_fast.training.data.readers import read_images
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.evaluation import EvaluateConfig, evaluate_run, more_metrics, spread
-from ggam_fast.training.geometry import placed
-from ggam_fast.training.heatmaps import heat_maps
-from ggam_fast.training.localization import energy, enlarged
-from ggam_fast.training.readers import read_images
+from ggam_fast.training.measure.geometry import placed
+from ggam_fast.training.measure.localization import energy, enlarged
+from ggam_fast.training.model.heatmaps import heat_maps
+from ggam_fast.training.run.train import train
+from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run, more_metrics, spread
 
 from . import trees
 
@@ -25,14 +27,14 @@ from . import trees
 @pytest.fixture
 def trained(tiny_config, report):
     """A run on `photos` of one epoch."""
-    engine.train(replace(tiny_config, optim=replace(tiny_config.optim, epochs=1)), report)
+    train(replace(tiny_config, optim=replace(tiny_config.optim, epochs=1)), report)
     return tiny_config.run.out
 
 
 @pytest.fixture
 def trained_cub(tiny_config, report, tmp_path):
     found = DataConfig("cub", trees.cub(tmp_path / "cub"), 64, cache_dir=tmp_path / "cache", enlarge=True)
-    engine.train(replace(tiny_config, data=found), report)
+    train(replace(tiny_config, data=found), report)
     return tiny_config.run.out
 
 
@@ -60,7 +62,7 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
     model, classes, _ = load_checkpoint(trained_cub)
     images = read_images("cub", tmp_path / "cub", tmp_path / "cache")
     rows = images.splits["test"]
-    transform = data.eval_transform(*model.backbone.preprocessing)
+    transform = eval_transform(*model.backbone.preprocessing)
     with torch.no_grad():
         logits = model(torch.stack([transform(images.read(int(row))) for row in rows]))
     labels = images.labels[rows]
@@ -121,7 +123,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(trained, photos, report, 
 def test_names_are_text(photos, tiny_config, report, tmp_path):
     strange = "<img src=x>&amp;'"
     (photos / "red").rename(photos / strange)
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     evaluate_run(EvaluateConfig(run=tiny_config.run.out, device="cpu", faithfulness=0), report)
     page = Page((tiny_config.run.out / "evaluation.html").read_text())
     assert "x" not in page.references
@@ -129,7 +131,7 @@ def test_names_are_text(photos, tiny_config, report, tmp_path):
 
 
 def test_many_classes_have_a_list_of_mistakes():
-    from ggam_fast.training.html_report import _confusion
+    from ggam_fast.training.show.page import _confusion
 
     names = [f"class {index}" for index in range(50)]
     matrix = [[0] * 50 for _ in names]

@@ -6,31 +6,34 @@ import pytest
 import torch
 from PIL import Image
 
-from ggam_fast.training import data, engine, explanation, load_checkpoint
+from ggam_fast.training import load_checkpoint
 from ggam_fast.training.cli import main
+from ggam_fast.training.data.image_set import eval_transform, read_image
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.explanation import ExplainConfig, explain, figure_names, look
+from ggam_fast.training.run.train import train
+from ggam_fast.training.use import explain as explanation
+from ggam_fast.training.use.explain import ExplainConfig, explain, figure_names, look
 
 from .conftest import write_image
 
 
 @pytest.fixture
 def run(tiny_config, report):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     return tiny_config.run.out
 
 
 @pytest.fixture
 def unguided(tiny_config, report, elsewhere):
     config = replace(tiny_config, optim=replace(tiny_config.optim, guidance_weight=0.0, seed=3))
-    engine.train(elsewhere(config, "unguided"), report)
+    train(elsewhere(config, "unguided"), report)
     return elsewhere(config, "unguided").run.out
 
 
 def test_what_is_drawn_is_what_the_classifier_computes(run, photos):
     checkpoint = load_checkpoint(run)
-    image = data.read_image(photos / "red" / "3.png")
-    inputs = data.eval_transform(*checkpoint.model.backbone.preprocessing)(image)[None]
+    image = read_image(photos / "red" / "3.png")
+    inputs = eval_transform(*checkpoint.model.backbone.preprocessing)(image)[None]
     seen = look(checkpoint, image, None, torch.device("cpu"))
     with torch.no_grad():
         features = checkpoint.model.backbone(inputs)
@@ -46,7 +49,7 @@ def test_what_is_drawn_is_what_the_classifier_computes(run, photos):
     torch.testing.assert_close(look(checkpoint, image, asked, torch.device("cpu")).grad_cam, expected)
     # The picture is the crop that the network sees, without the normalisation.
     size, _, _, resize = checkpoint.model.backbone.preprocessing
-    plain = data.eval_transform(size, (0.0,) * 3, (1.0,) * 3, resize)(image).permute(1, 2, 0)
+    plain = eval_transform(size, (0.0,) * 3, (1.0,) * 3, resize)(image).permute(1, 2, 0)
     torch.testing.assert_close(seen.picture, plain.clamp(0, 1), atol=1e-5, rtol=0)
 
 
@@ -123,7 +126,7 @@ def test_bad_input_is_one_line_and_draws_nothing(run, unguided, photos, tmp_path
 def test_small_images_and_other_classes_are_refused(tiny_config, run, photos, report, tmp_path):
     (photos / "red").rename(photos / "rouge")
     other = replace(tiny_config, run=replace(tiny_config.run, out=tmp_path / "other"))
-    engine.train(other, report)
+    train(other, report)
     with pytest.raises(TrainError, match="must be of the same classes"):
         explain(ExplainConfig((photos / "blue" / "0.png",), run, other.run.out), report)
     with pytest.raises(TrainError, match=r"0.png \(28 x 20\) is smaller than the crop of 64 x 64"):
@@ -132,7 +135,7 @@ def test_small_images_and_other_classes_are_refused(tiny_config, run, photos, re
 
 def test_the_banner_that_training_cut_off_is_cut_off(run, photos):
     checkpoint = load_checkpoint(run)
-    image = data.read_image(photos / "red" / "3.png")
+    image = read_image(photos / "red" / "3.png")
     spoilt = Image.new("RGB", (image.width, image.height + 20), "white")
     spoilt.paste(image)
     checkpoint.description["data"]["banner"] = 20

@@ -10,10 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ggam_fast.training import engine, exporting, load_checkpoint
+from ggam_fast.training import load_checkpoint
 from ggam_fast.training.cli import main
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.exporting import Deployed, ExportConfig, difference, export_run
+from ggam_fast.training.run.train import train
+from ggam_fast.training.use import export as exporting
+from ggam_fast.training.use.export import Deployed, ExportConfig, difference, export_run
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not ONNX, reason="needs the export extra")
@@ -23,7 +25,7 @@ FORMATS = ["torch", pytest.param("onnx", marks=needs_onnx)]
 @pytest.fixture
 def run(tiny_config, report):
     config = replace(tiny_config, optim=replace(tiny_config.optim, epochs=1))
-    engine.train(config, report)
+    train(config, report)
     return config.run.out
 
 
@@ -63,7 +65,7 @@ def test_every_head_with_its_maps(tiny_config, report, tmp_path, head):
         head=replace(tiny_config.head, **head),
         optim=replace(tiny_config.optim, epochs=1, guidance_weight=0.0),
     )
-    engine.train(config, report)
+    train(config, report)
     export_run(ExportConfig(config.run.out, "both" if ONNX else "torch", True), report)
     outputs = json.loads((config.run.out / "export.json").read_text())["outputs"]
     assert ("attention" in outputs) == (head.get("attention") != "channel")

@@ -3,13 +3,13 @@ import os
 import pytest
 import torch
 
-from ggam_fast.training import data
-from ggam_fast.training.backbones import Backbone, create_backbone
-from ggam_fast.training.batches import ImageBatches, MapBatches
-from ggam_fast.training.distributed import World
+from ggam_fast.training.data.batches import ImageBatches, MapBatches
+from ggam_fast.training.data.image_set import ImageFiles, eval_transform
+from ggam_fast.training.data.readers import folder
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.feature_cache import MapFile, default_cache_dir, encoded
-from ggam_fast.training.readers import folder
+from ggam_fast.training.model.backbones import Backbone, create_backbone
+from ggam_fast.training.model.feature_cache import MapFile, default_cache_dir, encoded
+from ggam_fast.training.system.distributed import World
 
 CPU = torch.device("cpu")
 
@@ -21,10 +21,10 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture
-def images(photos, backbone) -> data.ImageFiles:
-    look = data.eval_transform(64, backbone.mean, backbone.std)
+def images(photos, backbone) -> ImageFiles:
+    look = eval_transform(64, backbone.mean, backbone.std)
     found = folder.read(photos, photos)
-    return data.ImageFiles(found, "train", look, found.flips)
+    return ImageFiles(found, "train", look, found.flips)
 
 
 def map_file(folder, backbone, images, dtype=torch.float32) -> MapFile:

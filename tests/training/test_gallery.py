@@ -1,11 +1,11 @@
 import torch
 from PIL import Image
 
-from ggam_fast.training import gallery
-from ggam_fast.training.backbones import create_backbone
-from ggam_fast.training.classifier import GGAMClassifier, create_head
-from ggam_fast.training.config import HeadConfig
-from ggam_fast.training.readers import folder
+from ggam_fast.training.config.options import HeadConfig
+from ggam_fast.training.data.readers import folder
+from ggam_fast.training.model.backbones import create_backbone
+from ggam_fast.training.model.classifier import GGAMClassifier, create_head
+from ggam_fast.training.show import gallery
 
 
 def one_hot(predicted: torch.Tensor, classes: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ggam_fast.training import data
-from ggam_fast.training.annotations import Annotations
-from ggam_fast.training.geometry import placed
-from ggam_fast.training.localization import boxes_to_masks
+from ggam_fast.training.data.annotations import Annotations
+from ggam_fast.training.data.image_set import ImageSet, eval_transform
+from ggam_fast.training.measure.geometry import placed
+from ggam_fast.training.measure.localization import boxes_to_masks
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def marked(tmp_path):
         ("p", "q", "r"),
         masks.__getitem__,
     )
-    return data.ImageSet(
+    return ImageSet(
         "marked", tuple(files), torch.tensor([0, 1]), ("a", "b"),
         {"train": torch.tensor([0, 1]), "test": torch.tensor([0, 1])}, ((),), (), annotations,
     )  # fmt: skip
@@ -43,7 +43,7 @@ def centroid(area):
 
 @pytest.mark.parametrize(("size", "resize"), [(64, 64), (64, 80), (48, 64)])
 def test_all_annotations_follow_the_image(marked, size, resize):
-    transform = data.eval_transform(size, (0.0,) * 3, (1.0,) * 3, resize)
+    transform = eval_transform(size, (0.0,) * 3, (1.0,) * 3, resize)
     found = placed(marked, [0, 1], transform, size)
     assert found.kinds() == ("areas", "boxes", "parts")
     for row in (0, 1):
@@ -65,7 +65,7 @@ def test_boxes_stand_in_for_masks(marked):
     from dataclasses import replace
 
     images = replace(marked, annotations=Annotations(boxes=marked.annotations.boxes))
-    transform = data.eval_transform(64, (0.0,) * 3, (1.0,) * 3)
+    transform = eval_transform(64, (0.0,) * 3, (1.0,) * 3)
     found = placed(images, [1], transform, 64)
     assert found.areas.equal(boxes_to_masks(found.boxes, (64, 64)))
     assert placed(replace(marked, annotations=None), [0], transform, 64).kinds() == ()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ggam_fast import GGAMHead
-from ggam_fast.training.faithfulness import area, deletion_curves, insertion_curves, ranks
-from ggam_fast.training.heatmaps import heat_maps
+from ggam_fast.training.measure.faithfulness import area, deletion_curves, insertion_curves, ranks
+from ggam_fast.training.model.heatmaps import heat_maps
 
 
 def head_and_features(**options):

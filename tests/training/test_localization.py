@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ggam_fast.training import localization as loc
+from ggam_fast.training.measure import localization as loc
 
 
 def heat(*points, size=(10, 10), background=0.0):

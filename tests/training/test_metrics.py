@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ggam_fast.training.metrics import classification_metrics
+from ggam_fast.training.measure.classification import classification_metrics
 
 
 def test_numbers_worked_out_by_hand():

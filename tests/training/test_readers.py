@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ggam_fast.training import data
-from ggam_fast.training.annotations import Annotations, box_of
+from ggam_fast.training.data.annotations import Annotations, box_of
+from ggam_fast.training.data.image_set import ImageFiles
+from ggam_fast.training.data.readers import READERS, aircraft, birds, read_images
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.readers import READERS, aircraft, birds, read_images
 
 from . import trees
 
@@ -53,7 +53,7 @@ def test_aircraft_without_its_banner(tmp_path):
     image = images.read(0)
     assert image.size == (40, 30 - aircraft.BANNER)
     assert np.asarray(image).max() < 100
-    item, _ = data.ImageFiles(images, "train", lambda image: torch.tensor(image.size))[0]
+    item, _ = ImageFiles(images, "train", lambda image: torch.tensor(image.size))[0]
     assert item.tolist() == [40, 10]
 
 

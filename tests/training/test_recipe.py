@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ggam_fast.training import engine, load_checkpoint
-from ggam_fast.training.batches import Order, _Seeded
-from ggam_fast.training.commands import parse_train
-from ggam_fast.training.config import OptimConfig
-from ggam_fast.training.distributed import World
+from ggam_fast.training import load_checkpoint
+from ggam_fast.training.cli.commands import parse_train
+from ggam_fast.training.config.options import OptimConfig
+from ggam_fast.training.data.batches import Order, _Seeded
+from ggam_fast.training.data.mixing import Mix, hard
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.fitting import Fit, _schedule
-from ggam_fast.training.mixing import Mix, hard
+from ggam_fast.training.run.loop import Fit, _schedule
+from ggam_fast.training.run.train import train
+from ggam_fast.training.system.distributed import World
 
 
 def with_(config, **options):
@@ -34,7 +35,7 @@ def test_paper_recipe_runs_on_a_small_model(photos, tmp_path, report):
         str(tmp_path / "out"),
     ]
     config = parse_train([*arguments, "--hidden-size", "16"])
-    outcome = engine.train(config, report)
+    outcome = train(config, report)
     assert outcome.metrics is not None
     backbone = load_checkpoint(tmp_path / "out").model.backbone
     assert (backbone.image_size, backbone.resize) == (64, 72)
@@ -63,7 +64,7 @@ def fitted(head, batches, **options) -> Fit:
 
 @pytest.fixture
 def maps():
-    from ggam_fast.training.batches import MapBatches
+    from ggam_fast.training.data.batches import MapBatches
 
     features = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(16) % 3
@@ -82,8 +83,8 @@ def new_head(hidden_size=0):
 @pytest.mark.parametrize("detach", [True, False], ids=["fused", "second order"])
 def test_a_step_is_that_of_the_loss_in_two_parts(targets, whole, detach):
     import ggam_fast
-    from ggam_fast.training.backbones import create_backbone
-    from ggam_fast.training.classifier import GGAMClassifier, GuidedLoss
+    from ggam_fast.training.model.backbones import create_backbone
+    from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss
 
     torch.manual_seed(0)
     backbone = create_backbone("test_resnet", pretrained=False, image_size=64)
@@ -123,7 +124,7 @@ def test_training_takes_the_fused_loss(tiny_config, report, monkeypatch, finetun
 
     monkeypatch.setattr(GGAMHead, "forward", without_target)
     config = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
-    assert engine.train(with_(config, mixup=0.5), report).metrics is not None
+    assert train(with_(config, mixup=0.5), report).metrics is not None
 
 
 def test_accumulated_gradients_are_those_of_one_batch(maps):
@@ -229,12 +230,12 @@ def test_options_out_of_range(tiny_config, options, words):
 def test_crop_larger_than_the_resized_image(tiny_config, report):
     config = replace(tiny_config, data=replace(tiny_config.data, resize=32))
     with pytest.raises(TrainError, match="--resize"):
-        engine.train(config, report)
+        train(config, report)
 
 
 def test_half_precision_backbone_on_the_cpu(tiny_config, report):
     config = replace(tiny_config, run=replace(tiny_config.run, precision="bfloat16"))
-    assert engine.train(config, report).metrics is not None
+    assert train(config, report).metrics is not None
     [maps] = {path.suffix for path in tiny_config.data.cache_dir.iterdir()}
     assert maps == ".maps"
 

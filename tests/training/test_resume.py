@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ggam_fast.training import engine, fitting, snapshots
 from ggam_fast.training.cli import main
-from ggam_fast.training.commands import COMMANDS
+from ggam_fast.training.cli.commands import COMMANDS
 from ggam_fast.training.errors import Interrupted, TrainError
-from ggam_fast.training.fitting import Fit
-from ggam_fast.training.outputs import output_folder
+from ggam_fast.training.run import loop, resume_state
+from ggam_fast.training.run.loop import Fit
+from ggam_fast.training.run.train import train
+from ggam_fast.training.system.files import output_folder
+from ggam_fast.training.system.interrupts import InterruptGuard
 
 from .conftest import TINY
 
@@ -67,21 +69,21 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     config = tiny_config
     for part, options in VARIANTS[variant].items():
         config = replace(config, **{part: replace(getattr(config, part), **options)})
-    engine.train(config, report)
+    train(config, report)
     stopped = elsewhere(config, "stopped")
     stopped = replace(stopped, run=replace(stopped.run, save_every=2))
     with monkeypatch.context() as patch:
         stop_after(patch, killed_after)
         with pytest.raises(Stopped):
-            engine.train(stopped, report)
+            train(stopped, report)
     out = stopped.run.out
-    if not (out / snapshots.FOLDER).is_dir():  # killed before its first snapshot
+    if not (out / resume_state.FOLDER).is_dir():  # killed before its first snapshot
         assert killed_after == 1
         with pytest.raises(TrainError, match="no snapshot"):
-            engine.train(replace(stopped, run=replace(stopped.run, resume=out)), report)
+            train(replace(stopped, run=replace(stopped.run, resume=out)), report)
         return
     torch.rand(7), np.random.rand(3), random.random()  # noqa: NPY002
-    engine.train(replace(stopped, run=replace(stopped.run, resume=out)), report)
+    train(replace(stopped, run=replace(stopped.run, resume=out)), report)
     assert same(weights(out), weights(config.run.out))
     assert same(weights(out, "best.safetensors"), weights(config.run.out, "best.safetensors"))
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, config.run.out)]
@@ -95,14 +97,14 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_logs_of_a_run_that_was_stopped_are_those_of_one_that_was_not(tiny_config, report, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(fitting, "_READ_EVERY", 1)
+    monkeypatch.setattr(loop, "_READ_EVERY", 1)
     config = replace(tiny_config, run=replace(tiny_config.run, save_every=5))
     out = config.run.out
     with monkeypatch.context() as patch:
         stop_after(patch, 9)
         with pytest.raises(Stopped):
-            engine.train(config, report)
-    engine.train(replace(config, run=replace(config.run, resume=out)), report)
+            train(config, report)
+    train(replace(config, run=replace(config.run, resume=out)), report)
     steps = list(range(1, 25))
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in logged if record["part"] == "train"] == steps
@@ -124,7 +126,7 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
     arguments, kills = (*options, "--out", "killed"), 0
 
     def written():
-        return set((tmp_path / "killed" / snapshots.FOLDER).glob("step-*"))
+        return set((tmp_path / "killed" / resume_state.FOLDER).glob("step-*"))
 
     while True:
         process = subprocess.Popen(command(*arguments), **run)
@@ -151,19 +153,19 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
 
 
 def test_what_a_killed_run_was_writing_goes(tiny_config, report):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     out = tiny_config.run.out
-    for folder in (out, out / snapshots.FOLDER):
+    for folder in (out, out / resume_state.FOLDER):
         (folder / ".part-killed").mkdir()
         (folder / ".part-killed" / "best.safetensors").write_bytes(b"half")
-    engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=out)), report)
+    train(replace(tiny_config, run=replace(tiny_config.run, resume=out)), report)
     assert not list(out.rglob(".*"))
 
 
 def test_last_three_snapshots_stay(tiny_config, report):
     config = replace(tiny_config, optim=replace(tiny_config.optim, epochs=6))
-    engine.train(config, report)
-    names = sorted(path.name for path in (config.run.out / snapshots.FOLDER).iterdir())
+    train(config, report)
+    names = sorted(path.name for path in (config.run.out / resume_state.FOLDER).iterdir())
     assert names == ["step-000000024.pt", "step-000000030.pt", "step-000000036.pt"]
 
 
@@ -182,16 +184,16 @@ def full_disk(monkeypatch, name: str) -> None:
 
 
 def test_full_disk_leaves_the_snapshot_before(tmp_path, monkeypatch):
-    snapshots.save_snapshot(tmp_path, 1, {"x": torch.ones(3)})
+    resume_state.save_snapshot(tmp_path, 1, {"x": torch.ones(3)})
     full_disk(monkeypatch, "step-000000002.pt")
     with pytest.raises(
         TrainError,
         match=r"cannot write .*snapshots/step-000000002.pt: No space left on device; the last whole snapshot "
         r"is .*0001",
     ):
-        snapshots.save_snapshot(tmp_path, 2, {"x": torch.zeros(3)})
-    assert [path.name for path in (tmp_path / snapshots.FOLDER).iterdir()] == ["step-000000001.pt"]
-    assert snapshots.load_snapshot(tmp_path)["x"].equal(torch.ones(3))
+        resume_state.save_snapshot(tmp_path, 2, {"x": torch.zeros(3)})
+    assert [path.name for path in (tmp_path / resume_state.FOLDER).iterdir()] == ["step-000000001.pt"]
+    assert resume_state.load_snapshot(tmp_path)["x"].equal(torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -199,18 +201,18 @@ def test_full_disk_leaves_the_snapshot_before(tmp_path, monkeypatch):
 )
 def test_after_a_full_disk_a_run_goes_on(tiny_config, report, elsewhere, monkeypatch, name):
     """One line, nothing half-written; with room again, the bits of a run that had it all along."""
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     config = elsewhere(tiny_config, "full")
     with monkeypatch.context() as patch:
         full_disk(patch, name)
         with pytest.raises(TrainError, match=rf"^cannot write .*{name}: No space left on device") as raised:
-            engine.train(config, report)
+            train(config, report)
     assert "\n" not in str(raised.value)
     out = config.run.out
     assert not (out.is_dir() and list(out.rglob(".*")))
-    if not (out / snapshots.FOLDER).is_dir():
+    if not (out / resume_state.FOLDER).is_dir():
         return
-    engine.train(replace(config, run=replace(config.run, resume=out)), report)
+    train(replace(config, run=replace(config.run, resume=out)), report)
     for file in ("model.safetensors", "best.safetensors"):
         assert same(weights(out, file), weights(tiny_config.run.out, file))
 
@@ -225,9 +227,9 @@ def test_system_errors_are_one_line_too(monkeypatch, capsys):
 
 
 def test_killed_between_its_best_and_its_snapshot(tiny_config, report, elsewhere, monkeypatch):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     config = elsewhere(tiny_config, "killed")
-    save = snapshots.save_snapshot
+    save = resume_state.save_snapshot
     with monkeypatch.context() as patch:
 
         def killed(folder, steps, state):
@@ -237,29 +239,29 @@ def test_killed_between_its_best_and_its_snapshot(tiny_config, report, elsewhere
                 raise Stopped
             return save(folder, steps, state)
 
-        patch.setattr(snapshots, "save_snapshot", killed)
+        patch.setattr(resume_state, "save_snapshot", killed)
         with pytest.raises(Stopped):
-            engine.train(config, report)
-    engine.train(replace(config, run=replace(config.run, resume=config.run.out)), report)
+            train(config, report)
+    train(replace(config, run=replace(config.run, resume=config.run.out)), report)
     for file in ("model.safetensors", "best.safetensors"):
         assert same(weights(config.run.out, file), weights(tiny_config.run.out, file))
 
 
 def test_overwriting_leaves_nothing_to_go_on_with_of_the_older_run(tiny_config, report, elsewhere):
     longer = replace(tiny_config, optim=replace(tiny_config.optim, epochs=6))
-    engine.train(longer, report)
+    train(longer, report)
     out = longer.run.out
-    engine.train(replace(tiny_config, run=replace(tiny_config.run, overwrite=True)), report)
-    names = sorted(path.name for path in (out / snapshots.FOLDER).iterdir())
+    train(replace(tiny_config, run=replace(tiny_config.run, overwrite=True)), report)
+    names = sorted(path.name for path in (out / resume_state.FOLDER).iterdir())
     assert names == ["step-000000012.pt", "step-000000018.pt", "step-000000024.pt"]
     assert len(list((out / "tensorboard").iterdir())) == 1
     first = weights(out)
-    engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=out)), report)
+    train(replace(tiny_config, run=replace(tiny_config.run, resume=out)), report)
     assert same(weights(out), first)
 
 
 def test_options_of_another_run_are_refused(tiny_config, report, capsys):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     out = str(tiny_config.run.out)
     capsys.readouterr()
     assert main(["train", "--resume", out, "--epochs", "9"]) == 2
@@ -273,18 +275,18 @@ def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
 ):
     config = replace(tiny_config, head=replace(tiny_config.head, attention_scale="printed", norm_eps=1e-5))
     config = replace(config, optim=replace(config.optim, ema=0.9))
-    engine.train(config, report)
+    train(config, report)
     stopped = elsewhere(config, "stopped")
     with monkeypatch.context() as patch:
         stop_after(patch, 9)
         with pytest.raises(Stopped):
-            engine.train(stopped, report)
+            train(stopped, report)
     out = stopped.run.out
     lines = (out / "options.yaml").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("attention_scale:", "norm_eps:"))]
     assert len(kept) == len(lines) - 2
     (out / "options.yaml").write_text("\n".join(kept) + "\n")
-    for path in (out / snapshots.FOLDER).iterdir():
+    for path in (out / resume_state.FOLDER).iterdir():
         state = torch.load(path, weights_only=True)
         del state["run"]["head"]["attention_scale"], state["run"]["head"]["norm_eps"]
         del state["fit"]["trained"]["unit_mean"], state["fit"]["average"]["module.unit_mean"]
@@ -296,68 +298,68 @@ def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
 
 
 def test_another_architecture_or_data_set_is_refused(tiny_config, report, photos):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     resumed = replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out))
     with pytest.raises(TrainError, match="another head"):
-        engine.train(replace(resumed, head=replace(resumed.head, hidden_size=0)), report)
+        train(replace(resumed, head=replace(resumed.head, hidden_size=0)), report)
     os.rename(photos / "red", photos / "rouge")
     with pytest.raises(TrainError, match="another classes"):
-        engine.train(resumed, report)
+        train(resumed, report)
 
 
 def test_damaged_snapshot_is_one_line(tiny_config, report):
-    engine.train(tiny_config, report)
-    newest = max((tiny_config.run.out / snapshots.FOLDER).iterdir())
+    train(tiny_config, report)
+    newest = max((tiny_config.run.out / resume_state.FOLDER).iterdir())
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.raises(TrainError, match="cannot read snapshot") as raised:
-        engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
+        train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
     assert "\n" not in str(raised.value)
 
 
 def test_images_that_changed_their_split_are_refused(tiny_config, report, photos):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     before = weights(tiny_config.run.out)
     for name in ("red", "green", "blue"):
         (photos / name / "9.png").unlink()
     with pytest.raises(TrainError, match="images were added or removed"):
-        engine.train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
+        train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
     assert same(weights(tiny_config.run.out), before)
 
 
 def test_killed_in_its_first_epoch(tiny_config, report, elsewhere, monkeypatch):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     config = elsewhere(tiny_config, "killed")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Stopped):
-            engine.train(config, report)
-    engine.train(replace(config, run=replace(config.run, resume=config.run.out)), report)
+            train(config, report)
+    train(replace(config, run=replace(config.run, resume=config.run.out)), report)
     assert same(weights(config.run.out), weights(tiny_config.run.out))
 
 
 def test_stopped_while_maps_are_computed_changes_nothing(tiny_config, report, tmp_path, monkeypatch):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     out = tiny_config.run.out
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    monkeypatch.setattr(engine.InterruptGuard, "check", lambda guard: (_ for _ in ()).throw(Interrupted()))
+    monkeypatch.setattr(InterruptGuard, "check", lambda guard: (_ for _ in ()).throw(Interrupted()))
     fresh = replace(tiny_config, data=replace(tiny_config.data, cache_dir=tmp_path / "other"))
     for change in ({"overwrite": True}, {"resume": out}):
-        outcome = engine.train(replace(fresh, run=replace(fresh.run, **change)), report)
+        outcome = train(replace(fresh, run=replace(fresh.run, **change)), report)
         assert outcome.checkpoint is None
         assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_one_run_at_a_time_in_a_folder(tiny_config, report):
     with output_folder(tiny_config.run, "photos"), pytest.raises(TrainError, match="another run is writing"):
-        engine.train(tiny_config, report)
-    engine.train(tiny_config, report)
+        train(tiny_config, report)
+    train(tiny_config, report)
 
 
 @pytest.mark.parametrize(
     "given", [["--recipe", "paper"], ["--preset", "release"], ["--config", "x.yaml"], ["--out", "elsewhere"]]
 )
 def test_options_that_a_resumed_run_would_ignore_are_refused(tiny_config, report, capsys, given):
-    engine.train(tiny_config, report)
+    train(tiny_config, report)
     capsys.readouterr()
     assert main(["train", "--resume", str(tiny_config.run.out), *given]) == 2
     assert f"{given[0]}" in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""Annotations taken to where the image goes: through the same resizing and cropping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as TF  # type: ignore[import-untyped]
+
+from ggam_fast.training.data.image_set import ImageSet
+from ggam_fast.training.measure.localization import boxes_to_masks
+
+Transform = Callable[..., Tensor]
+
+
+class Placed(NamedTuple):
+    """Annotations of some images in pixels of the network's input (see `localization`); None where the data
+    set has none. `areas` are the masks or, without masks, the boxes' pixels."""
+
+    areas: Tensor | None
+    boxes: Tensor | None
+    parts: Tensor | None
+
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(name for name in ("areas", "boxes", "parts") if getattr(self, name) is not None)
+
+
+def placed(images: ImageSet, rows: Sequence[int], transform: Transform, size: int) -> Placed:
+    """The annotations of `rows` after `transform`, an evaluation transform to `size` x `size` pixels.
+
+    What the crop cuts off is gone: boxes end at the border, parts outside are not visible.
+    """
+    found = images.annotations
+    if found is None:
+        return Placed(None, None, None)
+    areas, boxes, parts = [], [], []
+    for row in rows:
+        image = images.read(row)
+        if found.masks is not None:
+            areas.append(_moved(tv_tensors.Mask(found.masks(row)), image, transform).bool())
+        if found.boxes is not None:
+            box = tv_tensors.BoundingBoxes(
+                found.boxes[row][None], format="XYXY", canvas_size=(image.height, image.width)
+            )
+            boxes.append(_moved(box, image, transform)[0].float())
+        if found.parts is not None:
+            parts.append(_moved_parts(found.parts[row], image, transform, size))
+    stacked_boxes = torch.stack(boxes) if boxes else None
+    stacked_areas = torch.stack(areas) if areas else None
+    if stacked_areas is None and stacked_boxes is not None:
+        stacked_areas = boxes_to_masks(stacked_boxes, (size, size))
+    return Placed(stacked_areas, stacked_boxes, torch.stack(parts) if parts else None)
+
+
+def _moved(annotation: Tensor, image: Image.Image, transform: Transform) -> Tensor:
+    """torchvision takes an annotation through the same steps as the image it is about."""
+    _, moved = transform(tv_tensors.Image(TF.pil_to_tensor(image)), annotation)
+    return moved.as_subclass(torch.Tensor)
+
+
+def _moved_parts(parts: Tensor, image: Image.Image, transform: Transform, size: int) -> Tensor:
+    points = tv_tensors.KeyPoints(parts[:, :2], canvas_size=(image.height, image.width))
+    xy = _moved(points, image, transform).float()
+    inside = ((xy >= 0) & (xy < size)).all(1)
+    return torch.cat([xy, (parts[:, 2:] * inside[:, None])], 1)

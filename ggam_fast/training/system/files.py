@@ -1,0 +1,105 @@
+"""Files of a run: whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ggam_fast.training.errors import TrainError
+
+_PART = ".part-"
+
+
+@contextmanager
+def output_folder(
+    out: Path | None, data_name: str, *, overwrite: bool = False, resume: Path | None = None
+) -> Iterator[Path]:
+    """The folder of a run: `resume`, else `out`, else runs/<data_name>-<time>.
+
+    It is made and tried. If the run fails without a result, it is removed again.
+
+    Raises:
+        TrainError: it cannot be made or written, holds a run already, or another run is writing there.
+    """
+    folder = resume or out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with writable_folder(folder), _alone(folder):
+        if any(folder.iterdir()) and not overwrite and resume is None:
+            raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
+        remove_parts(folder)
+        yield folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The folder is locked meanwhile; the kernel lets go of the lock even of a run that is killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainError(f"--out {folder}: another run is writing there") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """`folder`, made and tried; removed again if nothing was put into it.
+
+    Raises:
+        TrainError: it cannot be made or written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrainError(f"--out {folder} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # it holds results
+                path.rmdir()
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a killed run was writing anywhere in `folder`."""
+    for part in list(folder.rglob(f"{_PART}*")):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file in a temporary folder beside `path`, then put it in place in one step.
+
+    Raises:
+        TrainError: it cannot be written, such as to a full disk; an older file is untouched.
+    """
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """`write_atomically` of several files, none of which is put in place before all are written."""
+    try:
+        # A folder, because some writers make temporary files of their own beside the file they are given.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as made:
+            parts = [Path(made) / name for name in writers]
+            for part, write in zip(parts, writers.values(), strict=True):
+                write(part)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+            for part in parts:
+                part.replace(folder / part.name)
+    except OSError as error:
+        names = ", ".join(str(folder / name) for name in writers)
+        raise TrainError(f"cannot write {names}: {error.strerror or error}") from error

@@ -14,7 +14,7 @@ import pytest
 
 # The core's tests run without the `train` extra; these then are not collected.
 if any(importlib.util.find_spec(name) is None for name in ("timm", "torchvision", "tyro")):
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*test_*.py"]
 
 CHECKOUT = Path(__file__).parents[2]
 TINY = (
@@ -118,3 +118,12 @@ def report():
 def elsewhere(tmp_path: Path) -> Callable:
     """`tiny_config`-like configurations that write to another folder."""
     return lambda config, name: replace(config, run=replace(config.run, out=tmp_path / name))
+
+
+@pytest.fixture
+def trained(tiny_config, report):
+    """A run on `photos` of one epoch."""
+    from ggam_fast.training.run.train import train
+
+    train(replace(tiny_config, optim=replace(tiny_config.optim, epochs=1)), report)
+    return tiny_config.run.out

@@ -63,6 +63,18 @@ def test_every_module_is_in_a_room() -> None:
     assert {name.split(".")[0] for name in modules()} == LEVEL.keys()
 
 
+def test_every_module_has_a_test_of_its_name() -> None:
+    tests = Path(__file__).parent
+    for name, path in modules().items():
+        *rooms, module = name.split(".")
+        if path.name == "__init__.py":
+            if len(ast.parse(path.read_text()).body) == 1 or rooms == []:
+                continue  # a docstring alone, or a room
+            rooms.append(module)
+        if module != "__main__":
+            assert tests.joinpath(*rooms, f"test_{module}.py").is_file(), name
+
+
 def test_rooms_import_from_below_alone() -> None:
     for name, others in graph().items():
         room = name.split(".")[0]

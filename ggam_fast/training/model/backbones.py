@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import TrainError, first_line
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
             raise TrainError(
                 f"--backbone {self.name} does not work on {self.image_size} x {self.image_size} "
-                f"images: {_first_line(error)}"
+                f"images: {first_line(error)}"
             ) from error
         self.train(training)
         if len(shape) != 4 or shape[1] != self.num_features:
@@ -122,15 +122,11 @@ def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Mo
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         if not pretrained:
-            raise TrainError(f"--backbone {name}: {_first_line(error)}") from error
+            raise TrainError(f"--backbone {name}: {first_line(error)}") from error
         raise TrainError(
             f"--backbone {name}: its pretrained weights could not be fetched "
-            f"({_first_line(error)}); --no-pretrained starts from random ones"
+            f"({first_line(error)}); --no-pretrained starts from random ones"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def lite0_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import TrainError, first_line
 from ggam_fast.training.system.files import write_atomically
 
 FOLDER = "snapshots"
@@ -53,8 +53,7 @@ def load_snapshot(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file: torch raises errors of many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainError(f"cannot read snapshot {paths[-1]}: {reason}") from error
+        raise TrainError(f"cannot read snapshot {paths[-1]}: {first_line(error)}") from error
 
 
 def _paths(folder: Path) -> list[Path]:

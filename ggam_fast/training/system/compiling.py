@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ggam_fast.training.errors import first_line
+
 
 def compile_or_eager(
     function: Callable[..., Any],
@@ -31,9 +33,7 @@ def compile_or_eager(
         with torch.random.fork_rng():
             probe(compiled)
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        note(f"running eagerly, torch.compile failed: {reason}")
+        note(f"running eagerly, torch.compile failed: {first_line(error)}")
         compiled = function
     module.load_state_dict(state)
     module.zero_grad(set_to_none=True)

@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import TrainError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -21,8 +21,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrainError(f"--device {name} cannot be used: {reason}") from error
+        raise TrainError(f"--device {name} cannot be used: {first_line(error)}") from error
     return device
 
 

@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import TrainError, first_line
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.show.console import Report
@@ -101,7 +101,7 @@ def export_run(config: ExportConfig, report: Report) -> list[Path]:
         except OSError:
             raise  # of writing
         except Exception as error:  # exporters raise errors of many kinds
-            raise TrainError(f"cannot export to {kind}: {_first_line(error)}") from error
+            raise TrainError(f"cannot export to {kind}: {first_line(error)}") from error
         differences[kind] = difference(model, exported, side, kind)
 
     writers: dict[str, Callable[[Path], Any]] = {
@@ -192,7 +192,3 @@ def _quiet() -> Any:
             yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

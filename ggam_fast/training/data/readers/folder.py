@@ -10,7 +10,7 @@ from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
 
 from ggam_fast.training.data.image_set import ImageSet
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import TrainError, first_line
 
 _HOLDOUTS = ("test", "val", "valid")
 # The same images are held out whatever --seed is.
@@ -129,4 +129,4 @@ def _scan(root: Path) -> ImageFolder:
     try:
         return _Folder(root)
     except OSError as error:  # torchvision names the folder or the empty class
-        raise TrainError(f"{root}: {str(error).splitlines()[0]}") from error
+        raise TrainError(f"{root}: {first_line(error)}") from error

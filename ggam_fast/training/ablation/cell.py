@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from ggam_fast.training.data.batches import Batches
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.measure.classification import classification_metrics
-from ggam_fast.training.measure.geometry import Placed, placed
-from ggam_fast.training.measure.localization import centred, enlarged, measured, summary
+from ggam_fast.training.measure.geometry import Placed, object_share, placed
+from ggam_fast.training.measure.localization import Tally, centred
 from ggam_fast.training.model.backbones import Backbone
 from ggam_fast.training.model.classifier import create_head
 from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.run.loop import Fit, evaluate
 from ggam_fast.training.system.devices import autocast
+from ggam_fast.training.system.versions import versions
 
 _CHUNK = 64
 _PICTURES = 6
@@ -63,21 +63,13 @@ class CellData:
         spread = [int(classes[index * len(classes) // count]) for index in range(count)]
         return [int((labels == label).nonzero()[0]) for label in spread]
 
-    def localised(self, maps: Tensor) -> dict[str, float]:
-        """Measures of maps (N, h, w) of the whole test split, N in its order."""
-        size = (self.backbone.image_size,) * 2
-        return summary(
-            [
-                measured(
-                    enlarged(part, size),
-                    areas=found.areas,
-                    boxes=found.boxes,
-                    parts=found.parts,
-                    thresholds=self.thresholds,
-                )
-                for part, found in zip(maps.split(_CHUNK), self.annotations, strict=True)
-            ]
-        )
+    def localised(self, maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Measures of maps (N, h, w) by name, of the whole test split, N in its order."""
+        tally = Tally((self.backbone.image_size,) * 2, self.thresholds)
+        for number, truth in enumerate(self.annotations):
+            rows = slice(number * _CHUNK, (number + 1) * _CHUNK)
+            tally.add({name: heat[rows] for name, heat in maps.items()}, truth)
+        return tally.means()
 
     @cached_property
     def chance(self) -> dict[str, dict[str, float]]:
@@ -85,11 +77,9 @@ class CellData:
         if not self.annotations:
             return {}
         count, side = len(self.images.splits["test"]), self.backbone.image_size
-        found = {"centre": self.localised(centred(count, (side, side)))}
-        areas = [part.areas for part in self.annotations if part.areas is not None]
-        if areas:
-            found["uniform"] = {"energy": torch.cat(areas).double().mean().item()}
-        return found
+        found = self.localised({"centre": centred(count, (side, side))})
+        covered = object_share(self.annotations)
+        return found if covered is None else {**found, "uniform": {"energy": covered}}
 
 
 def run_cell(
@@ -133,7 +123,7 @@ def run_cell(
     grad_cam, attention = _test_maps(head, data, batches["test"])
     if data.annotations:
         maps = {"grad_cam": grad_cam} | ({} if attention is None else {"attention": attention})
-        results["localisation"] = {name: data.localised(heat) for name, heat in maps.items()} | data.chance
+        results["localisation"] = data.localised(maps) | data.chance
     results["beta"] = {"before": before, "after": beta_statistics(head, batches["val"])}
     results["pictures"] = {
         "rows": data.pictures,
@@ -142,7 +132,7 @@ def run_cell(
     }
     results["training_seconds"] = round(trained_for, 2)
     results["seconds"] = round(time.monotonic() - started, 2)
-    results["versions"] = {name: metadata.version(name) for name in ("torch", "timm", "torchvision")}
+    results["versions"] = versions()
     return results
 
 

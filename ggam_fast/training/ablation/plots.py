@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 
 from ggam_fast.training.ablation.group import Group
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
-from ggam_fast.training.show.figures import literal, new_figure, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, GREEN, VERMILION, literal, new_figure, show_heat, show_image
 from ggam_fast.training.system.files import write_atomically
 
-# Okabe and Ito: told apart with any colour vision; markers say it too.
-_PLAIN, _GUIDED = "#0072B2", "#D55E00"
-_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
+_PLAIN, _GUIDED = BLUE, VERMILION
+_STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"))
 
 
 def draw_table(path: Path, rows: Sequence[Group]) -> bool:

@@ -20,7 +20,7 @@ from ggam_fast.training.data.scan import scan
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.feature_cache import default_cache_dir
 from ggam_fast.training.show.console import Report
-from ggam_fast.training.show.figures import literal
+from ggam_fast.training.show.figures import BLUE, VERMILION, YELLOW, literal
 from ggam_fast.training.system.files import write_atomically
 
 _COLUMNS = 6
@@ -120,15 +120,13 @@ def preview(config: ShowConfig, report: Report) -> Path:
         if found is None:
             continue
         if found.masks is not None:
-            axes.contour(found.masks(row).numpy(), levels=[0.5], colors="#D55E00", linewidths=1)
+            axes.contour(found.masks(row).numpy(), levels=[0.5], colors=VERMILION, linewidths=1)
         if found.boxes is not None:
             x0, y0, x1, y1 = found.boxes[row].tolist()
-            axes.add_patch(
-                Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="#0072B2", linewidth=1.5)
-            )
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=BLUE, linewidth=1.5))
         if found.parts is not None:
             seen = found.parts[row][found.parts[row][:, 2] > 0]
-            axes.plot(seen[:, 0], seen[:, 1], "o", color="#F0E442", markersize=3, markeredgecolor="black")
+            axes.plot(seen[:, 0], seen[:, 1], "o", color=YELLOW, markersize=3, markeredgecolor="black")
     write_atomically(config.out, lambda part: figure.savefig(part, format="png"))
     report.note(f"{len(rows)} images of {images.name}, split {config.split}: {config.out}")
     return config.out

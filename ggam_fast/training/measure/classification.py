@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,6 +32,16 @@ class Metrics:
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+def confused_with(confusion: Sequence[Sequence[int]], index: int, classes: Sequence[str]) -> str:
+    """The class that images of class `index` are most often taken for, with their number; or a dash.
+
+    `confusion`: rows are true classes, as in `Metrics`.
+    """
+    mistakes = [0 if other == index else count for other, count in enumerate(confusion[index])]
+    worst = max(range(len(mistakes)), key=mistakes.__getitem__)
+    return f"{classes[worst]} ({mistakes[worst]})" if mistakes[worst] else "-"
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:

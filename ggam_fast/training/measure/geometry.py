@@ -12,7 +12,6 @@ from torchvision import tv_tensors  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as TF  # type: ignore[import-untyped]
 
 from ggam_fast.training.data.image_set import ImageSet
-from ggam_fast.training.measure.localization import boxes_to_masks
 
 Transform = Callable[..., Tensor]
 
@@ -54,6 +53,24 @@ def placed(images: ImageSet, rows: Sequence[int], transform: Transform, size: in
     if stacked_areas is None and stacked_boxes is not None:
         stacked_areas = boxes_to_masks(stacked_boxes, (size, size))
     return Placed(stacked_areas, stacked_boxes, torch.stack(parts) if parts else None)
+
+
+def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The pixels whose centres lie in each box."""
+    y, x = (torch.arange(length) + 0.5 for length in size)
+    x0, y0, x1, y1 = boxes.unbind(1)
+    rows = (y >= y0[:, None]) & (y < y1[:, None])
+    columns = (x >= x0[:, None]) & (x < x1[:, None])
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def object_share(truths: Sequence[Placed]) -> float | None:
+    """The share of the pictures that the objects cover, in [0, 1]; None without areas.
+
+    It is the energy that a uniform map reaches.
+    """
+    areas = [truth.areas for truth in truths if truth.areas is not None]
+    return torch.cat(areas).double().mean().item() if areas else None
 
 
 def _moved(annotation: Tensor, image: Image.Image, transform: Transform) -> Tensor:

@@ -8,13 +8,15 @@ map is the share of the picture that the object covers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from scipy import ndimage  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
+
+from ggam_fast.training.measure.geometry import Placed
 
 DELTAS = (0.3, 0.5, 0.7)
 """The overlaps that MaxBoxAccV2 averages over."""
@@ -29,15 +31,6 @@ def centred(count: int, size: tuple[int, int]) -> Tensor:
     """A Gaussian around the centre, of a quarter of the side, for each of `count` pictures."""
     y, x = (torch.linspace(-2, 2, length).square() for length in size)
     return torch.exp(-(y[:, None] + x[None, :]) / 2).expand(count, *size)
-
-
-def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The pixels whose centres lie in each box."""
-    y, x = (torch.arange(length) + 0.5 for length in size)
-    x0, y0, x1, y1 = boxes.unbind(1)
-    rows = (y >= y0[:, None]) & (y < y1[:, None])
-    columns = (x >= x0[:, None]) & (x < x1[:, None])
-    return rows[:, :, None] & columns[:, None, :]
 
 
 def peaks(heat: Tensor) -> Tensor:
@@ -103,20 +96,14 @@ def max_box_acc_v2(overlaps: Tensor) -> float:
     return float(np.mean([(overlaps >= delta).double().mean(0).max().item() for delta in DELTAS]))
 
 
-def measured(
-    heat: Tensor,
-    *,
-    areas: Tensor | None,
-    boxes: Tensor | None,
-    parts: Tensor | None,
-    thresholds: int = 100,
-) -> dict[str, Tensor]:
+def measured(heat: Tensor, truth: Placed, thresholds: int = 100) -> dict[str, Tensor]:
     """Every measure that the annotations of these N images allow, a row for each image, of maps (N, H, W).
 
     "pointing" and "pointing_15px" (the published tolerance, for pictures of about 224 pixels), "energy",
     "box_overlaps", and "parts" within a tenth of the longer side of the box, or of the picture.
     """
     rows: dict[str, Tensor] = {}
+    areas, boxes, parts = truth
     if areas is not None:
         rows["pointing"] = pointing_game(heat, areas)
         rows["pointing_15px"] = pointing_game(heat, areas, 15)
@@ -136,6 +123,30 @@ def summary(batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     if "box_overlaps" in rows:
         means["max_box_acc_v2"] = max_box_acc_v2(rows["box_overlaps"])
     return means
+
+
+class Tally:
+    """Measures of several kinds of maps over a data set, collected batch by batch.
+
+    `size`: H x W of the pictures that the annotations are in. `thresholds`: of `box_overlaps`.
+    """
+
+    def __init__(self, size: tuple[int, int], thresholds: int) -> None:
+        self._size = size
+        self._thresholds = thresholds
+        self._found: dict[str, list[dict[str, Tensor]]] = {}
+
+    def add(self, maps: Mapping[str, Tensor], truth: Placed) -> None:
+        """Maps (N, h, w) by name, and the annotations of the same N images; without any, nothing is added."""
+        if not truth.kinds():
+            return
+        for name, heat in maps.items():
+            found = measured(enlarged(heat, self._size), truth, self._thresholds)
+            self._found.setdefault(name, []).append(found)
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """`summary` of every kind of map."""
+        return {name: summary(batches) for name, batches in self._found.items()}
 
 
 def _overlap(ours: tuple[int, ...], theirs: np.ndarray) -> float:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +38,7 @@ from ggam_fast.training.system.devices import autocast, device_name, precision, 
 from ggam_fast.training.system.distributed import ALONE, World, joined, local_device
 from ggam_fast.training.system.files import output_folder, write_atomically
 from ggam_fast.training.system.interrupts import InterruptGuard
+from ggam_fast.training.system.versions import versions
 from ggam_fast.training.use import evaluate as evaluation
 from ggam_fast.training.use import export
 
@@ -178,7 +178,7 @@ def write_metrics(
         "seconds": round(seconds, 1),
         "device": device_name(device),
         "notes": images.notes,
-        "versions": {name: metadata.version(name) for name in ("torch", "timm", "torchvision")},
+        "versions": versions(),
     }
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
 

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ggam_fast.training.measure.classification import Metrics
+from ggam_fast.training.measure.classification import Metrics, confused_with
 
 # Without a terminal, a line this often at most.
 _PLAIN_SECONDS = 10.0
@@ -99,10 +99,7 @@ class Report:
         for column in ("images", "recall", "most confused with"):
             table.add_column(column, justify="right")
         for index, name in enumerate(classes):
-            row = metrics.confusion[index]
-            others = [count if other != index else 0 for other, count in enumerate(row)]
-            worst = max(range(len(others)), key=others.__getitem__)
-            confused = f"{classes[worst]} ({others[worst]})" if others[worst] else "-"
+            confused = confused_with(metrics.confusion, index, classes)
             recall = f"{metrics.recall[index]:.3f}" if metrics.support[index] else "-"
             table.add_row(escape(name), str(metrics.support[index]), recall, escape(confused))
         self.console.print(table)

@@ -9,6 +9,8 @@ from torch import Tensor, linspace
 from torch.nn import functional as F
 
 COLOUR_MAP = "viridis"
+# Of Okabe and Ito, whose colours are told apart with any colour vision.
+BLUE, VERMILION, GREEN, ORANGE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#F0E442"
 
 
 def literal(text: str) -> str:

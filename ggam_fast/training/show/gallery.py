@@ -13,12 +13,10 @@ from torch import Tensor
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.model.heatmaps import heat_maps
-from ggam_fast.training.show.figures import colour_key, literal, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, VERMILION, colour_key, literal, show_heat, show_image
 from ggam_fast.training.system.files import write_atomically
 
 _ROWS, _COLUMNS = 4, 2
-# Okabe and Ito's blue and vermilion: told apart with any colour vision. A sign says it too.
-_RIGHT, _WRONG = "#0072B2", "#D55E00"
 
 
 def choose_examples(logits: Tensor, labels: Tensor, count: int) -> list[int]:
@@ -80,7 +78,7 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
         guess = literal(images.classes[int(predicted[index])])
         panel.suptitle(
             f"✓ {label}" if right else f"✗ {label}, predicted {guess}",
-            color=_RIGHT if right else _WRONG,
+            color=BLUE if right else VERMILION,  # a sign says it too
             fontsize=13,
             fontweight="bold",
             y=0.97,

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ggam_fast.training.measure.classification import confused_with
 from ggam_fast.training.measure.localization import localisation_rows
 from ggam_fast.training.show.figures import literal, new_figure, show_heat, show_image
 from ggam_fast.training.system.files import write_atomically
@@ -179,15 +180,13 @@ def _image(figure: Figure, text: str, caption: str = "") -> str:
 def _classes(found: dict[str, Any], classes: Sequence[str]) -> str:
     lines = []
     for index, name in enumerate(classes):
-        row = [count if other != index else 0 for other, count in enumerate(found["confusion"][index])]
-        worst = max(range(len(row)), key=row.__getitem__)
         support = found["support"][index]
         lines.append(
             [
                 name,
                 str(support),
                 f"{100 * found['recall'][index]:.1f}" if support else "-",
-                f"{classes[worst]} ({row[worst]})" if row[worst] else "-",
+                confused_with(found["confusion"], index, classes),
             ]
         )
     return "<h2>Classes</h2>" + table(["class", "images", "recall, %", "most confused with"], lines)

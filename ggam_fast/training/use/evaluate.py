@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +21,8 @@ from ggam_fast.training.data.scan import readable
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.measure.classification import classification_metrics
 from ggam_fast.training.measure.faithfulness import area, deletion_curves, insertion_curves, ranks
-from ggam_fast.training.measure.geometry import placed
-from ggam_fast.training.measure.localization import centred, enlarged, localisation_rows, measured, summary
+from ggam_fast.training.measure.geometry import Placed, object_share, placed
+from ggam_fast.training.measure.localization import Tally, centred, enlarged, localisation_rows
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.model.model_file import Checkpoint
@@ -32,6 +31,7 @@ from ggam_fast.training.show.gallery import choose_examples
 from ggam_fast.training.show.page import Example, write_html
 from ggam_fast.training.system.devices import device_name, resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
+from ggam_fast.training.system.versions import versions
 from ggam_fast.training.use.open_run import open_run, run_images, weights_name
 
 NUMBERS, PAGE = "evaluation.json", "evaluation.html"
@@ -158,7 +158,7 @@ def evaluated(
         "thresholds": config.thresholds,
         "faithfulness": None,
         "device": device_name(device),
-        "versions": {name: metadata.version(name) for name in ("torch", "timm", "torchvision")},
+        "versions": versions(),
     }
     for name in ("top5", "calibration_error"):
         report.note(f"{name.replace('_', ' ')} {results['classification'][name]:.3f}")
@@ -206,8 +206,8 @@ def look(
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     maps: dict[str, list[Tensor]] = {}
-    found: dict[str, list[dict[str, Tensor]]] = {}
-    areas: list[Tensor] = []
+    tally = Tally((side, side), config.thresholds)
+    truths: list[Placed] = []
     rows = iter(images.splits[config.split].split(config.batch_size))
     with report.bar("looking", len(files)) as bar:
         for inputs, target in batches.epoch(0):
@@ -220,26 +220,14 @@ def look(
             labels.append(target.cpu())
             for name, heat in heats.items():
                 maps.setdefault(name, []).append(heat.cpu())
-            truth = placed(images, next(rows).tolist(), transform, side)
-            if truth.kinds():
-                big = {name: enlarged(heat.cpu(), (side, side)) for name, heat in heats.items()}
-                big[CENTRE] = centred(len(target), (side, side))
-                for name, heat in big.items():
-                    found.setdefault(name, []).append(
-                        measured(
-                            heat,
-                            areas=truth.areas,
-                            boxes=truth.boxes,
-                            parts=truth.parts,
-                            thresholds=config.thresholds,
-                        )
-                    )
-                if truth.areas is not None:
-                    areas.append(truth.areas)
+            truths.append(placed(images, next(rows).tolist(), transform, side))
+            centre = centred(len(target), (side, side))
+            tally.add({**{name: heat.cpu() for name, heat in heats.items()}, CENTRE: centre}, truths[-1])
             bar.advance(len(target))
-    localisation = {name: summary(parts) for name, parts in found.items()}
-    if areas:
-        localisation[UNIFORM] = {"energy": torch.cat(areas).double().mean().item()}
+    localisation = tally.means()
+    covered = object_share(truths)
+    if covered is not None:
+        localisation[UNIFORM] = {"energy": covered}
     joined = {name: torch.cat(parts) for name, parts in maps.items()}
     return Looked(torch.cat(logits), torch.cat(labels), joined, localisation)
 

@@ -20,14 +20,14 @@ from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.model.model_file import Checkpoint
 from ggam_fast.training.show.console import Report
-from ggam_fast.training.show.figures import literal, new_figure, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, ORANGE, literal, new_figure, show_heat, show_image
 from ggam_fast.training.system.devices import resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
 from ggam_fast.training.use.open_run import open_run
 
 _TOP = 5
-# Of the first run and of the one it is compared with; told apart without colour vision too.
-_BARS = ("#0072b2", "#e69f00")
+# Of the first run and of the one it is compared with.
+_BARS = (BLUE, ORANGE)
 
 
 @dataclass(frozen=True)

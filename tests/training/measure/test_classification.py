@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ggam_fast.training.measure.classification import classification_metrics
+from ggam_fast.training.measure.classification import classification_metrics, confused_with
 
 
 def test_numbers_worked_out_by_hand():
@@ -33,3 +33,9 @@ def test_class_without_images_does_not_count_against_the_mean():
     metrics = classification_metrics(torch.eye(3)[labels], labels)
     assert metrics.balanced_accuracy == pytest.approx(1)
     assert metrics.macro_f1 == pytest.approx(1)
+
+
+def test_the_class_that_is_most_often_confused():
+    confusion = [[9, 1, 2], [0, 3, 0], [2, 2, 0]]
+    names = ("crow", "duck", "tit")
+    assert [confused_with(confusion, index, names) for index in range(3)] == ["tit (2)", "-", "crow (2)"]

@@ -7,9 +7,7 @@ from PIL import Image
 
 from ggam_fast.training.data.annotations import Annotations
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
-from ggam_fast.training.measure import localization as loc
-from ggam_fast.training.measure.geometry import placed
-from ggam_fast.training.measure.localization import boxes_to_masks
+from ggam_fast.training.measure.geometry import Placed, boxes_to_masks, object_share, placed
 
 
 @pytest.fixture
@@ -73,10 +71,18 @@ def test_boxes_stand_in_for_masks(marked):
 
 
 def mask(x0, y0, x1, y1, size=(10, 10)):
-    return loc.boxes_to_masks(torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32), size)
+    return boxes_to_masks(torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32), size)
 
 
 def test_box_pixels():
     found = mask(2, 3, 5, 4)
     assert found.sum() == 3
     assert found[0, 3, 2:5].all()
+
+
+def test_the_share_of_the_objects_is_a_mean_over_pixels():
+    areas = torch.zeros(2, 4, 4, dtype=torch.bool)
+    areas[0, 0] = True
+    truths = [Placed(areas, None, None), Placed(areas[:1], None, None)]
+    assert object_share(truths) == pytest.approx((4 + 0 + 4) / 48)
+    assert object_share([Placed(None, None, None)]) is None

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ggam_fast.training.measure import localization as loc
+from ggam_fast.training.measure.geometry import Placed, boxes_to_masks
 
 
 def heat(*points, size=(10, 10), background=0.0):
@@ -16,7 +17,7 @@ def heat(*points, size=(10, 10), background=0.0):
 
 
 def mask(x0, y0, x1, y1, size=(10, 10)):
-    return loc.boxes_to_masks(torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32), size)
+    return boxes_to_masks(torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32), size)
 
 
 def test_peak_is_the_first_of_equals():
@@ -116,7 +117,7 @@ def test_measures_of_a_data_set_are_means_over_its_images():
     areas = torch.stack([mask(0, 0, 5, 5)[0], mask(5, 5, 10, 10)[0]])
     boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0], [5.0, 5.0, 10.0, 10.0]])
     parts = torch.tensor([[[1.4, 1.0, 1.0]], [[9.0, 9.0, 1.0]]])
-    both = loc.measured(maps, areas=areas, boxes=boxes, parts=parts)
+    both = loc.measured(maps, Placed(areas, boxes, parts))
     found = loc.summary(
         [{name: rows[:1] for name, rows in both.items()}, {name: rows[1:] for name, rows in both.items()}]
     )
@@ -124,8 +125,26 @@ def test_measures_of_a_data_set_are_means_over_its_images():
     assert found["pointing"] == found["energy"] == found["parts"] == 0.5
     assert found["pointing_15px"] == 1
     assert set(found) == {"pointing", "pointing_15px", "energy", "parts", "max_box_acc_v2"}
-    assert set(loc.measured(maps, areas=areas, boxes=None, parts=None)) == {
+    assert set(loc.measured(maps, Placed(areas, None, None))) == {
         "pointing",
         "pointing_15px",
         "energy",
     }
+
+
+def test_a_tally_over_batches_is_the_summary_of_all():
+    maps = torch.rand(5, 4, 4)
+    boxes = torch.tensor([[1, 1, 5, 6]] * 5, dtype=torch.float32)
+    truth = Placed(boxes_to_masks(boxes, (8, 8)), boxes, None)
+    tally = loc.Tally((8, 8), thresholds=4)
+    for rows in (slice(0, 3), slice(3, 5)):
+        part = Placed(truth.areas[rows], boxes[rows], None)
+        tally.add({"a": maps[rows], "b": 1 - maps[rows]}, part)
+    whole = {
+        name: loc.summary([loc.measured(loc.enlarged(heat, (8, 8)), truth, 4)])
+        for name, heat in (("a", maps), ("b", 1 - maps))
+    }
+    assert tally.means() == {name: pytest.approx(values) for name, values in whole.items()}
+    empty = loc.Tally((8, 8), 4)
+    empty.add({"a": maps}, Placed(None, None, None))
+    assert empty.means() == {}

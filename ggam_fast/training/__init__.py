@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from ggam_fast.training.errors import TrainError
     from ggam_fast.training.model.model_file import Checkpoint, load_checkpoint, save_checkpoint
     from ggam_fast.training.run.train import Outcome, train
+    from ggam_fast.training.show.console import Report
 
 __all__ = [
     "Checkpoint",
     "Outcome",
+    "Report",
     "TrainConfig",
     "TrainError",
     "load_checkpoint",
@@ -37,6 +39,7 @@ __all__ = [
 _HOME = {
     "Checkpoint": "model.model_file",
     "Outcome": "run.train",
+    "Report": "show.console",
     "TrainConfig": "config.options",
     "TrainError": "errors",
     "load_checkpoint": "model.model_file",

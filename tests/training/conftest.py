@@ -107,11 +107,14 @@ def tiny_config(tmp_path: Path, photos: Path):
 
 @pytest.fixture
 def report():
+    """A `Report` that keeps its text and listens to the log."""
     from rich.console import Console
 
     from ggam_fast.training.show.console import Report
 
-    return Report(Console(file=io.StringIO(), width=100))
+    kept = Report(Console(file=io.StringIO(), width=100))
+    with kept.listening():
+        yield kept
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ggam_fast.training.measure.localization import Tally, centred
 from ggam_fast.training.model.backbones import Backbone
 from ggam_fast.training.model.classifier import create_head
 from ggam_fast.training.model.heatmaps import heat_maps
-from ggam_fast.training.run.loop import Fit, evaluate
+from ggam_fast.training.run.loop import Trainer, evaluate
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.versions import versions
 
@@ -99,7 +99,7 @@ def run_cell(
     except (ValueError, TypeError) as error:
         raise TrainError(str(error)) from error
     before = beta_statistics(head, batches["val"])
-    fit = Fit(
+    trainer = Trainer(
         head,
         [{"params": list(head.parameters()), "lr": config.optim.lr}],
         config.optim,
@@ -110,7 +110,7 @@ def run_cell(
         check=check,
     )
     trained_from = time.monotonic()
-    epochs = fit.run(batches["train"], batches["val"])
+    epochs = trainer.run(batches["train"], batches["val"])
     trained_for = time.monotonic() - trained_from
     head.eval()
     results: dict[str, Any] = {"epochs": epochs}

@@ -7,6 +7,7 @@ goes on with the cells that are missing.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,13 @@ from ggam_fast.training.config.options import (
 )
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.errors import Interrupted, TrainError
-from ggam_fast.training.run.train import check_images, create_classifier, load_images, map_batches
+from ggam_fast.training.run.prepare import check_images, create_classifier, load_images, map_batches
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.system.devices import device_name, precision, resolve_device
 from ggam_fast.training.system.files import remove_parts, write_atomically
 from ggam_fast.training.system.interrupts import InterruptGuard
+
+logger = logging.getLogger(__name__)
 
 CELLS = "cells"
 CamNorm = Literal["sigmoid", "softmax", "standardized"]
@@ -190,15 +193,13 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
     dtype = precision("auto", device)
     images = load_images(config.data)
     digest = images.digest(sizes=True)
-    report.note(f"{images.name}: {images.summary()}")
-    for line in images.notes:
-        report.note(f"  {line}")
+    images.log_notes(f"{images.name}: {images.summary()}")
     torch.manual_seed(0)
     base = config.training("none", study.cam_norms[0], 0.0, 0)
     model = create_classifier(base, len(images.classes)).to(device)
     model.backbone.to(memory_format=torch.channels_last)
     if config.data.skip_bad_images:
-        images = check_images(images, model.backbone, config.data, report)
+        images = check_images(images, model.backbone, config.data)
     images = with_validation(images)
     folder = cells_folder(study.out)
     results: list[dict[str, Any]] = []
@@ -228,13 +229,13 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
                     text = json.dumps(found)
                     write_atomically(path, lambda part, text=text: part.write_text(text))  # type: ignore[misc]
                     val, test = (found[split]["accuracy"] for split in ("val", "test"))
-                    report.note(
+                    logger.info(
                         f"{cell.name}: accuracy {val:.3f} val, {test:.3f} test  {found['seconds']:.0f} s"
                     )
                 results.append(found)
             finished = True
         except Interrupted:
-            report.note(f"interrupted after {len(results)} cells; the same command goes on")
+            logger.info(f"interrupted after {len(results)} cells; the same command goes on")
     if results:
         about = {
             "data": images.name,
@@ -252,7 +253,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
             norm: chosen_weight(results, norm) for norm in study.cam_norms
         }
         for path in write_report(study.out, about, results, best_weights, images if study.pictures else None):
-            report.note(f"wrote {path}")
+            logger.info(f"wrote {path}")
     return finished
 
 

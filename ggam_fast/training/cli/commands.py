@@ -62,12 +62,14 @@ def data(arguments: Sequence[str]) -> int:
     if what not in ("list", "check", "preview"):
         raise TrainError(f"ggam-fast data takes list, check or preview; got {what}")
     config = tyro.cli(data_commands.ShowConfig, args=rest, prog=f"ggam-fast data {what}")
-    if what == "list":
-        data_commands.show_list(Report())
-    elif what == "check":
-        return data_commands.check(config, Report())
-    else:
-        data_commands.preview(config, Report())
+    report = Report()
+    with report.listening():
+        if what == "check":
+            return data_commands.check(config, report)
+        if what == "list":
+            data_commands.show_list(report)
+        else:
+            data_commands.preview(config)
     return 0
 
 
@@ -82,7 +84,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     from ggam_fast.training.show.console import Report
     from ggam_fast.training.use import evaluate as evaluation
 
-    evaluation.evaluate_run(_parsed("evaluate", evaluation.EvaluateConfig(), arguments), Report())
+    config, report = _parsed("evaluate", evaluation.EvaluateConfig(), arguments), Report()
+    with report.listening():
+        evaluation.evaluate_run(config, report)
     return 0
 
 
@@ -97,7 +101,9 @@ def explain(arguments: Sequence[str]) -> int:
     from ggam_fast.training.show.console import Report
     from ggam_fast.training.use import explain as explanation
 
-    explanation.explain(_parsed("explain", explanation.ExplainConfig(), arguments), Report())
+    config = _parsed("explain", explanation.ExplainConfig(), arguments)
+    with Report().listening():
+        explanation.explain(config)
     return 0
 
 
@@ -114,7 +120,9 @@ def ablate(arguments: Sequence[str]) -> int:
 
     config = _parsed("ablate", study.AblateConfig(), arguments)
     command = shlex.join(["ggam-fast", "ablate", *arguments])
-    return 0 if study.ablate(config, Report(), command) else 130
+    report = Report()
+    with report.listening():
+        return 0 if study.ablate(config, report, command) else 130
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -128,7 +136,9 @@ def export(arguments: Sequence[str]) -> int:
     from ggam_fast.training.show.console import Report
     from ggam_fast.training.use import export as exporting
 
-    exporting.export_run(_parsed("export", exporting.ExportConfig(), arguments), Report())
+    config = _parsed("export", exporting.ExportConfig(), arguments)
+    with Report().listening():
+        exporting.export_run(config)
     return 0
 
 
@@ -261,7 +271,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
 
 
 def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
-    from ggam_fast.training.run.train import OPTIONS
+    from ggam_fast.training.run.artifacts import OPTIONS
 
     if not (folder / OPTIONS).is_file():
         raise TrainError(f"--resume {folder}: no run of ggam-fast train there (no {OPTIONS})")

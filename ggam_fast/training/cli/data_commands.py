@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from ggam_fast.training.model.feature_cache import default_cache_dir
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.show.figures import BLUE, VERMILION, YELLOW, literal
 from ggam_fast.training.system.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = 6
 
@@ -54,7 +57,7 @@ def show_list(report: Report) -> None:
 
 def check(config: ShowConfig, report: Report) -> int:
     """Count, read and compare every file; the exit code: 0 if all is well, 2 if some cannot be read."""
-    images = _read(config, report)
+    images = _read(config)
     table = Table(title=images.summary(), title_justify="left")
     for column in ("split", "images", "classes", "smallest class", "largest class"):
         table.add_column(column, justify="left" if column == "split" else "right")
@@ -64,19 +67,19 @@ def check(config: ShowConfig, report: Report) -> int:
         table.add_row(split, str(len(rows)), str(len(counts)), str(least), str(most))
     report.console.print(table)
     kinds = images.annotations.kinds() if images.annotations else ()
-    report.note(f"annotations: {', '.join(kinds) or 'none'}")
+    logger.info(f"annotations: {', '.join(kinds) or 'none'}")
     with report.bar("reading", len(images.files)) as bar:
         found = scan(images, range(len(images.files)), lambda: bar.advance(1))
     bad = [one for one in found if one.problem is not None]
     sizes = [one.size for one in found if one.problem is None]
     if sizes:
-        report.note(f"smallest image {min(sizes, key=min)}, largest {max(sizes, key=max)} (width, height)")
+        logger.info(f"smallest image {min(sizes, key=min)}, largest {max(sizes, key=max)} (width, height)")
     for group in duplicates(images):
         names = ", ".join(str(images.files[row]) for row in group)
-        report.note(f"the same file in more than one split: {names}")
+        logger.info(f"the same file in more than one split: {names}")
     for one in bad:
-        report.note(f"cannot be read: {images.files[one.row]} ({one.problem})")
-    report.note(f"{len(bad)} of {len(images.files)} images cannot be read")
+        logger.info(f"cannot be read: {images.files[one.row]} ({one.problem})")
+    logger.info(f"{len(bad)} of {len(images.files)} images cannot be read")
     return 2 if bad else 0
 
 
@@ -95,9 +98,9 @@ def duplicates(images: ImageSet) -> list[list[int]]:
     return [rows for rows in groups.values() if len({split_of.get(row) for row in rows}) > 1]
 
 
-def preview(config: ShowConfig, report: Report) -> Path:
+def preview(config: ShowConfig) -> Path:
     """Draw some images of a split with their classes, boxes, parts and masks."""
-    images = _read(config, report)
+    images = _read(config)
     if config.split not in images.splits:
         raise TrainError(f"--split {config.split}: {images.name} has {', '.join(images.splits)}")
     if config.images < 1:
@@ -128,7 +131,7 @@ def preview(config: ShowConfig, report: Report) -> Path:
             seen = found.parts[row][found.parts[row][:, 2] > 0]
             axes.plot(seen[:, 0], seen[:, 1], "o", color=YELLOW, markersize=3, markeredgecolor="black")
     write_atomically(config.out, lambda part: figure.savefig(part, format="png"))
-    report.note(f"{len(rows)} images of {images.name}, split {config.split}: {config.out}")
+    logger.info(f"{len(rows)} images of {images.name}, split {config.split}: {config.out}")
     return config.out
 
 
@@ -141,9 +144,7 @@ def _spread(images: ImageSet, split: str, count: int) -> list[int]:
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)][:count]
 
 
-def _read(config: ShowConfig, report: Report) -> ImageSet:
+def _read(config: ShowConfig) -> ImageSet:
     images = read_images(config.data, config.root, config.cache_dir or default_cache_dir())
-    report.note(images.name)
-    for line in images.notes:
-        report.note(f"  {line}")
+    images.log_notes(images.name)
     return images

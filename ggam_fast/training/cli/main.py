@@ -18,6 +18,8 @@ _NEEDED = (
     "tensorboard",
     "safetensors",
     "yaml",
+    "jinja2",
+    "filelock",
 )
 _BAD_INPUT = 2
 _INTERRUPTED = 130

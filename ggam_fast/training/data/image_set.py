@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from ggam_fast.training.config.options import DataConfig
 from ggam_fast.training.data.annotations import Annotations
 from ggam_fast.training.errors import TrainError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class ImageSet:
         }
         text = json.dumps([self.classes, sorted(parts.items())])
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def log_notes(self, heading: str) -> None:
+        """Log `heading`, and below it what a user must know of these images."""
+        logger.info(heading)
+        for line in self.notes:
+            logger.info(f"  {line}")
 
     def summary(self) -> str:
         splits = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())

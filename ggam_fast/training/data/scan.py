@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ggam_fast.training.data.image_set import ImageSet, check_depth
 from ggam_fast.training.errors import TrainError
+
+logger = logging.getLogger(__name__)
 
 # How many files a message names.
 _NAMED = 5
@@ -53,9 +56,7 @@ def _problem(path: Path) -> tuple[str | None, tuple[int, int]]:
         return str(error), (0, 0)
 
 
-def readable(
-    images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool, note: Callable[[str], None]
-) -> ImageSet:
+def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> ImageSet:
     """`images`, all of which can be read and are no smaller than the crop; with `skip_bad` without the rest.
 
     Raises:
@@ -68,7 +69,7 @@ def readable(
         names = _list([f"{files[one.row]} ({one.problem})" for one in bad])
         if not skip_bad:
             raise TrainError(f"cannot read {_images(len(bad))}: {names}; --skip-bad-images leaves them out")
-        note(f"left out {_images(len(bad))} that cannot be read: {names}")
+        logger.info(f"left out {_images(len(bad))} that cannot be read: {names}")
         images = images.without([one.row for one in bad])
     small = [one for one in found if one.problem is None and min(one.size) < crop]
     if small and not enlarge:

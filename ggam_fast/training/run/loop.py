@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from ggam_fast.training.system.compiling import compile_or_eager
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.distributed import ALONE, World
 
+logger = logging.getLogger(__name__)
+
 # Reading a number waits for the device, so it is not done in every step.
 _READ_EVERY = 10
 _WARM_UP = 0.2
@@ -33,7 +36,7 @@ _NUMBERS = ("loss", "guidance", "accuracy")
 Groups = list[dict[str, Any]]
 
 
-class Fit:
+class Trainer:
     """Trains `trained`, a GGAM head on maps or a whole classifier on images, as `optim` says.
 
     `groups`: the parameter groups, each with its highest rate `lr`. `num_classes`: for mixed targets.
@@ -232,8 +235,8 @@ class Fit:
         )
         if not self._compile:
             return self._world.wrap(step, self._device)
-        note = (lambda text: None) if report is None else report.note
-        note("compiling the training step")
+        if report is not None:
+            logger.info("compiling the training step")
         self.trained.train()
         with torch.random.fork_rng():
             inputs, targets = self._mix(*train.example())
@@ -242,7 +245,7 @@ class Fit:
             loss_of(inputs, targets)[0].backward()
 
         # The compiler does not look into DistributedDataParallel, so it gets the module inside.
-        return self._world.wrap(compile_or_eager(step, step, probe, note), self._device)
+        return self._world.wrap(compile_or_eager(step, step, probe), self._device)
 
 
 def _optimizer(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:

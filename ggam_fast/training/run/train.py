@@ -3,52 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
-import shutil
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from ggam_fast import GGAMHead
 from ggam_fast.training.config.config_file import config_text
-from ggam_fast.training.config.options import DataConfig, HeadConfig, RunConfig, TrainConfig
-from ggam_fast.training.data.batches import Batches, ImageBatches, MapBatches
-from ggam_fast.training.data.image_set import ImageFiles, ImageSet, eval_transform, train_transform, workers
-from ggam_fast.training.data.readers import read_images
-from ggam_fast.training.data.scan import readable
-from ggam_fast.training.errors import Interrupted, TrainError
+from ggam_fast.training.config.options import RunConfig, TrainConfig
+from ggam_fast.training.data.image_set import ImageSet
+from ggam_fast.training.errors import Interrupted
 from ggam_fast.training.measure.classification import Metrics, classification_metrics
 from ggam_fast.training.model import model_file
-from ggam_fast.training.model.backbones import Backbone, create_backbone
-from ggam_fast.training.model.classifier import GGAMClassifier, create_head
-from ggam_fast.training.model.feature_cache import MapFile, default_cache_dir, encoded
-from ggam_fast.training.run import resume_state
-from ggam_fast.training.run.log import BOARD, RunLog
-from ggam_fast.training.run.loop import Fit, Groups, evaluate
+from ggam_fast.training.model.classifier import GGAMClassifier
+from ggam_fast.training.run.artifacts import GALLERY, METRICS, OPTIONS, RunArtifacts
+from ggam_fast.training.run.log import RunLog
+from ggam_fast.training.run.loop import Groups, Trainer, evaluate
+from ggam_fast.training.run.prepare import (
+    check_images,
+    create_classifier,
+    image_batches,
+    load_images,
+    map_batches,
+)
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.show.gallery import draw_gallery
-from ggam_fast.training.system.compiling import compile_or_eager
-from ggam_fast.training.system.devices import autocast, device_name, precision, resolve_device
-from ggam_fast.training.system.distributed import ALONE, World, joined, local_device
+from ggam_fast.training.system.devices import device_name, precision, resolve_device
+from ggam_fast.training.system.distributed import World, joined, local_device
 from ggam_fast.training.system.files import output_folder, write_atomically
 from ggam_fast.training.system.interrupts import InterruptGuard
 from ggam_fast.training.system.versions import versions
-from ggam_fast.training.use import evaluate as evaluation
-from ggam_fast.training.use import export
 
-METRICS = "metrics.json"
-OPTIONS = "options.yaml"
-GALLERY = "gallery.png"
-# What `evaluate` and `export` put beside them.
-_MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *export.NAMES.values())
-# On two cores, compiling the frozen backbone costs the time it saves on about this many images.
-_COMPILE_BACKBONE_FROM = 1500
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,9 @@ def train(config: TrainConfig, report: Report) -> Outcome:
     """
     config.check()
     with joined() as world:
-        return _train(config, report if world.speaks else Report.silent(), world)
+        heard = report if world.is_main else Report.silent()
+        with heard.listening():
+            return _train(config, heard, world)
 
 
 def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
@@ -81,23 +72,21 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     device = resolve_device(local_device() if on_gpus else config.run.device)
     dtype = precision(config.run.precision, device)
     images = loaded = load_images(config.data)
-    report.note(f"{images.name}: {images.summary()}")
-    for line in images.notes:
-        report.note(f"  {line}")
+    images.log_notes(f"{images.name}: {images.summary()}")
     torch.manual_seed(config.optim.seed)
     model = create_classifier(config, len(images.classes)).to(device)
     backbone = model.backbone.to(memory_format=torch.channels_last)
     channels, (height, width) = backbone.num_features, backbone.feat_size
-    report.note(
+    logger.info(
         f"{backbone.name}, {'fine-tuned' if config.backbone.finetune else 'frozen'}, maps of "
         f"{channels} x {height} x {width}; GGAM head; {device_name(device)}"
         + (f"; {world.size} processes" if world.size > 1 else "")
     )
     if config.backbone.finetune or config.data.skip_bad_images:
-        images = check_images(images, backbone, config.data, report)
+        images = check_images(images, backbone, config.data)
     with run_folder(config.run, images.name, world) as out, InterruptGuard() as interrupt:
         model.backbone.requires_grad_(config.backbone.finetune)
-        fit = Fit(
+        trainer = Trainer(
             model if config.backbone.finetune else model.head,
             parameter_groups(model, config),
             config.optim,
@@ -108,7 +97,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             world=world,
             check=interrupt.check,
         )
-        kept = Kept(out, fit, model, model_file.describe(model, loaded, config), world)
+        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, loaded, config), world)
         under_way = False
         try:
             batches = (
@@ -117,48 +106,52 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 else map_batches(images, model, config, device, dtype, report, interrupt, world)
             )
             if config.run.resume is not None:
-                kept.go_on()
-                report.note(f"going on after {fit.steps} steps")
-            elif world.speaks:
-                kept.start()
+                artifacts.restore()
+                logger.info(f"going on after {trainer.steps} steps")
+            elif world.is_main:
+                artifacts.clear()
                 root = config.data.root and config.data.root.absolute()
                 options = {**config.values(), "root": root, "resume": None, "overwrite": None}
                 text = config_text(options)
                 write_atomically(out / OPTIONS, lambda part: part.write_text(text))
             under_way = True
-            log = RunLog(out, fit.steps) if world.speaks else None
+            log = RunLog(out, trainer.steps) if world.is_main else None
             with log or nullcontext():
-                epochs = fit.run(
+                epochs = trainer.run(
                     batches["train"],
                     batches.get("val"),
                     report=report,
                     log=log,
-                    save=kept.save_snapshot,
+                    save=artifacts.save_snapshot,
                     save_every=config.run.save_every,
                 )
-                logits, labels = evaluate(fit.result, batches["test"], device, dtype, world, interrupt.check)
+                logits, labels = evaluate(
+                    trainer.result, batches["test"], device, dtype, world, interrupt.check
+                )
                 metrics = classification_metrics(logits, labels)
-                path = kept.save_result()
+                path = artifacts.save_result()
                 if log is None:
                     return Outcome(path, metrics, None)
                 report.table(metrics, images.classes, "test")
                 seconds = time.monotonic() - started
                 write_metrics(out / METRICS, metrics, images, epochs, seconds, device)
-                gallery = draw_gallery(out / GALLERY, kept.classifier(), images, "test", logits)
-                log.numbers("test", fit.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1})
-                log.picture("gallery", fit.steps, gallery)
+                gallery = draw_gallery(out / GALLERY, artifacts.classifier(), images, "test", logits)
+                log.numbers(
+                    "test", trainer.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
+                )
+                log.picture("gallery", trainer.steps, gallery)
         except Interrupted:
             if not under_way:
-                report.note("interrupted before the first step; nothing was changed")
+                logger.info("interrupted before the first step; nothing was changed")
                 return Outcome(None, None, None)
-            path = kept.save_result()
-            kept.save_snapshot()
-            report.note(
-                f"interrupted after {fit.steps} steps; checkpoint: {path}; "
+            path = artifacts.save_result()
+            artifacts.save_snapshot()
+            logger.info(
+                f"interrupted after {trainer.steps} steps; checkpoint: {path}; "
                 f"ggam-fast train --resume {out} goes on"
             )
             return Outcome(path, None, None)
-        report.note(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
+        logger.info(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
         return Outcome(path, metrics, gallery)
 
 
@@ -187,80 +180,9 @@ def write_metrics(
 def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
     """`output_folder`, made by the process that speaks and known to all."""
     made_here = output_folder(config.out, name, overwrite=config.overwrite, resume=config.resume)
-    with made_here if world.speaks else nullcontext(None) as made:
-        folder = world.tell(made)
+    with made_here if world.is_main else nullcontext(None) as made:
+        folder = world.broadcast(made)
         yield folder
-
-
-class Kept:
-    """What a run keeps in its folder `out`: snapshots to go on from, the classifier of the best epoch (by
-    validation accuracy; without that split by training loss), and the last one, which is the result."""
-
-    def __init__(
-        self, out: Path, fit: Fit, model: GGAMClassifier, description: dict[str, Any], world: World
-    ) -> None:
-        self._out = out
-        self._fit = fit
-        self._model = model
-        self._description = description
-        self._world = world
-        self._epochs = 0
-        # What all parts of one run have in common.
-        self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
-        self._run["images"] = description["data"]["images"]
-
-    def start(self) -> None:
-        """Remove what an older run (--overwrite) left: --resume would go on with its resume_state."""
-        for name in (resume_state.FOLDER, BOARD):
-            shutil.rmtree(self._out / name, ignore_errors=True)
-        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, *_MADE_OF_A_RUN):
-            (self._out / name).unlink(missing_ok=True)
-
-    def go_on(self) -> None:
-        """Put the fit where the newest snapshot in the folder is.
-
-        Raises:
-            TrainError: no snapshot, or one of another model or data set.
-        """
-        state = resume_state.load_snapshot(self._out)
-        state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
-        for name, value in self._run.items():
-            if state["run"].get(name, value) != value:  # older snapshots do not know their images
-                raise TrainError(
-                    f"--resume {self._out}: its snapshot has another {name}"
-                    if name != "images"
-                    else f"--resume {self._out}: images were added or removed since its snapshot"
-                )
-        self._fit.load_state_dict(state["fit"])
-        self._epochs = len(self._fit.history)
-
-    def classifier(self) -> GGAMClassifier:
-        """The classifier as it is now; of averaged weights, if they are averaged."""
-        result = self._fit.result
-        if isinstance(result, GGAMClassifier):
-            return result
-        return GGAMClassifier(self._model.backbone, cast(GGAMHead, result))
-
-    def save_snapshot(self) -> None:
-        state = {"run": self._run, "fit": self._fit.state_dict()}  # in every process: each has its own part
-        if not self._world.speaks:
-            return
-        # The best first: a run killed between the two goes on from before this epoch, and saves it again.
-        history = self._fit.history
-        if len(history) > self._epochs:
-            self._epochs = len(history)
-            scores = [epoch.get("val_accuracy", -epoch["loss"]) for epoch in history]
-            if scores[-1] > max(scores[:-1], default=-math.inf):
-                self._save(model_file.BEST)
-        resume_state.save_snapshot(self._out, self._fit.steps, state)
-
-    def save_result(self) -> Path:
-        if self._world.speaks:
-            self._save(model_file.WEIGHTS)
-        return self._out / model_file.WEIGHTS
-
-    def _save(self, name: str) -> None:
-        model_file.save_checkpoint(self._out, self.classifier(), self._description, name)
 
 
 def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
@@ -269,139 +191,3 @@ def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
     if config.backbone.finetune:
         groups.append({"params": list(model.backbone.parameters()), "lr": config.optim.backbone_lr})
     return groups
-
-
-def load_images(config: DataConfig) -> ImageSet:
-    """The data set that `config` names."""
-    return read_images(config.data, config.root, config.cache_dir or default_cache_dir())
-
-
-def check_images(images: ImageSet, backbone: Backbone, config: DataConfig, report: Report) -> ImageSet:
-    """`scan.readable` as configured."""
-    return readable(
-        images,
-        backbone.image_size,
-        skip_bad=config.skip_bad_images,
-        enlarge=config.enlarge,
-        note=report.note,
-    )
-
-
-def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
-    """Backbone and head as configured.
-
-    Raises:
-        TrainError: an option that the backbone or the head refuses.
-    """
-    backbone = create_backbone(
-        config.backbone.backbone,
-        pretrained=config.backbone.pretrained,
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-    )
-    try:
-        return GGAMClassifier(backbone, create_head(backbone, num_classes, config.head))
-    except (ValueError, TypeError) as error:
-        raise TrainError(str(error)) from error
-
-
-def image_batches(
-    images: ImageSet,
-    model: GGAMClassifier,
-    config: TrainConfig,
-    device: torch.device,
-    world: World = ALONE,
-) -> dict[str, Batches]:
-    """Batches of decoded images for every split; the training split augmented and shuffled."""
-    look = model.backbone.preprocessing
-    if config.data.resize is None:
-        size, mean, std, _ = look
-        crops = train_transform(images, size, mean, std)
-    else:
-        crops = train_transform(images, *look)
-    batches: dict[str, Batches] = {}
-    for split, rows in images.splits.items():
-        train = split == "train"
-        transform = crops if train else eval_transform(*look)
-        batches[split] = ImageBatches(
-            ImageFiles(images, split, transform),
-            min(config.optim.batch_size, len(rows)),
-            device,
-            workers(config.data, device),
-            config.optim.seed if train else None,
-            world,
-        )
-    return batches
-
-
-def map_batches(
-    images: ImageSet,
-    model: GGAMClassifier,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    report: Report,
-    interrupt: InterruptGuard,
-    world: World = ALONE,
-) -> dict[str, Batches]:
-    """Batches of the frozen backbone's maps for every split: from the cache, else computed now.
-
-    The training split holds every image once for each of its mirrorings.
-    """
-    backbone = model.backbone.eval()
-    transform = eval_transform(*backbone.preprocessing)
-    folder = config.data.cache_dir or default_cache_dir()
-    datasets = {
-        split: ImageFiles(images, split, transform, images.flips if split == "train" else ((),))
-        for split in images.splits
-    }
-    weights = backbone.fingerprint()
-    files = {
-        split: MapFile(folder, backbone, weights, dataset, dtype, config.data.enlarge)
-        for split, dataset in datasets.items()
-    }
-    missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
-    count = sum(map(len, missing.values()))
-    if count and world.speaks:
-        if not config.data.skip_bad_images:  # else it was done before
-            check_images(images, backbone, config.data, report)
-        report.note(
-            f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
-            f", kept in {folder}"
-        )
-        largest = max(missing, key=lambda split: len(missing[split]))
-        batch_size = min(config.optim.batch_size, len(missing[largest]))
-        sources = {
-            split: ImageBatches(dataset, batch_size, device, workers(config.data, device))
-            for split, dataset in missing.items()
-        }
-
-        def encode(inputs: Tensor) -> Tensor:
-            with autocast(device, dtype):
-                return backbone(inputs)
-
-        if config.run.compile and count >= _COMPILE_BACKBONE_FROM:
-            report.note("compiling the backbone")
-            example, _ = sources[largest].example()
-            with torch.no_grad():
-                encode = compile_or_eager(encode, backbone, lambda f: f(example), report.note)
-        with report.bar("feature maps", count) as bar:
-
-            def on_batch(images: int) -> None:
-                interrupt.check()
-                bar.advance(images)
-
-            for split, source in sources.items():
-                files[split].write(encoded(source.epoch(0), encode, batch_size, on_batch))
-    world.wait()
-    return {
-        split: MapBatches(
-            file.open(),
-            datasets[split].labels,
-            min(config.optim.batch_size, len(datasets[split])),
-            device,
-            config.optim.seed if split == "train" else None,
-            world,
-        )
-        for split, file in files.items()
-    }

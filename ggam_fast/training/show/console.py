@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from ggam_fast.training.measure.classification import Metrics, confused_with
 
+_PACKAGE = "ggam_fast.training"
 # Without a terminal, a line this often at most.
 _PLAIN_SECONDS = 10.0
 
@@ -56,7 +58,10 @@ class Bar:
 
 
 class Report:
-    """Prints to `console`; standard output unless given."""
+    """What a run shows: tables, progress bars and, while it listens, the log of this package.
+
+    `console`: where it is printed; standard output unless given.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -65,6 +70,22 @@ class Report:
     def silent(cls) -> Report:
         """One that says nothing."""
         return cls(Console(quiet=True, force_terminal=False))
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile, what this package logs is printed, a line each. Listening twice prints once."""
+        logger = logging.getLogger(_PACKAGE)
+        if any(isinstance(one, _Notes) and one.report.console is self.console for one in logger.handlers):
+            yield
+            return
+        handler, level = _Notes(self), logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
     def note(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
@@ -107,3 +128,14 @@ class Report:
             f"accuracy {metrics.accuracy:.3f} (always the commonest class: {metrics.majority:.3f})"
             f"   balanced accuracy {metrics.balanced_accuracy:.3f}   macro F1 {metrics.macro_f1:.3f}"
         )
+
+
+class _Notes(logging.Handler):
+    """Prints each record as a line of a report."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.report.note(record.getMessage())

@@ -12,12 +12,13 @@ from torch import nn
 
 from ggam_fast.training.errors import first_line
 
+logger = logging.getLogger(__name__)
+
 
 def compile_or_eager(
     function: Callable[..., Any],
     module: nn.Module,
     probe: Callable[[Callable[..., Any]], object],
-    note: Callable[[str], None],
 ) -> Callable[..., Any]:
     """`function` compiled without graph breaks, or `function` itself if that fails.
 
@@ -33,7 +34,7 @@ def compile_or_eager(
         with torch.random.fork_rng():
             probe(compiled)
     except Exception as error:
-        note(f"running eagerly, torch.compile failed: {first_line(error)}")
+        logger.warning(f"running eagerly, torch.compile failed: {first_line(error)}")
         compiled = function
     module.load_state_dict(state)
     module.zero_grad(set_to_none=True)

@@ -15,17 +15,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class World:
-    """This process is number `rank` of `size`; number 0 speaks and writes."""
+    """This process is number `rank` of `size`; number 0 prints and writes."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this is process 0, which alone prints and writes."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
@@ -37,7 +38,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The `value` of process 0."""
         return self.gather(value)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from ggam_fast.training.system.devices import device_name, resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
 from ggam_fast.training.system.versions import versions
 from ggam_fast.training.use.open_run import open_run, run_images, weights_name
+
+logger = logging.getLogger(__name__)
 
 NUMBERS, PAGE = "evaluation.json", "evaluation.html"
 ATTENTION, CAM_LABEL, CAM_PREDICTED = "attention", "Grad-CAM, label", "Grad-CAM, guess"
@@ -117,7 +120,6 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
         model.backbone.image_size,
         skip_bad=config.skip_bad_images or theirs.get("skip_bad_images", False),
         enlarge=config.enlarge or theirs.get("enlarge", False),
-        note=report.note,
     )
     out = config.out or (config.run if config.run.is_dir() else config.run.parent)
     with writable_folder(out):
@@ -125,7 +127,7 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
         text = json.dumps(results, indent=1) + "\n"
         write_atomically(out / NUMBERS, lambda part: part.write_text(text))
         write_html(out / PAGE, results, examples)
-    report.note(f"results in {out}: {NUMBERS}, {PAGE}")
+    logger.info(f"results in {out}: {NUMBERS}, {PAGE}")
     return out / PAGE
 
 
@@ -139,9 +141,7 @@ def evaluated(
 ) -> tuple[dict[str, Any], list[Example]]:
     """Everything that evaluation.json holds, and the pictures of the page."""
     rows = images.splits[config.split]
-    report.note(f"{images.name}: {len(rows)} images of split {config.split}; {device_name(device)}")
-    for line in images.notes:
-        report.note(f"  {line}")
+    images.log_notes(f"{images.name}: {len(rows)} images of split {config.split}; {device_name(device)}")
     looked = look(model, images, config, device, report)
     metrics = classification_metrics(looked.logits, looked.labels)
     report.table(metrics, images.classes, config.split)
@@ -161,11 +161,11 @@ def evaluated(
         "versions": versions(),
     }
     for name in ("top5", "calibration_error"):
-        report.note(f"{name.replace('_', ' ')} {results['classification'][name]:.3f}")
+        logger.info(f"{name.replace('_', ' ')} {results['classification'][name]:.3f}")
     if looked.localisation:
         show_localisation(looked.localisation, results["localised_against"], report)
     else:
-        report.note(f"{images.name} says nothing of where objects are: no localisation")
+        logger.info(f"{images.name} says nothing of where objects are: no localisation")
     if config.faithfulness:
         results["faithfulness"] = faithful(model, images, looked, config, device, report)
     return results, pick_examples(model, images, looked, config)

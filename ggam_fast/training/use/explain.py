@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from ggam_fast.training.data.image_set import eval_transform, read_image, withou
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.model.model_file import Checkpoint
-from ggam_fast.training.show.console import Report
 from ggam_fast.training.show.figures import BLUE, ORANGE, literal, new_figure, show_heat, show_image
 from ggam_fast.training.system.devices import resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
 from ggam_fast.training.use.open_run import open_run
+
+logger = logging.getLogger(__name__)
 
 _TOP = 5
 # Of the first run and of the one it is compared with.
@@ -61,7 +63,7 @@ class Seen(NamedTuple):
     of: int
 
 
-def explain(config: ExplainConfig, report: Report) -> list[Path]:
+def explain(config: ExplainConfig) -> list[Path]:
     """Draw the figures; their paths. Every image is read before the first figure is written.
 
     Raises:
@@ -100,7 +102,7 @@ def explain(config: ExplainConfig, report: Report) -> list[Path]:
                     f"{classes[index]} {value:.3f}"
                     for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
                 )
-                report.note(f"{path}: {f'{label}: ' if label else ''}{guesses}")
+                logger.info(f"{path}: {f'{label}: ' if label else ''}{guesses}")
     return paths
 
 

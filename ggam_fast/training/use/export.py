@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ggam_fast.training.errors import TrainError, first_line
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.model.heatmaps import heat_maps
-from ggam_fast.training.show.console import Report
 from ggam_fast.training.system.files import writable_folder, write_together
 from ggam_fast.training.use.open_run import open_run, weights_name
+
+logger = logging.getLogger(__name__)
 
 NAMES = {"torch": "model.pt2", "onnx": "model.onnx"}
 DESCRIPTION = "export.json"
@@ -66,7 +67,7 @@ class Deployed(nn.Module):
         return tuple(part for part in found[:3] if part is not None)
 
 
-def export_run(config: ExportConfig, report: Report) -> list[Path]:
+def export_run(config: ExportConfig) -> list[Path]:
     """Write the files and, for each, say how far it is from the eager model; their paths.
 
     Raises:
@@ -112,12 +113,12 @@ def export_run(config: ExportConfig, report: Report) -> list[Path]:
     with writable_folder(out):
         write_together(out, writers)
     for kind, value in differences.items():
-        report.note(
+        logger.info(
             f"{out / NAMES[kind]}: images (N, 3, {side}, {side}) to {', '.join(model.names)}; largest "
             f"difference from the eager model {value:.1e} of its largest output, {sum(_BATCHES)} images in "
             f"batches of {', '.join(map(str, _BATCHES))}"
         )
-    report.note(f"{out / DESCRIPTION}: classes, preprocessing and outputs")
+    logger.info(f"{out / DESCRIPTION}: classes, preprocessing and outputs")
     return [out / name for name in writers]
 
 

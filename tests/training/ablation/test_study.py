@@ -15,7 +15,7 @@ from ggam_fast.training.ablation.study import (
     with_validation,
 )
 from ggam_fast.training.errors import Interrupted, TrainError
-from ggam_fast.training.run.train import load_images
+from ggam_fast.training.run.prepare import load_images
 
 
 def cells(config):

@@ -11,7 +11,8 @@ from ggam_fast.training.cli.commands import _parsed, parse_train
 from ggam_fast.training.config.config_file import config_text
 from ggam_fast.training.config.options import TrainConfig
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.run.train import OPTIONS, train
+from ggam_fast.training.run.artifacts import OPTIONS
+from ggam_fast.training.run.train import train
 from ggam_fast.training.use.evaluate import EvaluateConfig
 from ggam_fast.training.use.explain import ExplainConfig
 

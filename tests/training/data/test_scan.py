@@ -1,5 +1,7 @@
 """Files that are no images are found, counted and named."""
 
+import logging
+
 import pytest
 
 from ggam_fast.training.cli import main
@@ -55,7 +57,7 @@ def test_file_that_is_gone(photos, tmp_path, capsys, monkeypatch):
     assert "1.png" in capsys.readouterr().err
 
 
-def test_scanning_says_what_is_wrong_and_how_large_the_rest_is(spoiled, tmp_path):
+def test_scanning_says_what_is_wrong_and_how_large_the_rest_is(spoiled, tmp_path, caplog):
     from ggam_fast.training.data.readers import read_images
     from ggam_fast.training.data.scan import readable, scan
 
@@ -64,9 +66,10 @@ def test_scanning_says_what_is_wrong_and_how_large_the_rest_is(spoiled, tmp_path
     assert len(seen) == len(found) == 30
     assert {images.files[one.row].name for one in found if one.problem} == {"1.png", "2.png", "3.png"}
     assert {one.size for one in found if one.problem is None} == {(28, 20)}
-    notes: list[str] = []
-    rest = readable(images, 20, skip_bad=True, enlarge=False, note=notes.append)
+    with caplog.at_level(logging.INFO, "ggam_fast.training"):
+        rest = readable(images, 20, skip_bad=True, enlarge=False)
     assert len(rest.files) == 27
-    assert len(notes) == 1
+    (note,) = caplog.messages
+    assert note.startswith("left out 3 images that cannot be read: ")
     with pytest.raises(TrainError, match=r"smaller than the crop of 21 x 21, such as \S+ \(28 x 20\)"):
-        readable(rest, 21, skip_bad=True, enlarge=False, note=notes.append)
+        readable(rest, 21, skip_bad=True, enlarge=False)

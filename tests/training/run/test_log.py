@@ -6,23 +6,8 @@ from dataclasses import replace
 import pytest
 
 from ggam_fast.training.run import loop
-from ggam_fast.training.run.loop import Fit
 from ggam_fast.training.run.train import train
-
-
-class Stopped(BaseException):
-    """What a test raises where a run would be killed."""
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    step = Fit._step
-
-    def counted(fit):
-        if fit.steps == steps:
-            raise Stopped
-        step(fit)
-
-    monkeypatch.setattr(Fit, "_step", counted)
+from tests.training.run.stopped import Stopped, stop_after
 
 
 def test_logs_of_a_run_that_was_stopped_are_those_of_one_that_was_not(tiny_config, report, monkeypatch):

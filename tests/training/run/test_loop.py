@@ -9,7 +9,7 @@ import torch
 
 from ggam_fast.training.config.options import OptimConfig
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.run.loop import Fit, _schedule
+from ggam_fast.training.run.loop import Trainer, _schedule
 from ggam_fast.training.run.train import train
 
 
@@ -27,9 +27,9 @@ def test_cosine_falls_from_the_highest_rate_to_nothing():
     assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
-def fitted(head, batches, **options) -> Fit:
+def fitted(head, batches, **options) -> Trainer:
     optim = OptimConfig(epochs=1, schedule="cosine", optimizer="sgd", lr=0.1, weight_decay=0, **options)
-    fit = Fit(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
+    fit = Trainer(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
     fit.run(batches, None)
     return fit
 
@@ -73,7 +73,7 @@ def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
 def test_average_is_the_running_one(maps):
     states = []
 
-    class Recorded(Fit):
+    class Recorded(Trainer):
         def _step(self):
             super()._step()
             states.append(copy.deepcopy(self.trained.state_dict()))

@@ -1,51 +1,23 @@
 """Runs that are stopped in any way go on as if nothing had happened."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import time
 from dataclasses import replace
-from functools import partialmethod
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ggam_fast.training.cli import main
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.run import resume_state
-from ggam_fast.training.run.loop import Fit
 from ggam_fast.training.run.train import train
 from ggam_fast.training.system.interrupts import InterruptGuard
 from tests.training.conftest import TINY
-
-
-class Stopped(BaseException):
-    """What a test raises where a run would be killed."""
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    step = Fit._step
-
-    def counted(fit):
-        if fit.steps == steps:
-            raise Stopped
-        step(fit)
-
-    monkeypatch.setattr(Fit, "_step", counted)
-
-
-def weights(folder, name="model.safetensors"):
-    return load_file(folder / name)
-
-
-def same(ours, theirs) -> bool:
-    return ours.keys() == theirs.keys() and all(t.equal(theirs[name]) for name, t in ours.items())
-
+from tests.training.run.stopped import Stopped, full_disk, same, stop_after, weights
 
 VARIANTS = {
     "frozen, averaged, mixed": {"optim": {"ema": 0.9, "mixup": 0.4}},
@@ -127,20 +99,6 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
     assert not list((tmp_path / "killed").rglob(".*"))
 
 
-def full_disk(monkeypatch, name: str) -> None:
-    """From now on a file called `name` does not fit."""
-    write, write_text = Path.write_bytes, Path.write_text
-
-    def half(path, content, *rest, whole):
-        if path.name != name:
-            return whole(path, content, *rest)
-        whole(path, content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", partialmethod(half, whole=write))
-    monkeypatch.setattr(Path, "write_text", partialmethod(half, whole=write_text))
-
-
 @pytest.mark.parametrize(
     "name", ["options.yaml", "step-000000012.pt", "best.safetensors", "model.safetensors", "metrics.json"]
 )
@@ -160,40 +118,6 @@ def test_after_a_full_disk_a_run_goes_on(tiny_config, report, elsewhere, monkeyp
     train(replace(config, run=replace(config.run, resume=out)), report)
     for file in ("model.safetensors", "best.safetensors"):
         assert same(weights(out, file), weights(tiny_config.run.out, file))
-
-
-def test_killed_between_its_best_and_its_snapshot(tiny_config, report, elsewhere, monkeypatch):
-    train(tiny_config, report)
-    config = elsewhere(tiny_config, "killed")
-    save = resume_state.save_snapshot
-    with monkeypatch.context() as patch:
-
-        def killed(folder, steps, state):
-            if steps:
-                assert (folder / "best.safetensors").read_bytes()
-            if steps == 12:
-                raise Stopped
-            return save(folder, steps, state)
-
-        patch.setattr(resume_state, "save_snapshot", killed)
-        with pytest.raises(Stopped):
-            train(config, report)
-    train(replace(config, run=replace(config.run, resume=config.run.out)), report)
-    for file in ("model.safetensors", "best.safetensors"):
-        assert same(weights(config.run.out, file), weights(tiny_config.run.out, file))
-
-
-def test_overwriting_leaves_nothing_to_go_on_with_of_the_older_run(tiny_config, report, elsewhere):
-    longer = replace(tiny_config, optim=replace(tiny_config.optim, epochs=6))
-    train(longer, report)
-    out = longer.run.out
-    train(replace(tiny_config, run=replace(tiny_config.run, overwrite=True)), report)
-    names = sorted(path.name for path in (out / resume_state.FOLDER).iterdir())
-    assert names == ["step-000000012.pt", "step-000000018.pt", "step-000000024.pt"]
-    assert len(list((out / "tensorboard").iterdir())) == 1
-    first = weights(out)
-    train(replace(tiny_config, run=replace(tiny_config.run, resume=out)), report)
-    assert same(weights(out), first)
 
 
 def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
@@ -221,26 +145,6 @@ def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
     ours, theirs = weights(out), weights(config.run.out)
     assert same(ours, theirs)
     assert not ours["head.unit_mean"]
-
-
-def test_another_architecture_or_data_set_is_refused(tiny_config, report, photos):
-    train(tiny_config, report)
-    resumed = replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out))
-    with pytest.raises(TrainError, match="another head"):
-        train(replace(resumed, head=replace(resumed.head, hidden_size=0)), report)
-    os.rename(photos / "red", photos / "rouge")
-    with pytest.raises(TrainError, match="another classes"):
-        train(resumed, report)
-
-
-def test_images_that_changed_their_split_are_refused(tiny_config, report, photos):
-    train(tiny_config, report)
-    before = weights(tiny_config.run.out)
-    for name in ("red", "green", "blue"):
-        (photos / name / "9.png").unlink()
-    with pytest.raises(TrainError, match="images were added or removed"):
-        train(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), report)
-    assert same(weights(tiny_config.run.out), before)
 
 
 def test_killed_in_its_first_epoch(tiny_config, report, elsewhere, monkeypatch):

@@ -1,8 +1,6 @@
 """Snapshots are written whole, and the last three stay."""
 
 from dataclasses import replace
-from functools import partialmethod
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run import resume_state
 from ggam_fast.training.run.train import train
+from tests.training.run.stopped import full_disk
 
 
 def test_last_three_snapshots_stay(tiny_config, report):
@@ -17,20 +16,6 @@ def test_last_three_snapshots_stay(tiny_config, report):
     train(config, report)
     names = sorted(path.name for path in (config.run.out / resume_state.FOLDER).iterdir())
     assert names == ["step-000000024.pt", "step-000000030.pt", "step-000000036.pt"]
-
-
-def full_disk(monkeypatch, name: str) -> None:
-    """From now on a file called `name` does not fit."""
-    write, write_text = Path.write_bytes, Path.write_text
-
-    def half(path, content, *rest, whole):
-        if path.name != name:
-            return whole(path, content, *rest)
-        whole(path, content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", partialmethod(half, whole=write))
-    monkeypatch.setattr(Path, "write_text", partialmethod(half, whole=write_text))
 
 
 def test_full_disk_leaves_the_snapshot_before(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import torch
 
 from ggam_fast.training import load_checkpoint
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.run import loop
-from ggam_fast.training.run.train import create_classifier, image_batches, load_images, train
+from ggam_fast.training.run.prepare import create_classifier
+from ggam_fast.training.run.train import train
 
 
 def with_(config, **options):
@@ -39,19 +39,6 @@ def test_training_takes_the_fused_loss(tiny_config, report, monkeypatch, finetun
     monkeypatch.setattr(GGAMHead, "forward", without_target)
     config = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
     assert train(with_(config, mixup=0.5), report).metrics is not None
-
-
-def test_crop_larger_than_the_resized_image(tiny_config, report):
-    config = replace(tiny_config, data=replace(tiny_config.data, resize=32))
-    with pytest.raises(TrainError, match="--resize"):
-        train(config, report)
-
-
-def test_half_precision_backbone_on_the_cpu(tiny_config, report):
-    config = replace(tiny_config, run=replace(tiny_config.run, precision="bfloat16"))
-    assert train(config, report).metrics is not None
-    [maps] = {path.suffix for path in tiny_config.data.cache_dir.iterdir()}
-    assert maps == ".maps"
 
 
 def said(report) -> str:
@@ -111,15 +98,6 @@ def test_frozen_backbone_stays_as_it_was_and_fine_tuning_moves_it(tiny_config, r
     assert not any(tensor.equal(before[name]) for name, tensor in moved.items() if name.endswith("weight"))
 
 
-def test_reported_accuracy_is_that_of_the_reloaded_checkpoint(tiny_config, report):
-    outcome = train(tiny_config, report)
-    model = load_checkpoint(tiny_config.run.out).model
-    images = load_images(tiny_config.data)
-    batches = image_batches(images, model, tiny_config, torch.device("cpu"))
-    logits, labels = loop.evaluate(model, batches["test"], torch.device("cpu"))
-    assert (logits.argmax(1) == labels).float().mean().item() == outcome.metrics.accuracy
-
-
 def test_validation_split_is_followed(tiny_config, report, photos):
     for split, share in (("train", slice(0, 6)), ("val", slice(6, 8)), ("test", slice(8, 10))):
         for name in ("red", "green", "blue"):
@@ -174,14 +152,6 @@ def test_dollar_signs_are_drawn(tiny_config, report, photos):
     (photos / "blue").rename(photos / "$5 #1")
     outcome = train(tiny_config, report)
     assert outcome.gallery is not None
-
-
-def test_maps_that_were_enlarged_do_not_hide_small_images(tiny_config, report, elsewhere):
-    larger = replace(tiny_config, data=replace(tiny_config.data, image_size=256))
-    train(larger, report)
-    strict = replace(elsewhere(larger, "strict"), data=replace(larger.data, enlarge=False))
-    with pytest.raises(TrainError, match="smaller than the crop"):
-        train(strict, report)
 
 
 def test_overwriting_removes_what_was_made_of_the_older_run(tiny_config, report):

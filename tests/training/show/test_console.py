@@ -1,5 +1,7 @@
 """What a run says: plain text is printed as it is, and a count without a terminal is a line now and then."""
 
+import logging
+
 import pytest
 import torch
 
@@ -45,3 +47,23 @@ def test_a_silent_report_prints_nothing(capsys):
     with report.bar("training", 1) as bar:
         bar.advance(1)
     assert capsys.readouterr().out == ""
+
+
+def test_what_the_package_logs_is_a_line_of_the_report(report):
+    logger = logging.getLogger("ggam_fast.training.anywhere")
+    logger.info("one image is [bold]")
+    with report.listening():  # a second time, which prints nothing twice
+        logger.warning("running eagerly")
+    logger.debug("not for users")
+    logging.getLogger("another.library").warning("not ours")
+    assert said(report) == "one image is [bold]\nrunning eagerly\n"
+
+
+def test_who_no_longer_listens_hears_nothing(capsys):
+    package = logging.getLogger("ggam_fast.training")
+    before = (list(package.handlers), package.level)
+    with console.Report().listening():
+        logging.getLogger("ggam_fast.training.run").info("heard")
+    logging.getLogger("ggam_fast.training.run").info("not heard")
+    assert capsys.readouterr().out == "heard\n"
+    assert (list(package.handlers), package.level) == before

@@ -37,10 +37,10 @@ def test_two_processes_follow_one(environment, photos, tmp_path):
 def test_one_process_waits_for_nobody():
     with joined() as world:
         assert world is ALONE
-    assert world.speaks
-    world.wait()
+    assert world.is_main
+    world.barrier()
     assert world.gather("mine") == ["mine"]
-    assert world.tell("mine") == "mine"
+    assert world.broadcast("mine") == "mine"
     module = torch.nn.Linear(2, 2)
     assert world.wrap(module, torch.device("cpu")) is module
 

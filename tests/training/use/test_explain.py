@@ -63,7 +63,7 @@ def test_one_figure_an_image_and_two_runs_side_by_side(run, unguided, photos, re
     monkeypatch.setattr(explanation, "draw", spy)
     images = (photos / "red" / "0.png", photos / "blue" / "0.png", photos / "blue" / "1.png")
     config = ExplainConfig(images, run, unguided, out=tmp_path / "figures", device="cpu")
-    paths = explain(config, report)
+    paths = explain(config)
     assert [path.name for path in paths] == ["red-0.png.png", "blue-0.png.png", "1.png"]
     sizes = {Image.open(path).size for path in paths}
     # The image, two maps of each run, and the bars.
@@ -81,7 +81,7 @@ def test_a_class_can_be_asked_for(run, photos, report, tmp_path, monkeypatch):
         explanation, "look", lambda *arguments: asked.append(arguments[2]) or look(*arguments)
     )
     config = ExplainConfig((photos / "red" / "0.png",), run, class_name="green", out=tmp_path / "figures")
-    explain(config, report)
+    explain(config)
     assert asked == [1]
 
 
@@ -127,7 +127,7 @@ def test_small_images_and_other_classes_are_refused(tiny_config, run, photos, re
     other = replace(tiny_config, run=replace(tiny_config.run, out=tmp_path / "other"))
     train(other, report)
     with pytest.raises(TrainError, match="must be of the same classes"):
-        explain(ExplainConfig((photos / "blue" / "0.png",), run, other.run.out), report)
+        explain(ExplainConfig((photos / "blue" / "0.png",), run, other.run.out))
     with pytest.raises(TrainError, match=r"0.png \(28 x 20\) is smaller than the crop of 64 x 64"):
         explanation.read(photos / "blue" / "0.png", 64)
 

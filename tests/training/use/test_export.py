@@ -45,7 +45,7 @@ def reloaded(kind, path):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("maps", [False, True])
 def test_same_outputs_for_any_batch(run, report, tmp_path, kind, maps):
-    paths = export_run(ExportConfig(run, kind, maps, out=tmp_path / "there"), report)
+    paths = export_run(ExportConfig(run, kind, maps, out=tmp_path / "there"))
     assert {path.name for path in (tmp_path / "there").iterdir()} == {path.name for path in paths}
     exported = reloaded(kind, paths[0])
     model = Deployed(load_checkpoint(run).model, maps)
@@ -70,13 +70,13 @@ def test_every_head_with_its_maps(tiny_config, report, tmp_path, head):
         optim=replace(tiny_config.optim, epochs=1, guidance_weight=0.0),
     )
     train(config, report)
-    export_run(ExportConfig(config.run.out, "both" if ONNX else "torch", True), report)
+    export_run(ExportConfig(config.run.out, "both" if ONNX else "torch", True))
     outputs = json.loads((config.run.out / "export.json").read_text())["outputs"]
     assert ("attention" in outputs) == (head.get("attention") != "channel")
 
 
 def test_a_program_needs_torch_alone(run, report, tmp_path):
-    export_run(ExportConfig(run, "torch", True, out=tmp_path / "there"), report)
+    export_run(ExportConfig(run, "torch", True, out=tmp_path / "there"))
     script = (
         "import sys, torch\n"
         "files = {'ggam_fast': ''}\n"
@@ -101,7 +101,7 @@ def test_a_program_needs_torch_alone(run, report, tmp_path):
 def test_the_onnx_file_carries_its_description(run, report):
     import onnx
 
-    export_run(ExportConfig(run, "onnx"), report)
+    export_run(ExportConfig(run, "onnx"))
     model = onnx.load(run / "model.onnx")
     (carried,) = (entry.value for entry in model.metadata_props if entry.key == "ggam_fast")
     assert json.loads(carried) == json.loads((run / "export.json").read_text())
@@ -109,7 +109,7 @@ def test_the_onnx_file_carries_its_description(run, report):
 
 
 def test_what_differs_is_refused_and_the_old_files_stay(run, report, monkeypatch):
-    export_run(ExportConfig(run, "torch"), report)
+    export_run(ExportConfig(run, "torch"))
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     save = exporting._torch
 
@@ -119,7 +119,7 @@ def test_what_differs_is_refused_and_the_old_files_stay(run, report, monkeypatch
 
     monkeypatch.setattr(exporting, "_torch", wrong)
     with pytest.raises(TrainError, match=r"logits differs from the eager model by 1.0e-03"):
-        export_run(ExportConfig(run, "torch", True), report)
+        export_run(ExportConfig(run, "torch", True))
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     assert not list(run.rglob(".part-*"))
 

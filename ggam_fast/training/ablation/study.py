@@ -1,7 +1,7 @@
 """`ggam-fast ablate`: the paper's ablations and the guidance weight, over seeds, on a frozen backbone's maps.
 
-One cell is one head trained with one seed; each finished cell is one file, so a run that is started again
-goes on with the cells that are missing.
+One cell is one head, trained with one seed. Each finished cell is one file, so the same command run again
+trains only the cells that are missing.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ _HELD_OUT = 5
 @dataclass(frozen=True)
 class StudyConfig:
     out: Path = field(default_factory=lambda: Path("ablation"))
-    """Folder of the results; one that holds a part of this study is gone on with."""
+    """Folder of the results. A study that was begun there is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each cell is trained once with each: initial weights and order of the batches."""
+    """Seeds of initial weights and order of the batches. Each cell is trained once with each."""
     guidance_weights: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    """Lambdas that are tried; validation accuracy chooses among them."""
+    """Values of lambda that are tried. Validation accuracy chooses among them."""
     cam_norms: tuple[CamNorm, ...] = ("standardized", "sigmoid", "softmax")
-    """What makes beta comparable with S, each with all lambdas; the first one is in the paper's table."""
+    """Norms of the Grad-CAM weights. Each is tried with every lambda; the paper's table uses the first
+    one."""
     attentions: tuple[Literal["none", "channel", "spatial", "channel_spatial"], ...] = (
         "none",
         "channel",
@@ -58,17 +59,18 @@ class StudyConfig:
     )
     """Rows of the paper's table."""
     spatial_norm: Literal["softmax", "sum", "sigmoid"] = "softmax"
-    """How the channel sum becomes the spatial attention."""
+    """Normalization of the channel sum. It gives the spatial attention."""
     pool_type: Literal["avg", "max", "flatten"] = "avg"
     """How the attended map reaches the classifier."""
     attention_scale: Literal["unit_mean", "printed"] = "unit_mean"
-    """Whether the weights of the map average to one, or are 1/L of that, as the paper prints them."""
+    """Scale of the attended map. With unit_mean its weights average to one. With printed they are 1/L of
+    that, as the paper prints them."""
     hidden_size: int = 512
     """Width of the classifier's hidden layer; 0 for one linear layer."""
     norm_eps: float = HeadConfig.norm_eps
     """Eps of the classifier's first batch norm; the same for every cell."""
     backbone: str = "tf_efficientnet_lite0"
-    """Any timm model that ends in a feature map or in patch tokens; it stays frozen."""
+    """Name of a timm model. It must end in a feature map or in patch tokens, and it stays frozen."""
     pretrained: bool = True
     """Start from ImageNet weights."""
     epochs: int = 6
@@ -78,11 +80,11 @@ class StudyConfig:
     lr: float = 3e-4
     """Highest learning rate."""
     thresholds: int = 25
-    """Thresholds of MaxBoxAccV2, which takes most of the time of localisation."""
+    """Thresholds of MaxBoxAccV2. Localisation spends most of its time on them."""
     pictures: bool = True
-    """Draw photographs too. Leave them out of what you pass on if their licence asks for it."""
+    """Draw photographs too. Turn it off if their licence forbids passing them on."""
     device: str = "auto"
-    """Such as cpu or cuda:1; auto is the first GPU, or the CPU."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
     compile: bool = True
     """Compile the training step with torch.compile."""
 
@@ -235,7 +237,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
                 results.append(found)
             finished = True
         except Interrupted:
-            logger.info(f"interrupted after {len(results)} cells; the same command goes on")
+            logger.info(f"interrupted after {len(results)} cells; the same command continues")
     if results:
         about = {
             "data": images.name,

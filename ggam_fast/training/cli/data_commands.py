@@ -1,4 +1,4 @@
-"""`ggam-fast data`: which data sets there are, whether one is sound, and what it looks like."""
+"""`ggam-fast data`: list data sets, check one, or draw some of its images."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _COLUMNS = 6
 @dataclass(frozen=True)
 class ShowConfig:
     data: DataName = "elpv"
-    """Which images."""
+    """Data set."""
     root: Path | None = None
     """Folder of the data set."""
     cache_dir: Path | None = None
     """Where composed images are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
     split: str = "train"
-    """Split that a preview is drawn from."""
+    """Split that the preview is drawn from."""
     images: int = 24
-    """How many images a preview shows, spread over the classes."""
+    """Number of images in the preview. They are spread over the classes."""
     out: Path = field(default_factory=lambda: Path("preview.png"))
-    """Picture that a preview writes."""
+    """PNG file of the preview."""
 
 
 def show_list(report: Report) -> None:
-    """Every data set: what it is, what --root holds, what localisation is measured by."""
+    """Print every data set: its name and source, what --root must hold, and its annotations."""
     table = Table(title="--data", title_justify="left")
     for column in ("name", "what", "--root holds", "annotations"):
         table.add_column(column, overflow="fold")
@@ -56,7 +56,7 @@ def show_list(report: Report) -> None:
 
 
 def check(config: ShowConfig, report: Report) -> int:
-    """Count, read and compare every file; the exit code: 0 if all is well, 2 if some cannot be read."""
+    """Count, read and compare every file. Returns the exit code: 0, or 2 if some file cannot be read."""
     images = _read(config)
     table = Table(title=images.summary(), title_justify="left")
     for column in ("split", "images", "classes", "smallest class", "largest class"):

@@ -1,5 +1,7 @@
-"""Every option of a training run, with its default: what the command line shows and what a
-checkpoint records."""
+"""Every option of a training run, with its default.
+
+The command line shows them, and a checkpoint records them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any, Literal
 from ggam_fast import presets
 from ggam_fast.training.errors import TrainError
 
-# What heads were before there was a choice: a file that says nothing of these means them.
+# Files of older versions say nothing of these options, and their heads had these values.
 BEFORE: dict[str, Any] = {"attention_scale": "printed", "norm_eps": 1e-5}
 
 DataName = Literal["elpv", "folder", "birds", "cub", "cars", "aircraft", "pets", "flowers"]
@@ -20,19 +22,19 @@ DataName = Literal["elpv", "folder", "birds", "cub", "cars", "aircraft", "pets",
 @dataclass(frozen=True)
 class DataConfig:
     data: DataName = "elpv"
-    """Which images; ggam-fast data list explains."""
+    """Data set. `ggam-fast data list` explains each."""
     root: Path | None = None
     """Folder of the data set, such as one of class folders for --data folder."""
     image_size: int | None = None
-    """Side of the square network input. By default what the backbone was trained on."""
+    """Side of the square network input, in pixels. By default that of the backbone's own training."""
     resize: int | None = None
-    """Side the shorter edge is brought to before the crop. By default the side of the crop."""
+    """Length of an image's shorter edge before the crop, in pixels. By default that of the crop."""
     workers: int | None = None
     """Processes that decode images. By default none on the CPU and up to 8 on a GPU."""
     cache_dir: Path | None = None
     """Where cached feature maps are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
     skip_bad_images: bool = False
-    """Leave out, count and name files that cannot be read."""
+    """Leave out files that cannot be read. They are counted and named."""
     enlarge: bool = False
     """Allow images that are smaller than the network's input."""
 
@@ -40,9 +42,9 @@ class DataConfig:
 @dataclass(frozen=True)
 class BackboneConfig:
     backbone: str = "tf_efficientnet_lite0"
-    """Any timm model that ends in a feature map or in patch tokens."""
+    """Name of a timm model. It must end in a feature map or in patch tokens."""
     pretrained: bool = True
-    """Start from ImageNet weights. The default backbone's come with the `train` extra."""
+    """Start from ImageNet weights. Those of the default backbone come with the `train` extra."""
     finetune: bool = False
     """Train the backbone too. Otherwise it is frozen and its maps are computed once and cached."""
 
@@ -52,50 +54,52 @@ class HeadConfig:
     """The options of `ggam_fast.GGAMHead`, under the same names."""
 
     preset: Literal["paper", "release"] | None = None
-    """Start from all options of one published source; those given beside it win."""
+    """Start from the options of one published source. Options given beside it win."""
     attention: Literal["channel_spatial", "channel", "spatial", "none"] = "channel_spatial"
-    """Which attentions act."""
+    """Attentions of the head."""
     rd_ratio: float = 1 / 16
     """Hidden width of the channel attention, as a share of C."""
     spatial_norm: Literal["softmax", "sum", "sigmoid"] = "softmax"
-    """How the channel sum becomes the spatial attention."""
+    """Normalization of the channel sum. It gives the spatial attention."""
     pool_type: Literal["avg", "max", "flatten"] = "avg"
     """How the attended map reaches the classifier."""
     attention_scale: Literal["unit_mean", "printed"] = "unit_mean"
-    """Whether the weights of the map average to one, or are 1/L of that, as the paper prints them."""
+    """Scale of the attended map. With unit_mean its weights average to one. With printed they are 1/L of
+    that, as the paper prints them."""
     hidden_size: int = 512
     """Width of the classifier's hidden layer; 0 for one linear layer."""
     norm_eps: float = 0.01
-    """Eps of the classifier's first batch norm: the larger, the less it raises channels that hardly vary.
-    Chosen on the validation images of elpv (`ggam-fast train --no-compile --seed S --norm-eps E`; accuracy in
-    percent, mean of seeds 0 to 4 and its standard error): 1e-5 75.4 (0.5), 1e-3 76.2 (0.4), 0.01 76.2 (0.2),
-    0.024 76.0 (0.3), 0.1 75.6 (0.4), 0.3 75.2 (0.3); docs/tool.md has the test images."""
+    """Eps of the classifier's first batch norm. A larger eps raises channels that hardly vary by less.
+    The default was chosen on the validation images of elpv. Accuracy in percent there, mean of seeds 0 to 4
+    and its standard error (`ggam-fast train --no-compile --seed S --norm-eps E`): 1e-5 75.4 (0.5),
+    1e-3 76.2 (0.4), 0.01 76.2 (0.2), 0.024 76.0 (0.3), 0.1 75.6 (0.4), 0.3 75.2 (0.3)."""
     drop_rate: float = 0.0
     """Dropout before the classifier."""
     cam_at: Literal["features", "attended"] = "features"
     """Where the Grad-CAM weights are taken."""
     cam_class: Literal["label", "predicted"] = "label"
-    """Which class's Grad-CAM guides the attention."""
+    """Class whose Grad-CAM guides the attention."""
     cam_detach: bool = True
     """Treat the Grad-CAM weights as constants; --no-cam-detach differentiates through them."""
     cam_norm: Literal["sigmoid", "softmax", "standardized"] = "standardized"
-    """What makes beta comparable with S."""
+    """Normalization that makes Grad-CAM weights comparable with channel attention."""
     cam_temperature: float = 1.0
-    """Divides the Grad-CAM weights before that."""
+    """Divides the Grad-CAM weights before their normalization."""
     divergence: Literal["symmetric", "forward"] = "symmetric"
-    """Which Kullback-Leibler divergence guides."""
+    """Kullback-Leibler divergence of the guidance loss."""
     guidance_reduction: Literal["mean", "sum"] = "mean"
-    """Of the guidance over the batch."""
+    """How the guidance losses of a batch become one number."""
 
     @classmethod
     def from_preset(cls, name: Literal["paper", "release"]) -> HeadConfig:
-        """The options of `ggam_fast.presets.PAPER` or `.RELEASE`, and the eps that both leave to the norm."""
+        """The options of `ggam_fast.presets.PAPER` or `.RELEASE`, with the default eps of torch's batch
+        norm."""
         source = {"paper": presets.PAPER, "release": presets.RELEASE}[name]
         return cls(preset=name, **{"norm_eps": BEFORE["norm_eps"], **source})
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> HeadConfig:
-        """What `keywords` gave, now or in an older version."""
+        """The options that `keywords` gave, in this version or an older one."""
         return cls(**{**BEFORE, **saved})
 
     def keywords(self) -> dict[str, Any]:
@@ -106,23 +110,24 @@ class HeadConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     recipe: Literal["modern", "paper"] = "modern"
-    """Start from a whole set of training options; those given beside it win."""
+    """Start from a whole set of training options. Options given beside it win."""
     epochs: int = 6
-    """Passes over the training split; a frozen backbone's holds every image and its mirrorings."""
+    """Passes over the training split. With a frozen backbone, the split holds every image and its mirror
+    images."""
     batch_size: int = 64
-    """Images in a batch, of each process under torchrun."""
+    """Images in a batch. Under torchrun, each process has batches of this size."""
     accumulate: int = 1
     """Batches whose gradients are added up for one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum 0.9."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
-    """How the learning rate moves."""
+    """Schedule of the learning rate."""
     lr: float = 3e-4
     """Highest learning rate of the head."""
     backbone_lr: float = 1e-4
-    """The backbone's, with --finetune."""
+    """Highest learning rate of the backbone, with --finetune."""
     weight_decay: float = 0.01
-    """Of the optimiser."""
+    """Weight decay of the optimizer."""
     clip_grad: float = 0.0
     """Largest norm of all gradients together; 0 for no limit."""
     label_smoothing: float = 0.0
@@ -132,11 +137,11 @@ class OptimConfig:
     cutmix: float = 0.0
     """Paste patches between images with an area from Beta(cutmix, cutmix); 0 for never."""
     ema: float = 0.0
-    """Decay of a running average of the weights, then tested and saved; 0 for none."""
+    """Decay of a running average of the weights; 0 for none. The average is what is tested and saved."""
     guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
     seed: int = 0
-    """Of initial weights, of the batches and of the augmentation."""
+    """Seed of initial weights, batches and augmentation."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +149,15 @@ class RunConfig:
     out: Path | None = None
     """Folder of the results. By default runs/<data>-<time>."""
     overwrite: bool = False
-    """Allow a folder that already holds a run; what that one kept is removed."""
+    """Allow a folder that already holds a run. The files of that run are removed."""
     resume: Path | None = None
-    """Folder of a run to go on with, under its own options."""
+    """Folder of a run to continue with its own options."""
     save_every: int = 0
-    """Steps between snapshots, beside the one after each epoch; 0 for that alone."""
+    """Steps between snapshots within an epoch; 0 for none. Each epoch ends with a snapshot."""
     device: str = "auto"
-    """Such as cpu or cuda:1; auto is the first GPU, or the CPU."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the backbone; auto is bfloat16 on a GPU that has it, else float32."""
+    """Precision of the backbone. auto is bfloat16 on a GPU that has it, else float32."""
     compile: bool = True
     """Compile the training step with torch.compile."""
 
@@ -193,7 +198,7 @@ class TrainConfig:
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
         if optim.cutmix and not self.backbone.finetune:
             raise TrainError(
-                "--cutmix pastes patches of images, and a frozen backbone's maps are computed before; "
+                "--cutmix pastes patches of images, and a frozen backbone's maps are computed before that; "
                 "use --mixup, or --finetune"
             )
 
@@ -202,7 +207,7 @@ class TrainConfig:
         return {f.name: getattr(section, f.name) for section in self._sections() for f in fields(section)}
 
     def replaced(self, values: Mapping[str, Any]) -> TrainConfig:
-        """This configuration with the options of `values` (names as in `values()`) exchanged."""
+        """A copy with the options in `values` replaced; names are those of `values()`."""
         return replace(
             self,
             **{

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ggam_fast.training.show.console import Report
 from ggam_fast.training.system.compiling import compile_or_eager
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.distributed import ALONE, World
+from ggam_fast.training.system.files import locked
 from ggam_fast.training.system.interrupts import InterruptGuard
 
 logger = logging.getLogger(__name__)
@@ -116,39 +118,12 @@ def map_batches(
         split: MapFile(folder, backbone, weights, dataset, dtype, config.data.enlarge)
         for split, dataset in datasets.items()
     }
-    missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
-    count = sum(map(len, missing.values()))
-    if count and world.is_main:
-        if not config.data.skip_bad_images:  # else it was done before
-            check_images(images, backbone, config.data)
-        logger.info(
-            f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
-            f", kept in {folder}"
-        )
-        largest = max(missing, key=lambda split: len(missing[split]))
-        batch_size = min(config.optim.batch_size, len(missing[largest]))
-        sources = {
-            split: ImageBatches(dataset, batch_size, device, workers(config.data, device))
-            for split, dataset in missing.items()
-        }
-
-        def encode(inputs: Tensor) -> Tensor:
-            with autocast(device, dtype):
-                return backbone(inputs)
-
-        if config.run.compile and count >= _COMPILE_BACKBONE_FROM:
-            logger.info("compiling the backbone")
-            example, _ = sources[largest].example()
-            with torch.no_grad():
-                encode = compile_or_eager(encode, backbone, lambda f: f(example))
-        with report.bar("feature maps", count) as bar:
-
-            def on_batch(images: int) -> None:
-                interrupt.check()
-                bar.advance(images)
-
-            for split, source in sources.items():
-                files[split].write(encoded(source.epoch(0), encode, batch_size, on_batch))
+    if world.is_main and not all(file.exists() for file in files.values()):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Of two runs on the same images, the second waits for the maps of the first.
+        with locked(files["train"].path.with_suffix(".lock"), interrupt.check):
+            _fill(files, datasets, images, backbone, config, device, dtype, report, interrupt)
     world.barrier()
     return {
         split: MapBatches(
@@ -161,3 +136,51 @@ def map_batches(
         )
         for split, file in files.items()
     }
+
+
+def _fill(
+    files: dict[str, MapFile],
+    datasets: dict[str, ImageFiles],
+    images: ImageSet,
+    backbone: Backbone,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+    interrupt: InterruptGuard,
+) -> None:
+    """Compute and store the maps of the splits that have none."""
+    missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
+    if not missing:
+        return
+    count = sum(map(len, missing.values()))
+    if not config.data.skip_bad_images:  # else it was done before
+        check_images(images, backbone, config.data)
+    logger.info(
+        f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
+        f", kept in {files[next(iter(missing))].path.parent}"
+    )
+    largest = max(missing, key=lambda split: len(missing[split]))
+    batch_size = min(config.optim.batch_size, len(missing[largest]))
+    sources = {
+        split: ImageBatches(dataset, batch_size, device, workers(config.data, device))
+        for split, dataset in missing.items()
+    }
+
+    def encode(inputs: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            return backbone(inputs)
+
+    if config.run.compile and count >= _COMPILE_BACKBONE_FROM:
+        logger.info("compiling the backbone")
+        example, _ = sources[largest].example()
+        with torch.no_grad():
+            encode = compile_or_eager(encode, backbone, lambda f: f(example))
+    with report.bar("feature maps", count) as bar:
+
+        def on_batch(images: int) -> None:
+            interrupt.check()
+            bar.advance(images)
+
+        for split, source in sources.items():
+            files[split].write(encoded(source.epoch(0), encode, batch_size, on_batch))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -11,9 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ggam_fast.training.errors import TrainError
 
+LOCK = ".lock"
 _PART = ".part-"
+_WAIT = 0.2  # seconds
 
 
 @contextmanager
@@ -28,27 +31,41 @@ def output_folder(
         TrainError: it cannot be made or written, holds a run already, or another run is writing there.
     """
     folder = resume or out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with writable_folder(folder), _alone(folder):
-        if any(folder.iterdir()) and not overwrite and resume is None:
+
+    def busy() -> None:
+        raise TrainError(f"--out {folder}: another run is writing there")
+
+    with writable_folder(folder), locked(folder / LOCK, busy):
+        results = any(path.name != LOCK for path in folder.iterdir())
+        if results and not overwrite and resume is None:
             raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
         remove_parts(folder)
         yield folder
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The folder is locked meanwhile; the kernel lets go of the lock even of a run that is killed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock file `path`, which goes again afterwards. On a file system without locks, hold nothing.
+
+    `busy` is called, again and again, while another process holds the lock. It may raise; else this waits.
+    The system lets go of the lock of a process that is killed.
+    """
+    lock, held = FileLock(path, blocking=False), False
+    while not held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainError(f"--out {folder}: another run is writing there") from None
-        except OSError:
-            pass  # a file system without locks
+            lock.acquire()
+            held = True
+        except Timeout:
+            busy()
+            time.sleep(_WAIT)
+        except (OSError, NotImplementedError):
+            break
+    try:
         yield
     finally:
-        os.close(descriptor)
+        if held:
+            path.unlink(missing_ok=True)  # while it is held: filelock sees that a file is gone
+            lock.release()
 
 
 @contextmanager

@@ -48,23 +48,24 @@ class EvaluateConfig:
     run: tyro.conf.Positional[Path] = tyro.MISSING
     """Folder of a run, or a checkpoint in it."""
     data: DataName | None = None
-    """Which images. By default those of the run."""
+    """Data set. By default that of the run."""
     root: Path | None = None
     """Folder of the data set. By default the run's."""
     split: str = "test"
     """Split that is evaluated."""
     weights: Literal["last", "best"] = "last"
-    """The run's last classifier, or its best by validation accuracy, else by training loss."""
+    """Which classifier of the run. best is that of the best epoch by validation accuracy, else by
+    training loss."""
     out: Path | None = None
-    """Folder of evaluation.json and evaluation.html. By default that of the run."""
+    """Folder for evaluation.json and evaluation.html. By default that of the run."""
     faithfulness: int = 32
-    """Images, spread over the split, for insertion and deletion curves; 0 for none."""
+    """Number of images for insertion and deletion curves; 0 for none. They are spread over the split."""
     steps: int = 16
-    """Points of those curves after the first."""
+    """Points of the insertion and deletion curves after the first one."""
     thresholds: int = 100
     """Thresholds of MaxBoxAccV2."""
     examples: int = 12
-    """Pictures in the report, half of them mistakes where there are that many; 0 for none."""
+    """Pictures on the page; 0 for none. Half of them are mistakes, if there are that many."""
     batch_size: int = 32
     """Images in a batch."""
     workers: int | None = None
@@ -72,11 +73,12 @@ class EvaluateConfig:
     cache_dir: Path | None = None
     """Where composed images are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
     skip_bad_images: bool = False
-    """Leave out, count and name files that cannot be read, as a run trained with it does by itself."""
+    """Leave out files that cannot be read. A run that was trained with this option always does."""
     enlarge: bool = False
-    """Allow images that are smaller than the network's input, as a run trained with it does by itself."""
+    """Allow images that are smaller than the network's input. A run that was trained with this option
+    always does."""
     device: str = "auto"
-    """Such as cpu or cuda:1; auto is the first GPU, or the CPU."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
 
     def check(self) -> None:
         """Raise a `TrainError` for a number out of range."""
@@ -93,7 +95,7 @@ class EvaluateConfig:
 
 
 class Looked(NamedTuple):
-    """What one pass over a split leaves: logits (N, K), labels (N,), maps (N, h, w) by name, localisation."""
+    """Results of one pass over a split: logits (N, K), labels (N,), maps (N, h, w) by name, localisation."""
 
     logits: Tensor
     labels: Tensor

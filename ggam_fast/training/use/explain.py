@@ -1,4 +1,4 @@
-"""`ggam-fast explain`: one figure for each image of where a classifier looks and what it takes it for."""
+"""`ggam-fast explain`: one figure for each image, of where a classifier looks and what it predicts."""
 
 from __future__ import annotations
 
@@ -41,15 +41,16 @@ class ExplainConfig:
     compare: Path | None = None
     """A second run with the same classes, such as one without guidance."""
     class_name: str | None = None
-    """Class whose Grad-CAM is drawn. By default the one that --run predicts, for both runs."""
+    """Class whose Grad-CAM is drawn, for both runs. By default the one that --run predicts."""
     weights: Literal["last", "best"] = "last"
-    """The runs' last classifiers, or their best by validation accuracy, else by training loss."""
+    """Which classifier of each run. best is that of the best epoch by validation accuracy, else by
+    training loss."""
     out: Path = Path("explained")
-    """Folder of the figures, each named after its image; older figures are replaced."""
+    """Folder of the figures. Each is named after its image, and older figures are replaced."""
     enlarge: bool = False
     """Allow images that are smaller than the network's input."""
     device: str = "auto"
-    """Such as cpu or cuda:1; auto is the first GPU, or the CPU."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
 
 
 class Seen(NamedTuple):

@@ -40,13 +40,14 @@ class ExportConfig:
     run: tyro.conf.Positional[Path] = tyro.MISSING
     """Folder of a run, or a checkpoint in it."""
     format: Literal["torch", "onnx", "both"] = "torch"
-    """model.pt2, for torch.export.load; model.onnx; or both."""
+    """File format. torch writes model.pt2, which torch.export.load reads; onnx writes model.onnx."""
     maps: bool = False
-    """Give spatial attention and the Grad-CAM of the predicted class too, (N, h, w) each."""
+    """Output attention and Grad-CAM too. Each is (N, h, w); Grad-CAM is that of the predicted class."""
     weights: Literal["last", "best"] = "last"
-    """The run's last classifier, or its best by validation accuracy, else by training loss."""
+    """Which classifier of the run. best is that of the best epoch by validation accuracy, else by
+    training loss."""
     out: Path | None = None
-    """Folder of the files, older ones of which are replaced. By default that of the run."""
+    """Folder for the files. By default that of the run. Older files are replaced."""
 
 
 class Deployed(nn.Module):
@@ -68,7 +69,7 @@ class Deployed(nn.Module):
 
 
 def export_run(config: ExportConfig) -> list[Path]:
-    """Write the files and, for each, say how far it is from the eager model; their paths.
+    """Write the files, log how far each is from the eager model, and return their paths.
 
     Raises:
         TrainError: something is not installed, cannot be exported or written, or differs from the eager
@@ -124,8 +125,9 @@ def export_run(config: ExportConfig) -> list[Path]:
 
 @torch.no_grad()
 def difference(model: nn.Module, exported: Exported, side: int, kind: str) -> float:
-    """Largest difference of any output from the eager model's, over batches of random images, as a share of
-    that output's largest value.
+    """The largest difference between an output of `exported` and of `model`, over batches of random images.
+
+    It is a share of the largest value of that output.
 
     Raises:
         TrainError: it is too large.

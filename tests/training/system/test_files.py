@@ -1,6 +1,8 @@
 """Files are written whole or not at all, and one run at a time writes in a folder."""
 
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,14 @@ import pytest
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run import resume_state
 from ggam_fast.training.run.train import train
-from ggam_fast.training.system.files import output_folder, writable_folder, write_atomically, write_together
+from ggam_fast.training.system.files import (
+    locked,
+    output_folder,
+    writable_folder,
+    write_atomically,
+    write_together,
+)
+from tests.training.conftest import CHECKOUT
 
 
 def test_failed_write_keeps_the_old_file_and_nothing_else(tmp_path):
@@ -82,3 +91,54 @@ def test_a_run_without_a_name_is_called_after_data_and_time(tmp_path, monkeypatc
         pass
     with output_folder(folder, "photos", overwrite=True) as same, output_folder(folder / "b", "photos"):
         assert same == folder
+
+
+def test_one_process_after_the_other(tmp_path):
+    path, seen = tmp_path / "maps.lock", []
+    script = (
+        "import sys, time, pathlib\n"
+        "from ggam_fast.training.system.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), lambda: None):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "    pathlib.Path(sys.argv[1]).with_name('made').touch()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "held\n"
+
+        def busy():
+            seen.append((tmp_path / "made").exists())
+            if len(seen) == 2:
+                other.stdin.close()  # now it goes on
+
+        with locked(path, busy):
+            assert (tmp_path / "made").exists()
+            assert path.exists()
+        assert seen[:2] == [False, False]
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+    assert [found.name for found in tmp_path.iterdir()] == ["made"]
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    path = tmp_path / ".lock"
+    script = (
+        "import sys, os, pathlib, signal\n"
+        "from ggam_fast.training.system.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), lambda: None):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, path], cwd=CHECKOUT, check=False, timeout=120)
+    assert path.exists()
+
+    def busy():
+        raise AssertionError("nobody holds it")
+
+    with output_folder(tmp_path, "photos") as folder, locked(tmp_path / "other.lock", busy):
+        assert folder == tmp_path  # a lock alone does not make the folder a run's
+    assert not path.exists()

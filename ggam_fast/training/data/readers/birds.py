@@ -26,6 +26,7 @@ from torch import Tensor
 from ggam_fast.training.data.annotations import Annotations, box_of
 from ggam_fast.training.data.image_set import ImageSet, read_image
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.system.files import locked
 
 STAMPS = Path("usr/share/tuxpaint/stamps/animals/birds")  # its folder cartoon/ is left out
 BACKGROUNDS = Path("usr/share/backgrounds/mate/nature")
@@ -117,15 +118,18 @@ def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Pat
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=cache, prefix=".birds-"))
-        try:
-            _compose_all(part, scenes, places)
-            part.chmod(0o755)
-            os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        with locked(cache / f".{folder.name}.lock", lambda: None):
+            if folder.is_dir():  # another process has made it meanwhile
+                return folder
+            part = Path(tempfile.mkdtemp(dir=cache, prefix=".birds-"))
+            try:
+                _compose_all(part, scenes, places)
+                part.chmod(0o755)
+                os.replace(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        if folder.is_dir():  # another process was faster
+        if folder.is_dir():  # without locks, another process was faster
             return folder
         raise TrainError(f"cannot write composed images to {cache}: {error.strerror or error}") from error
     return folder

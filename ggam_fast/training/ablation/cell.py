@@ -1,4 +1,4 @@
-"""One cell of an ablation: a head trained, tested, asked where it looks, and its beta looked at."""
+"""One cell of an ablation: one head, trained and tested, with its localisation and statistics of beta."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class CellData:
 def run_cell(
     config: TrainConfig, data: CellData, batches: dict[str, Batches], check: Callable[[], None]
 ) -> dict[str, Any]:
-    """Train a head on cached maps and measure it; everything as JSON takes it.
+    """Train a head on cached maps, measure it, and return the numbers in JSON's types.
 
     Raises:
         Interrupted: `check` raised it.
@@ -150,7 +150,7 @@ def _test_maps(head: GGAMHead, data: CellData, batches: Batches) -> tuple[Tensor
 
 @torch.no_grad()
 def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
-    """What beta is like over all images of a split: means over images of statistics over channels.
+    """Statistics of beta over channels, as means over all images of a split.
 
     `median`, `p90`: of |beta|. `spread`: standard deviation of b~ over its mean. `guidance`: the loss for
     one image; `floor`: the least it can be for this b~, whatever S is; for Q = sum_c b~_c, the symmetric
@@ -184,7 +184,7 @@ def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, over the last dimension; 0 where one of them is constant."""
+    """Pearson's correlation over the last dimension; 0 where one of the two is constant."""
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     scale = a.norm(dim=1) * b.norm(dim=1)
     constant = (a.abs().amax(1) < 1e-9) | (scale == 0)
@@ -192,6 +192,6 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _plain(maps: Tensor) -> list[Sequence[Any]]:
-    """Maps for a JSON file, four digits of each value's share of the largest."""
+    """Maps for a JSON file: each value as a share of the largest one, with four digits."""
     scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-30)
     return [[[round(value, 4) for value in line] for line in heat] for heat in scaled.tolist()]

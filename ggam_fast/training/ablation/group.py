@@ -10,7 +10,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 
 class Group(NamedTuple):
-    """The cells that differ in their seed alone."""
+    """Cells that differ only in their seed."""
 
     attention: str
     cam_norm: str
@@ -18,7 +18,7 @@ class Group(NamedTuple):
     cells: list[dict[str, Any]]
 
     def values(self, *path: str) -> list[float]:
-        """One number of every cell, in the order of the seeds; nothing where cells do not have it."""
+        """One number of every cell, in the order of the seeds. Cells without it are left out."""
         found = []
         for cell in self.cells:
             value: Any = cell
@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 
 def grouped(results: Sequence[dict[str, Any]]) -> list[Group]:
-    """Groups in the order their first cell was run."""
+    """Groups, in the order in which their first cells were run."""
     groups: dict[tuple[str, str, float], Group] = {}
     for result in results:
         cell = result["cell"]

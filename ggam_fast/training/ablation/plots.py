@@ -22,7 +22,8 @@ _STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"))
 
 
 def draw_table(path: Path, rows: Sequence[Group]) -> bool:
-    """Test accuracy and, where there is one, the pointing game of Grad-CAM; a line of points a row."""
+    """Test accuracy and, if it was measured, the pointing game of Grad-CAM, with one line of points per
+    row."""
     panels: list[tuple[str, tuple[str, ...]]] = [("test accuracy, %", ("test", "accuracy"))]
     if rows[0].values("localisation", "grad_cam", "pointing"):
         panels.append(("pointing game of Grad-CAM, %", ("localisation", "grad_cam", "pointing")))
@@ -42,7 +43,7 @@ def draw_table(path: Path, rows: Sequence[Group]) -> bool:
 
 
 def draw_sweep(path: Path, groups: Sequence[Group], norms: Sequence[str]) -> bool:
-    """Validation and test accuracy against lambda, a line a norm of beta, beside no guidance."""
+    """Validation and test accuracy against lambda: one line per norm of beta, and a band without guidance."""
     both = [group for group in groups if group.attention == "channel_spatial"]
     if not any(group.weight for group in both):
         return False
@@ -150,7 +151,7 @@ def _plain(axes: Axes, grid: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> bool:
-    # Photographs are a tenth of the size as JPEG.
+    # As JPEG, photographs take a tenth of the space.
     quality: dict[str, Any] = {"pil_kwargs": {"quality": 88}} if path.suffix == ".jpg" else {}
     write_atomically(path, lambda part: figure.savefig(part, format=path.suffix[1:], **quality))
     return True

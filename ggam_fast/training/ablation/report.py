@@ -1,4 +1,4 @@
-"""What an ablation found, from its finished cells: Markdown, JSON and pictures."""
+"""The report of an ablation, from its finished cells: Markdown, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_report(
     best: Mapping[str, float | None],
     images: ImageSet | None,
 ) -> list[Path]:
-    """Write everything into `out`, photographs only with `images`; the paths."""
+    """Write the report into `out` and return the paths. Photographs are drawn only if `images` is given."""
     groups = grouped(results)
     first = about["cam_norms"][0]
     rows = table_rows(groups, first, best[first])
@@ -83,7 +83,7 @@ def table_rows(groups: Sequence[Group], cam_norm: str, weight: float | None) -> 
 
 
 def numbers_of(group: Group) -> dict[str, Any]:
-    """Every number of a group, a value a seed."""
+    """Every number of a group, with one value per seed."""
     found: dict[str, Any] = {
         "attention": group.attention,
         "cam_norm": group.cam_norm,
@@ -112,7 +112,7 @@ def markdown(
     best: Mapping[str, float | None],
     pictures: bool = True,
 ) -> str:
-    """The whole report as Markdown; with `pictures`, of photographs too."""
+    """The whole report as Markdown. With `pictures`, it shows photographs too."""
     norms = about["cam_norms"]
     cell = groups[0].cells[0]
     seeds = sorted({one["cell"]["seed"] for group in groups for one in group.cells})

@@ -115,7 +115,7 @@ class AblateConfig:
             self.training("none", study.cam_norms[0], 0.0, seed).check()
 
     def training(self, attention: str, cam_norm: str, weight: float, seed: int) -> TrainConfig:
-        """The training run that a cell is."""
+        """The options of the training run of one cell."""
         study = self.study
         return TrainConfig(
             data=self.data,
@@ -142,7 +142,7 @@ class AblateConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One head, one guidance (`weight` 0 for none), one seed."""
+    """One head with one guidance and one seed. `weight` is lambda; 0 means no guidance."""
 
     attention: str
     cam_norm: str
@@ -182,9 +182,9 @@ def chosen_weight(results: list[dict[str, Any]], cam_norm: str) -> float | None:
 
 
 def ablate(config: AblateConfig, report: Report, command: str) -> bool:
-    """Run the cells that are missing and write the report; whether all of them are done.
+    """Run the cells that are missing, write the report, and return whether all cells are done.
 
-    The first Ctrl-C ends the cell it is in without a result and still writes the report.
+    The first Ctrl-C ends the current cell without a result and still writes the report.
 
     Raises:
         TrainError: something the user can put right.
@@ -207,7 +207,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
     results: list[dict[str, Any]] = []
 
     def best() -> float:
-        # Without a sweep, the middle one.
+        # Without a sweep, take the middle one.
         middle = study.guidance_weights[len(study.guidance_weights) // 2]
         return chosen_weight(results, study.cam_norms[0]) or middle
 
@@ -260,7 +260,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
 
 
 def cells_folder(out: Path) -> Path:
-    """`out`/cells, made.
+    """Make and return `out`/cells.
 
     Raises:
         TrainError: it cannot be made, or `out` holds something else.
@@ -277,7 +277,7 @@ def cells_folder(out: Path) -> Path:
 
 
 def comparable(config: AblateConfig, training: TrainConfig) -> dict[str, Any]:
-    """What must be the same for a stored cell to count, as JSON gives it back."""
+    """The options that a stored cell must share to be used again, in JSON's types."""
     elsewhere = {
         "root",
         "cache_dir",
@@ -318,7 +318,7 @@ def stored(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def with_validation(images: ImageSet) -> ImageSet:
-    """The set itself; without a validation split, with every fifth training image of a class as that."""
+    """The set with a validation split. If it has none, every fifth training image of a class is held out."""
     if "val" in images.splits:
         return images
     train = images.splits["train"]

@@ -1,4 +1,4 @@
-"""The command line: one subcommand a function, its options generated from a configuration class."""
+"""The command line: one function per subcommand. Options are generated from a configuration class."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ggam_fast.training.errors import TrainError
 
 Config = TypeVar("Config")
 
-# The options of `train` that its --help describes; of the others it gives name and default.
+# The options of `train` that --help describes. Of the others it prints name and default.
 _EVERYDAY = (
     *("data", "root", "backbone", "finetune", "preset", "attention", "recipe", "epochs", "batch_size"),
     *("lr", "guidance_weight", "seed", "out", "resume"),
 )
-# What the parts of one run may differ in.
+# Options that may change when a run is resumed.
 _PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
 
 
@@ -76,7 +76,7 @@ def data(arguments: Sequence[str]) -> int:
 def evaluate(arguments: Sequence[str]) -> int:
     """Measure a trained classifier, and whether it looks where the object is.
 
-    Writes evaluation.json and evaluation.html, one page of tables and pictures, into the run's folder.
+    Writes evaluation.json and evaluation.html into the run's folder. The page has tables and pictures.
 
         ggam-fast evaluate runs/photos
         ggam-fast evaluate runs/birds --split val --weights best --out looked
@@ -93,7 +93,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 def explain(arguments: Sequence[str]) -> int:
     """Draw where a trained classifier looks: one figure for each image.
 
-    The image, spatial attention, Grad-CAM and the five likeliest classes; of two runs side by side.
+    It shows the image, spatial attention, Grad-CAM and the five likeliest classes, for one or two runs.
 
         ggam-fast explain photo.jpg --run runs/photos
         ggam-fast explain photos/*.jpg --run runs/guided --compare runs/unguided --out figures
@@ -110,7 +110,7 @@ def explain(arguments: Sequence[str]) -> int:
 def ablate(arguments: Sequence[str]) -> int:
     """The paper's ablations and the guidance weight, over seeds.
 
-    On a frozen backbone's cached maps; run again, it goes on with the cells that are missing.
+    Heads are trained on a frozen backbone's cached maps. Run again to train the cells still missing.
 
         ggam-fast ablate --out ablation-elpv --epochs 3
         ggam-fast ablate --data birds --root packages --out ablation-birds --seeds 0 1 2 3 4
@@ -128,7 +128,7 @@ def ablate(arguments: Sequence[str]) -> int:
 def export(arguments: Sequence[str]) -> int:
     """Write a trained classifier as torch.export or ONNX file, checked against the eager model.
 
-    Images (N, 3, H, W), normalised, for any N, to logits (N, K); --maps adds attention and Grad-CAM.
+    It maps normalised images (N, 3, H, W) to logits (N, K). --maps adds attention and Grad-CAM.
 
         ggam-fast export runs/photos
         ggam-fast export runs/photos --format both --maps --out deployed
@@ -142,7 +142,7 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
-# Each command's body, whose docstring is its help, and where its options are.
+# The function of each command. Its docstring is the command's help.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
@@ -162,7 +162,7 @@ _CONFIGS = {
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; its exit code. Help and unknown options end the process."""
+    """Run one command and return its exit code. Help and unknown options end the process."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0 if arguments else 2
@@ -194,7 +194,7 @@ def _parsed(command: str, default: Config, arguments: Sequence[str]) -> Config:
     early.add_argument("--config")
     given, rest = early.parse_known_args(arguments)
     options = {} if given.config is None else read_config_file(Path(given.config), _names(default))
-    # What has no flag, because it is told by its place on the command line: paths.
+    # Positional options have no flag. All of them are paths.
     for name in [field.name for field in fields(default) if "Positional" in str(field.type)]:  # type: ignore[arg-type]
         if name in options:
             value = options.pop(name)
@@ -239,7 +239,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     if given.resume is not None:
         for name in ("config", "recipe", "preset"):
             if getattr(given, name) is not None:
-                raise TrainError(f"--resume goes on with the run's own options; leave out --{name}")
+                raise TrainError(f"--resume continues with the run's own options; leave out --{name}")
         return _resumed(Path(given.resume), rest)
     known = TrainConfig().values()
     options = {} if given.config is None else read_config_file(Path(given.config), known)
@@ -248,7 +248,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         for name in ("recipe", "preset")
         if (value := getattr(given, name) or options.get(name)) is not None
     }
-    # Only to learn that the two names are right.
+    # This checks that the two names are right.
     _cli("train", TrainConfig(), as_arguments(named))
     recipe = RECIPES[str(named.get("recipe", "modern"))]
     default = TrainConfig().replaced(recipe)
@@ -282,5 +282,5 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
     for name in sorted(set(old) - _PER_PART):
         if old[name] != new[name]:
             flag = name.replace("_", "-")
-            raise TrainError(f"--resume goes on with the run's own options: --{flag} is {old[name]} there")
+            raise TrainError(f"--resume continues with the run's own options: --{flag} is {old[name]} there")
     return config.replaced({"resume": folder, "out": None})

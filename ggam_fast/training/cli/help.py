@@ -1,4 +1,4 @@
-"""Help that fits a screen: a command's examples, and one line an option."""
+"""Help that fits a screen: a command's examples, and one line per option."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _line(name: str, kind: str, value: Any, doc: str) -> str:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, on one line."""
+    """The docstring of each field of a dataclass, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for field, below in zip(body, [*body[1:], None], strict=True):

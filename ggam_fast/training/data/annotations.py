@@ -23,11 +23,11 @@ class Annotations:
     masks: Callable[[int], Tensor] | None = None
 
     def kinds(self) -> tuple[str, ...]:
-        """Which there are."""
+        """The names of the annotations that the data set has."""
         return tuple(name for name in ("boxes", "parts", "masks") if getattr(self, name) is not None)
 
     def of(self, rows: Sequence[int]) -> Annotations:
-        """Those of some rows, numbered anew."""
+        """The annotations of some rows, numbered from 0."""
         index = torch.tensor(rows, dtype=torch.int64)
         masks = self.masks
         return replace(

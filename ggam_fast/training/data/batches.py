@@ -18,10 +18,11 @@ _RESIDENT_SHARE = 0.5
 
 
 class Order:
-    """Which rows are in which batch. With a `seed` rows are shuffled, a pure function of seed and epoch, and
-    what does not fill a batch is left out; so a run can go on in the middle of an epoch.
+    """Which rows are in which batch.
 
-    Every process of `world` gets its own batches; in order, row r goes to process r modulo their number.
+    With a `seed`, rows are shuffled and the last partial batch is left out. The order depends only on seed
+    and epoch, so a run can continue in the middle of an epoch. Every process of `world` gets its own batches.
+    Without a seed, row r goes to process r modulo their number.
 
     Raises:
         TrainError: shuffled, and no batch for every process.
@@ -67,17 +68,19 @@ class Batches(Protocol):
         ...
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass, from batch `start` on; the same every time for the same epoch."""
+        """One pass, from batch `start` on. It is the same every time for the same epoch."""
         ...
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """A whole batch; what epochs yield does not change."""
+        """A whole batch. Taking it does not change what epochs yield."""
         ...
 
 
 class MapBatches:
-    """Feature maps (N, C, H, W) in order; with `shuffle_seed`, shuffled anew in every epoch and without the
-    last partial batch."""
+    """Batches of feature maps (N, C, H, W), in order.
+
+    With `shuffle_seed` they are shuffled in every epoch, and the last partial batch is left out.
+    """
 
     def __init__(
         self,
@@ -116,9 +119,11 @@ def _free_memory(device: torch.device) -> int:
 
 
 class ImageBatches:
-    """Images (N, 3, size, size) in channels-last memory, decoded as they are needed; with `shuffle_seed`,
-    shuffled anew in every epoch and without the last partial batch. What random augmentation does to an image
-    depends on seed, epoch and row alone, not on the number of workers."""
+    """Batches of images (N, 3, size, size) in channels-last memory, decoded as they are needed.
+
+    With `shuffle_seed` they are shuffled in every epoch, and the last partial batch is left out. Random
+    augmentation of an image depends only on seed, epoch and row, not on the number of workers.
+    """
 
     def __init__(
         self,
@@ -140,7 +145,7 @@ class ImageBatches:
             persistent_workers=workers > 0 and shuffle_seed is not None,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_interrupts_to_parent,
-            # Of its own, so that starting an epoch draws nothing from the global one.
+            # A generator of its own, so that starting an epoch draws nothing from the global one.
             generator=torch.Generator().manual_seed(0),
         )
 

@@ -1,4 +1,4 @@
-"""Labelled image files with fixed splits, and what turns them into tensors."""
+"""Labelled image files with fixed splits, and their transforms to tensors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class ImageSet:
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def log_notes(self, heading: str) -> None:
-        """Log `heading`, and below it what a user must know of these images."""
+        """Log `heading`, and below it the notes on these images."""
         logger.info(heading)
         for line in self.notes:
             logger.info(f"  {line}")
@@ -172,13 +172,13 @@ def without_banner(image: Image.Image, banner: int) -> Image.Image:
 
 
 def check_depth(image: Image.Image) -> None:
-    """Raise a ValueError for pixels whose range nothing says; Pillow would cut them off at 255."""
+    """Raise a ValueError for 32-bit pixels. Their range is unknown, and Pillow would cut them off at 255."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise ValueError(f"32 bits a pixel (mode {image.mode}); save it with 8 or 16")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image, with its pixels of 16 bits brought to 8."""
+    """The image, with 16-bit pixels scaled to 8 bits."""
     check_depth(image)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
@@ -206,8 +206,11 @@ def eval_transform(
 def train_transform(
     images: ImageSet, size: int, mean: Sequence[float], std: Sequence[float], resize: int | None = None
 ) -> Callable[[Image.Image], Tensor]:
-    """Random crop, the mirrorings of `images`, normalise. The crop is half to all of the image, or with
-    `resize` a square of `size` from the image with its shorter side brought to `resize`."""
+    """Random crop, random mirroring as `images` allows, normalisation: (3, size, size) float32.
+
+    The crop covers half to all of the image. With `resize`, the image's shorter side is first brought to that
+    length, and the crop is a square of `size`.
+    """
     sampling = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
     crop = (
         [v2.Resize(resize, **sampling), v2.RandomCrop(size)]

@@ -1,4 +1,4 @@
-"""Files that are no images, found before a run goes far."""
+"""Find files that are no images before training starts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def _problem(path: Path) -> tuple[str | None, tuple[int, int]]:
 
 
 def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> ImageSet:
-    """`images`, all of which can be read and are no smaller than the crop; with `skip_bad` without the rest.
+    """Check that all `images` can be read and are no smaller than the crop, and return them.
+
+    With `skip_bad`, the set that is returned lacks the images that cannot be read.
 
     Raises:
         TrainError: some cannot be read and `skip_bad` is off, some are smaller and `enlarge` is off.

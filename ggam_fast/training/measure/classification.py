@@ -1,4 +1,4 @@
-"""What a classifier is judged by on a split whose classes are far from equally frequent."""
+"""Metrics of a classifier, also for splits with rare classes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         images=len(labels),
         majority=support.max().item() / len(labels),
         accuracy=average(multiclass_accuracy, "micro").item(),
-        # torchmetrics' macro average counts a class that is only ever predicted as a recall of 0.
+        # torchmetrics' macro average takes a recall of 0 for a class that is predicted but never true.
         balanced_accuracy=recall[support > 0].mean().item(),
         macro_f1=average(multiclass_f1_score, "macro").item(),
         recall=recall.tolist(),

@@ -1,4 +1,4 @@
-"""Annotations taken to where the image goes: through the same resizing and cropping."""
+"""Annotations, resized and cropped as the image is."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ Transform = Callable[..., Tensor]
 
 
 class Placed(NamedTuple):
-    """Annotations of some images in pixels of the network's input (see `localization`); None where the data
-    set has none. `areas` are the masks or, without masks, the boxes' pixels."""
+    """Annotations of some images in pixels of the network's input (see `localization`).
+
+    Those that the data set lacks are None. `areas` are the masks or, without masks, the pixels of the boxes.
+    """
 
     areas: Tensor | None
     boxes: Tensor | None
@@ -74,7 +76,7 @@ def object_share(truths: Sequence[Placed]) -> float | None:
 
 
 def _moved(annotation: Tensor, image: Image.Image, transform: Transform) -> Tensor:
-    """torchvision takes an annotation through the same steps as the image it is about."""
+    """An annotation after the same steps as its image; torchvision transforms both."""
     _, moved = transform(tv_tensors.Image(TF.pil_to_tensor(image)), annotation)
     return moved.as_subclass(torch.Tensor)
 

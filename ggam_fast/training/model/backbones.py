@@ -1,4 +1,4 @@
-"""Feature extractors from timm, as modules that map images to (N, C, H, W) feature maps."""
+"""Backbones from timm, as modules that map images to feature maps (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
         return features
 
     def _probe(self) -> tuple[int, int]:
-        """Run one blank image through, to learn (H, W) and to refuse what cannot carry the head."""
+        """Run one blank image through. It gives (H, W) and shows whether the head fits."""
         training = self.training
         blank = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
@@ -112,11 +112,11 @@ def create_backbone(
 
 
 def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:
-    # The hub's client retries aloud for most of a minute when there is no network.
+    # Without a network, the hub's client retries and prints for most of a minute.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if image_size is not None:
-            # Models with position embeddings or windows need the size; the others refuse it.
+            # Models with position embeddings or windows need the size. The others refuse it.
             with contextlib.suppress(TypeError):
                 return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size)
         return timm.create_model(name, pretrained=pretrained, num_classes=0)

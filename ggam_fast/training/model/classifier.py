@@ -26,11 +26,11 @@ class GGAMClassifier(nn.Module):
 
 
 class GuidedLoss(nn.Module):
-    """Inputs (maps for a head, images for a classifier) and targets to the loss of a batch, and to its
-    (loss, guidance loss, accuracy) without a graph.
+    """The loss of a batch, and its (loss, guidance loss, accuracy) without a graph.
 
-    The fused loss, in a module's forward: what is compiled, and what DistributedDataParallel wraps, which
-    only looks after gradients that its own forward leads to.
+    Inputs are maps for a head and images for a classifier. The fused loss is computed in a module's forward,
+    because that is what torch.compile and DistributedDataParallel take: the latter averages only gradients
+    that its own forward leads to.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Feature maps of a frozen backbone, computed once and memory-mapped from then on."""
+"""Feature maps of a frozen backbone. They are computed once and memory-mapped after that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.backbones import Backbone
 
 _DECODING = 2
-"""Of `image_set.read_image`: changes with the pixels that it makes of a file."""
+"""Version of `image_set.read_image`. It changes when the pixels that it reads from a file change."""
 
 
 def default_cache_dir() -> Path:
@@ -28,9 +28,9 @@ def default_cache_dir() -> Path:
 class MapFile:
     """The maps of `backbone`, whose fingerprint is `weights`, on the images of `dataset`.
 
-    The file's name is a hash of all that decides its content: every image's path, size, time of
-    change and mirroring, the weights, the preprocessing, the dtype and the version of torch; and whether
-    smaller images were allowed, as maps that are there are not looked at again.
+    The file's name is a hash of everything that decides its content: path, size, time of change and
+    mirroring of every image, the weights, the preprocessing, the dtype and the version of torch. It also
+    covers whether smaller images were allowed, because stored maps are not checked again.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MapFile:
         return flat.view(self._shape).permute(0, 3, 1, 2)
 
     def write(self, batches: Iterable[Tensor]) -> None:
-        """Store batches of maps (n, C, H, W) one after the other; nothing stays unless all came.
+        """Store batches of maps (n, C, H, W) one after the other. If one fails, no file stays.
 
         Raises:
             TrainError: the folder cannot be made or written.
@@ -89,7 +89,7 @@ class MapFile:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Not of tempfile, whose files are for one user alone.
+            # tempfile is no use here: its files belong to one user alone.
             part = folder / f"{self.path.name}.{os.getpid()}.part"
             with part.open("wb") as file:
                 try:
@@ -113,8 +113,11 @@ def encoded(
     batch_size: int,
     on_batch: Callable[[int], None],
 ) -> Iterable[Tensor]:
-    """`encode` of each batch of images, on the CPU. All calls get `batch_size` images, the last
-    one some of them blank, so that a compiled `encode` sees one shape."""
+    """`encode` of each batch of images, on the CPU.
+
+    All calls get `batch_size` images, so that a compiled `encode` sees one shape. The last batch is filled
+    up with blank images.
+    """
     for images, _ in batches:
         count = len(images)
         blanks = images.new_zeros(batch_size - count, *images.shape[1:])

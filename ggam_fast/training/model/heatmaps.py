@@ -13,8 +13,10 @@ from ggam_fast.functional import channel_sum
 
 
 class HeatMaps(NamedTuple):
-    """Maps (N, h, w) float32, not negative. `attention` is None for a head without spatial attention;
-    `classes` (N,) are those of `grad_cam`."""
+    """Maps (N, h, w), float32, not negative.
+
+    `attention` is None for a head without spatial attention. `classes` (N,) are the classes of `grad_cam`.
+    """
 
     logits: Tensor
     attention: Tensor | None
@@ -24,14 +26,14 @@ class HeatMaps(NamedTuple):
 
 @torch.no_grad()
 def heat_maps(head: GGAMHead, features: Tensor, classes: Tensor | None = None) -> HeatMaps:
-    """The maps of `features` (N, C, h, w); Grad-CAM is that of `classes` (N,), by default of the predicted.
+    """The maps of `features` (N, C, h, w). Grad-CAM is that of `classes` (N,), by default the predicted ones.
 
     Grad-CAM is relu(sum_c beta_c A_c), or of A T, which is D but for a constant, where the head takes beta
     at D (`cam_at="attended"`).
     """
     if classes is None:
         classes = head(features).argmax(1)
-    # The same weights; of the class asked for, whichever class the head was trained to be guided by.
+    # The same weights, but Grad-CAM of the class asked for: training may have used another class.
     asked = copy.copy(head)
     asked.cam_class = "label"
     out = asked(features, classes)

@@ -1,4 +1,4 @@
-"""Trained classifiers on disk: one safetensors file that can be loaded without anything else."""
+"""Trained classifiers on disk. One safetensors file holds all that loading needs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def describe(model: GGAMClassifier, images: ImageSet, config: TrainConfig) -> dict[str, Any]:
-    """All that is needed, beside the weights, to rebuild `model`; and how it was trained."""
+    """What rebuilding `model` needs beside its weights, and how it was trained."""
     return {
         "ggam_fast": ggam_fast.__version__,
         "backbone": {
@@ -62,10 +62,10 @@ def describe(model: GGAMClassifier, images: ImageSet, config: TrainConfig) -> di
 def save_checkpoint(
     folder: Path, model: GGAMClassifier, description: dict[str, Any], name: str = WEIGHTS
 ) -> Path:
-    """Write the weights file `name` and, for people to read, `config.json` into `folder`.
+    """Write the weights file `name` into `folder`, and `config.json` for people to read.
 
-    The weights file carries the description in its metadata, so that the two can never be of
-    different runs. Each file replaces an older one in one step.
+    The weights file carries the description in its metadata, so weights and description always belong
+    together. Each file replaces an older one in one step.
 
     Raises:
         TrainError: a file cannot be written; an older one is untouched.

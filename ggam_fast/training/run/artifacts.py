@@ -22,7 +22,7 @@ from ggam_fast.training.use import export
 METRICS = "metrics.json"
 OPTIONS = "options.yaml"
 GALLERY = "gallery.png"
-# What `evaluate` and `export` put beside them.
+# Files that `evaluate` and `export` put beside those of the run.
 _MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *export.NAMES.values())
 
 
@@ -42,7 +42,7 @@ class RunArtifacts:
         self._description = description
         self._world = world
         self._epochs = 0
-        # What all parts of one run have in common.
+        # A resumed run must have the same values.
         self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
         self._run["images"] = description["data"]["images"]
 
@@ -72,7 +72,7 @@ class RunArtifacts:
         self._epochs = len(self._trainer.history)
 
     def classifier(self) -> GGAMClassifier:
-        """The classifier as it is now; of averaged weights, if they are averaged."""
+        """The classifier as it is now, with averaged weights if they are averaged."""
         result = self._trainer.result
         if isinstance(result, GGAMClassifier):
             return result
@@ -83,7 +83,7 @@ class RunArtifacts:
         state = {"run": self._run, "fit": self._trainer.state_dict()}
         if not self._world.is_main:
             return
-        # The best first: a run killed between the two goes on from before this epoch, and saves it again.
+        # The best comes first. A run killed between the two resumes before this epoch and saves it again.
         history = self._trainer.history
         if len(history) > self._epochs:
             self._epochs = len(history)

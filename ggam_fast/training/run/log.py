@@ -1,4 +1,4 @@
-"""The numbers of a run on disk as they come: TensorBoard, and one JSON object a line."""
+"""The log of a run: TensorBoard scalars, and a file with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ BOARD = "tensorboard"
 
 
 class RunLog:
-    """Writes to `folder`; what an earlier, interrupted run wrote after `steps` steps is dropped first."""
+    """Writes to `folder`. Records after step `steps`, which an interrupted run has left, are dropped
+    first."""
 
     def __init__(self, folder: Path, steps: int = 0) -> None:
         self._path = folder / LOG
@@ -44,7 +45,7 @@ class RunLog:
             self._board.add_scalar(f"{part}/{name}", value, step)
 
     def picture(self, name: str, step: int, path: Path) -> None:
-        """An image file, for TensorBoard."""
+        """Add an image file to TensorBoard."""
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._board.add_image(name, pixels, step, dataformats="HWC")

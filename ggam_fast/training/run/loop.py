@@ -1,4 +1,4 @@
-"""The training loop: steps, epochs, their numbers, and going on in the middle."""
+"""The training loop: steps, epochs and their numbers. It can continue in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Trainer:
         self._world = world
         self._check = check
         self._mix = Mix(num_classes, optim.mixup, optim.cutmix)
-        # Without float16 on a GPU it does nothing.
+        # It scales only for float16 on a GPU.
         self._scaler = torch.amp.GradScaler(
             device.type, enabled=dtype == torch.float16 and device.type == "cuda"
         )
@@ -84,7 +84,7 @@ class Trainer:
 
     @property
     def result(self) -> nn.Module:
-        """What is tested and saved: the average of the weights where there is one."""
+        """The module that is tested and saved: that of averaged weights, if they are averaged."""
         return self.trained if self._average is None else self._average.module
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +121,9 @@ class Trainer:
         save: Callable[[], object] = lambda: None,
         save_every: int = 0,
     ) -> list[dict[str, float]]:
-        """All epochs that are left, `save` after each and after every `save_every` steps; their numbers.
+        """Run all epochs that are left, and return the numbers of every epoch.
+
+        `save` is called after each epoch and after every `save_every` steps.
 
         Raises:
             Interrupted: `check` raised it, between two steps.
@@ -131,11 +133,11 @@ class Trainer:
         self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
         loss_of = self._step_function(train, report)
         if self._pending is not None:
-            # After the schedule is made, which sets the rates of the first step.
+            # The schedule is made before this, because making it sets the rates of the first step.
             self.optimizer.load_state_dict(self._pending["optimizer"])
             if self._pending["schedule"] is not None:
                 self._schedule.load_state_dict(self._pending["schedule"])
-            # Last of all: compiling and making the loaders may draw random numbers.
+            # This comes last, because compiling and making the loaders may draw random numbers.
             set_random_state(self._pending["random"][self._world.rank])
             self._pending = None
         elif not self.steps:
@@ -228,7 +230,7 @@ class Trainer:
     def _step_function(
         self, train: Batches, report: Report | None
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`GuidedLoss` of what is trained; compiled if asked for."""
+        """`GuidedLoss` of the trained module, compiled if the options say so."""
         optim = self._optim
         step = GuidedLoss(
             self.trained, optim.guidance_weight, optim.label_smoothing, self._device, self._dtype
@@ -263,7 +265,7 @@ def _schedule(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=steps,
-        # It divides by zero where the warm-up is one step exactly.
+        # OneCycleLR divides by zero if the warm-up is exactly one step.
         pct_start=_WARM_UP + 1e-6 * (steps * _WARM_UP == 1),
         cycle_momentum=False,
     )

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: images, classifier and batches."""
+"""Images, classifier and batches of a run, made before its first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ggam_fast.training.system.interrupts import InterruptGuard
 
 logger = logging.getLogger(__name__)
 
-# On two cores, compiling the frozen backbone costs the time it saves on about this many images.
+# With fewer images, compiling the frozen backbone takes longer than it saves (measured on two cores).
 _COMPILE_BACKBONE_FROM = 1500
 
 
@@ -36,7 +36,7 @@ def load_images(config: DataConfig) -> ImageSet:
 
 
 def check_images(images: ImageSet, backbone: Backbone, config: DataConfig) -> ImageSet:
-    """`scan.readable` as configured."""
+    """`scan.readable` with the options of `config`."""
     return readable(
         images,
         backbone.image_size,
@@ -46,7 +46,7 @@ def check_images(images: ImageSet, backbone: Backbone, config: DataConfig) -> Im
 
 
 def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
-    """Backbone and head as configured.
+    """The backbone and head that `config` describes.
 
     Raises:
         TrainError: an option that the backbone or the head refuses.
@@ -70,7 +70,7 @@ def image_batches(
     device: torch.device,
     world: World = ALONE,
 ) -> dict[str, Batches]:
-    """Batches of decoded images for every split; the training split augmented and shuffled."""
+    """Batches of decoded images for every split. The training split is augmented and shuffled."""
     look = model.backbone.preprocessing
     if config.data.resize is None:
         size, mean, std, _ = look
@@ -102,9 +102,9 @@ def map_batches(
     interrupt: InterruptGuard,
     world: World = ALONE,
 ) -> dict[str, Batches]:
-    """Batches of the frozen backbone's maps for every split: from the cache, else computed now.
+    """Batches of the frozen backbone's maps for every split. Maps that the cache lacks are computed.
 
-    The training split holds every image once for each of its mirrorings.
+    The training split holds every image once for each way to mirror it.
     """
     backbone = model.backbone.eval()
     transform = eval_transform(*backbone.preprocessing)

@@ -1,4 +1,4 @@
-"""All that a run needs to go on exactly where it was: written whole, the last three kept."""
+"""Snapshots, from which a run resumes exactly. Each is written whole, and the last three are kept."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 
 def save_snapshot(folder: Path, steps: int, state: dict[str, Any]) -> Path:
-    """Write `state` (tensors and plain values) as the newest snapshot; older ones than three go.
+    """Write `state` (tensors and plain values) as the newest snapshot, and keep the last three.
 
     Raises:
         TrainError: it cannot be written; the snapshots before it are untouched.
     """
     path = folder / FOLDER / f"step-{steps:09d}.pt"
-    # In memory first: of a full disk torch says no more than "unexpected pos".
+    # In memory first, because torch reports a full disk only as "unexpected pos".
     whole = io.BytesIO()
     torch.save(state, whole)
     try:
@@ -63,8 +63,8 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator a run draws from."""
-    # The legacy generators are the ones that libraries share.
+    """The state of every random generator that a run draws from."""
+    # NumPy's legacy generator is the one that libraries share.
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
@@ -75,7 +75,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` gave."""
+    """Restore a state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,4 +1,4 @@
-"""A training run from configuration to results."""
+"""A training run from its options to its results."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a run; `metrics` and `gallery` are None if it was interrupted, and so is `checkpoint`
-    if that was before the first step."""
+    """The results of a run.
+
+    If it was interrupted, `metrics` and `gallery` are None. Before the first step, so is `checkpoint`.
+    """
 
     checkpoint: Path | None
     metrics: Metrics | None
@@ -53,8 +55,8 @@ class Outcome:
 def train(config: TrainConfig, report: Report) -> Outcome:
     """Train as `config` says and write checkpoints, metrics, gallery, log and TensorBoard scalars.
 
-    The first Ctrl-C ends training after the step it is in and still saves a checkpoint. Under torchrun
-    every process calls this; the first one speaks and writes.
+    The first Ctrl-C ends training after the current step and still saves a checkpoint. Under torchrun
+    every process calls this, and the main process alone prints and writes.
 
     Raises:
         TrainError: something the user can put right.
@@ -163,7 +165,7 @@ def write_metrics(
     seconds: float,
     device: torch.device,
 ) -> None:
-    """The results of a run as JSON."""
+    """Write the results of a run as JSON."""
     results = {
         "test": metrics.as_dict(),
         "classes": images.classes,
@@ -178,7 +180,7 @@ def write_metrics(
 
 @contextmanager
 def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
-    """`output_folder`, made by the process that speaks and known to all."""
+    """`output_folder`, made by the main process and known to all."""
     made_here = output_folder(config.out, name, overwrite=config.overwrite, resume=config.resume)
     with made_here if world.is_main else nullcontext(None) as made:
         folder = world.broadcast(made)
@@ -186,7 +188,7 @@ def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
 
 
 def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
-    """The head at `lr` and, fine-tuned, the backbone at `backbone_lr`."""
+    """Parameter groups: the head at `lr` and, when it is fine-tuned, the backbone at `backbone_lr`."""
     groups: Groups = [{"params": list(model.head.parameters()), "lr": config.optim.lr}]
     if config.backbone.finetune:
         groups.append({"params": list(model.backbone.parameters()), "lr": config.optim.backbone_lr})

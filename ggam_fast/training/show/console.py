@@ -1,4 +1,4 @@
-"""What a run tells its user: lines, a progress bar, a table."""
+"""What a run prints: lines, a progress bar and a table."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from rich.table import Table
 from ggam_fast.training.measure.classification import Metrics, confused_with
 
 _PACKAGE = "ggam_fast.training"
-# Without a terminal, a line this often at most.
+# Without a terminal, progress is a line at most this often.
 _PLAIN_SECONDS = 10.0
 
 
 class Bar:
-    """One running count: a progress bar on a terminal, a line now and then elsewhere."""
+    """A running count: a progress bar on a terminal, and a line from time to time elsewhere."""
 
     def __init__(self, console: Console, progress: Progress | None, name: str, total: int, done: int) -> None:
         self._console = console
@@ -68,12 +68,12 @@ class Report:
 
     @classmethod
     def silent(cls) -> Report:
-        """One that says nothing."""
+        """A report that prints nothing."""
         return cls(Console(quiet=True, force_terminal=False))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile, what this package logs is printed, a line each. Listening twice prints once."""
+        """Inside the `with` block, print each log record of this package. Entering it twice prints once."""
         logger = logging.getLogger(_PACKAGE)
         if any(isinstance(one, _Notes) and one.report.console is self.console for one in logger.handlers):
             yield
@@ -131,7 +131,7 @@ class Report:
 
 
 class _Notes(logging.Handler):
-    """Prints each record as a line of a report."""
+    """Prints each log record as a line of a report."""
 
     def __init__(self, report: Report) -> None:
         super().__init__()

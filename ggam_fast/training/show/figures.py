@@ -14,25 +14,25 @@ BLUE, VERMILION, GREEN, ORANGE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F
 
 
 def literal(text: str) -> str:
-    """`text` for matplotlib, which would typeset what stands between two dollar signs."""
+    """`text` with its dollar signs escaped, between which matplotlib would typeset mathematics."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, on white, that lays itself out."""
+    """An empty white figure, `width` x `height` inches, with constrained layout."""
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def show_image(axes: Axes, picture: Tensor) -> None:
-    """A picture (H, W, 3) in [0, 1]."""
+    """Show a picture (H, W, 3) in [0, 1]."""
     axes.imshow(picture.numpy(), interpolation="bilinear")
     _bare(axes)
 
 
 def show_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
-    """A map (h, w) over the picture in grey, so that the colours are those of the map alone."""
+    """Show a map (h, w) over the picture. The picture is grey, so that all colour comes from the map."""
     axes.imshow(picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
     fine = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
     axes.imshow(fine.numpy(), cmap=COLOUR_MAP, alpha=0.5, interpolation="bilinear")
@@ -40,7 +40,7 @@ def show_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
 
 
 def colour_key(legend: SubFigure, place: tuple[float, float, float, float]) -> None:
-    """What the colours mean, at `place` (left, bottom, width, height)."""
+    """Draw the key of the colours at `place` (left, bottom, width, height)."""
     axes = legend.add_axes(place)
     axes.imshow(linspace(0, 1, 256)[None].numpy(), cmap=COLOUR_MAP, aspect="auto")
     axes.set_xticks([0, 255], ["lowest", "highest"], fontsize=9)

@@ -1,4 +1,4 @@
-"""torch.compile where it works, and one line where it does not."""
+"""torch.compile, with a fallback to eager mode."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def compile_or_eager(
 ) -> Callable[..., Any]:
     """`function` compiled without graph breaks, or `function` itself if that fails.
 
-    `probe` runs the compiled function once, backward included where there is one, because that
-    is when code is generated: a machine without a C++ compiler fails there. Whatever the probe
-    changes in `module`, its gradients or the random state is put back.
+    `probe` calls the compiled function once, with its backward if it has one. Code is generated in that
+    call, so a machine without a C++ compiler fails there. Afterwards `module`, its gradients and the random
+    state are as before.
     """
-    # It warns wherever a CUDA toolkit is installed but no GPU is there.
+    # torch warns here on machines with a CUDA toolkit but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
     state = copy.deepcopy(module.state_dict())

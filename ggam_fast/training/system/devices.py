@@ -1,4 +1,4 @@
-"""Which device a run uses, and in which precision."""
+"""The device of a run, and its precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ggam_fast.training.errors import TrainError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU.
+    """The device called `name`; "auto" is the first CUDA device, or the CPU without one.
 
     Raises:
         TrainError: no such device here.
@@ -32,7 +32,7 @@ def device_name(device: torch.device) -> str:
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """What the backbone computes in: `auto` is bfloat16 on a GPU that has it, float32 elsewhere."""
+    """The dtype of the backbone; "auto" is bfloat16 on a GPU that has it, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -41,6 +41,6 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to `dtype`; off for float32."""
+    """Autocast to `dtype`. For float32 it is off."""
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else None, enabled=half)

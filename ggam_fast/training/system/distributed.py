@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun starts them; most runs have one."""
+"""The processes of one run, as torchrun starts them. Most runs have one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class World:
-    """This process is number `rank` of `size`; number 0 prints and writes."""
+    """The processes of a run: how many there are (`size`), and which one this is (`rank`)."""
 
     rank: int = 0
     size: int = 1
@@ -31,7 +31,7 @@ class World:
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, in the order of their numbers."""
+        """The `value` of every process, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -39,7 +39,7 @@ class World:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The `value` of process 0."""
+        """The `value` of process 0, in every process."""
         return self.gather(value)[0]
 
     def wrap(self, module: Any, device: torch.device) -> Any:
@@ -55,7 +55,7 @@ ALONE = World()
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world torchrun describes in the environment, or `ALONE`."""
+    """The world that torchrun describes in the environment, or `ALONE`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
@@ -68,5 +68,5 @@ def joined() -> Iterator[World]:
 
 
 def local_device() -> str:
-    """Under torchrun, the GPU of this process."""
+    """The GPU of this process under torchrun."""
     return f"cuda:{os.environ['LOCAL_RANK']}"

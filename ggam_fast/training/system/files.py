@@ -1,4 +1,4 @@
-"""Files of a run: whole or not at all."""
+"""Files of a run. Each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def output_folder(
 ) -> Iterator[Path]:
     """The folder of a run: `resume`, else `out`, else runs/<data_name>-<time>.
 
-    It is made and tried. If the run fails without a result, it is removed again.
+    It is made and checked. If the run fails without a result, it is removed again.
 
     Raises:
         TrainError: it cannot be made or written, holds a run already, or another run is writing there.
@@ -45,10 +45,10 @@ def output_folder(
 
 @contextmanager
 def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
-    """Hold the lock file `path`, which goes again afterwards. On a file system without locks, hold nothing.
+    """Hold the lock file `path`, and remove it afterwards. A file system without locks is not locked.
 
-    `busy` is called, again and again, while another process holds the lock. It may raise; else this waits.
-    The system lets go of the lock of a process that is killed.
+    While another process holds the lock, this waits and calls `busy` again and again, which may raise.
+    If a process is killed, the operating system releases its lock.
     """
     lock, held = FileLock(path, blocking=False), False
     while not held:
@@ -70,7 +70,7 @@ def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def writable_folder(folder: Path) -> Iterator[None]:
-    """`folder`, made and tried; removed again if nothing was put into it.
+    """Make `folder` and check that it can be written. Remove it again if nothing was put into it.
 
     Raises:
         TrainError: it cannot be made or written.
@@ -91,13 +91,13 @@ def writable_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what a killed run was writing anywhere in `folder`."""
+    """Remove files anywhere in `folder` that a killed run had not finished."""
     for part in list(folder.rglob(f"{_PART}*")):
         shutil.rmtree(part, ignore_errors=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file in a temporary folder beside `path`, then put it in place in one step.
+    """Let `write` make the file in a temporary folder beside `path`, then move it into place in one step.
 
     Raises:
         TrainError: it cannot be written, such as to a full disk; an older file is untouched.
@@ -106,7 +106,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """`write_atomically` of several files, none of which is put in place before all are written."""
+    """`write_atomically` for several files. All are written before the first one is moved into place."""
     try:
         # A folder, because some writers make temporary files of their own beside the file they are given.
         with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as made:

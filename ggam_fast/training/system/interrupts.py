@@ -11,14 +11,14 @@ from ggam_fast.training.errors import Interrupted
 
 
 class InterruptGuard:
-    """While it is entered, the first Ctrl-C only makes `check` raise; the second stops at once."""
+    """Inside its `with` block, the first Ctrl-C makes `check` raise, and the second one stops at once."""
 
     def __init__(self) -> None:
         self._requested = False
         self._previous: Any = None
 
     def __enter__(self) -> InterruptGuard:
-        # Python lets only the main thread handle signals; elsewhere Ctrl-C stays what it was.
+        # Python lets only the main thread handle signals. In other threads Ctrl-C works as before.
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._request)
         return self

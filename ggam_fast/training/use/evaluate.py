@@ -50,7 +50,7 @@ class EvaluateConfig:
     data: DataName | None = None
     """Data set. By default that of the run."""
     root: Path | None = None
-    """Folder of the data set. By default the run's."""
+    """Folder of the data set. By default that of the run."""
     split: str = "test"
     """Split that is evaluated."""
     weights: Literal["last", "best"] = "last"
@@ -104,7 +104,7 @@ class Looked(NamedTuple):
 
 
 def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
-    """Evaluate as `config` says; the report's path.
+    """Evaluate as `config` says, and return the path of the page.
 
     Raises:
         TrainError: something the user can put right.
@@ -141,7 +141,7 @@ def evaluated(
     device: torch.device,
     report: Report,
 ) -> tuple[dict[str, Any], list[Example]]:
-    """Everything that evaluation.json holds, and the pictures of the page."""
+    """The contents of evaluation.json, and the pictures of the page."""
     rows = images.splits[config.split]
     images.log_notes(f"{images.name}: {len(rows)} images of split {config.split}; {device_name(device)}")
     looked = look(model, images, config, device, report)
@@ -174,7 +174,7 @@ def evaluated(
 
 
 def against(images: ImageSet) -> str | None:
-    """What localisation is measured against, in words."""
+    """The annotations that localisation is measured against, in words."""
     found = images.annotations
     if found is None:
         return None
@@ -243,7 +243,7 @@ def more_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` places, evenly spread; all of them if there are fewer."""
+    """`wanted` of `count` places, evenly spread. If there are fewer, all of them."""
     wanted = min(wanted, count)
     return [place * count // wanted for place in range(wanted)]
 
@@ -327,7 +327,7 @@ def show_localisation(found: dict[str, dict[str, float]], truth: str, report: Re
 def pick_examples(
     model: GGAMClassifier, images: ImageSet, looked: Looked, config: EvaluateConfig
 ) -> list[Example]:
-    """Pictures for the report, as `choose_examples` chooses them."""
+    """Pictures for the page, as `choose_examples` chooses them."""
     if not config.examples:
         return []
     backbone = model.backbone

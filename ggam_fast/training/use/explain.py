@@ -28,7 +28,7 @@ from ggam_fast.training.use.open_run import open_run
 logger = logging.getLogger(__name__)
 
 _TOP = 5
-# Of the first run and of the one it is compared with.
+# Colours of the first run, and of the one it is compared with.
 _BARS = (BLUE, ORANGE)
 
 
@@ -65,7 +65,7 @@ class Seen(NamedTuple):
 
 
 def explain(config: ExplainConfig) -> list[Path]:
-    """Draw the figures; their paths. Every image is read before the first figure is written.
+    """Draw the figures and return their paths. All images are read before the first figure is written.
 
     Raises:
         TrainError: something the user can put right.
@@ -112,12 +112,12 @@ def _enlarges(checkpoint: Checkpoint, config: ExplainConfig) -> bool:
 
 
 def _banner(checkpoint: Checkpoint) -> int:
-    """Pixels at the bottom of every image that the run did not look at."""
+    """Height in pixels of the strip that the run cut off at the bottom of every image."""
     return int(checkpoint.description["data"].get("banner", 0))
 
 
 def read(path: Path, least: int, banner: int = 0) -> Image.Image:
-    """The image at `path`, no side of it shorter than `least`, even without its lowest `banner` pixels.
+    """The image at `path`. Without its lowest `banner` pixels, no side may be shorter than `least`.
 
     Raises:
         TrainError: it cannot be read or is smaller.
@@ -132,7 +132,7 @@ def read(path: Path, least: int, banner: int = 0) -> Image.Image:
 
 
 def figure_names(images: Sequence[Path]) -> list[str]:
-    """A figure's name for each image: its stem, with the folder in front where stems are the same.
+    """The name of each image's figure: its stem. Where stems are the same, the folder comes first.
 
     Raises:
         TrainError: an image is given twice.
@@ -150,7 +150,8 @@ def figure_names(images: Sequence[Path]) -> list[str]:
 
 
 def run_labels(checkpoints: Sequence[Checkpoint], runs: Sequence[Path]) -> list[str]:
-    """What tells the runs apart: their guidance if it differs, else their names; of one run, nothing."""
+    """Labels that tell the runs apart: their guidance if it differs, else their names. One run has no
+    label."""
     if len(checkpoints) == 1:
         return [""]
     weights = [float(one.description["optim"]["guidance_weight"]) for one in checkpoints]

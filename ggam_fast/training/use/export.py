@@ -51,7 +51,7 @@ class ExportConfig:
 
 
 class Deployed(nn.Module):
-    """The classifier as it is exported: a tuple of `names`, of normalised images."""
+    """The module that is exported: normalised images to a tuple of the outputs in `names`."""
 
     def __init__(self, classifier: GGAMClassifier, maps: bool) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def _batch() -> torch.export.Dim:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """The exporters' progress and deprecation notes say nothing that a user could act on."""
+    """Hide the exporters' progress and deprecation notes, on which a user cannot act."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

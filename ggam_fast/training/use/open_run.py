@@ -1,4 +1,4 @@
-"""A finished run, opened again: its classifier, and the images it was trained for."""
+"""Open a finished run: its classifier, and the images it was trained on."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def open_run(run: Path, weights: str = "last") -> Checkpoint:
 
 
 def weights_name(run: Path, weights: str) -> str:
-    """What `open_run` opened, for people: "last" or "best" of a folder, or the file's name."""
+    """The name of what `open_run` opened: "last" or "best" of a folder, or the file's name."""
     return weights if run.is_dir() else run.name
 
 
 def run_images(
     checkpoint: Checkpoint, name: DataName | None, root: Path | None, cache_dir: Path | None
 ) -> ImageSet:
-    """The images asked for, by default the run's own; their classes must be the checkpoint's.
+    """The images called `name`, by default those of the run. Their classes must be the checkpoint's.
 
     Raises:
         TrainError: another list of classes, or the run's own images in other splits than it was trained on.

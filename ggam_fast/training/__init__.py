@@ -2,29 +2,33 @@
 
 Needs the extra: pip install "ggam-fast[train]". Importing `ggam_fast` never imports this.
 
-    config       the options             data, batches       images, splits, batches
-    readers      data sets' layouts      annotations         their boxes, parts and masks
-    backbones    timm feature maps       feature_cache       a frozen backbone's maps on disk
-    classifier   backbone + GGAM head    fitting, compiling  the loop and its compiled step
-    metrics      numbers of a split      reports, gallery    what the user sees
-    checkpoints  saving and loading      snapshots           all that --resume needs
-    engine       a run from start to end
-    heatmaps     attention, Grad-CAM     localization        whether they lie on the object
-    evaluation, explanation, ablation, exporting             the other commands
+A room imports from the rooms below it only. From the top floor down:
+
+    cli                what is typed
+    ablation           many runs compared
+    run                one training run
+    use                a finished run: evaluate, explain, export
+    show               console, figures, gallery, page
+    model, measure     backbone and head; numbers from logits and maps
+    data               images, splits, batches
+    config, system     options and recipes; devices, processes, files
+    errors             what ends a run early
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ggam_fast.training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-    from ggam_fast.training.config import TrainConfig
-    from ggam_fast.training.engine import Outcome, train
+    from ggam_fast.training.config.options import TrainConfig
     from ggam_fast.training.errors import TrainError
+    from ggam_fast.training.model.model_file import Checkpoint, load_checkpoint, save_checkpoint
+    from ggam_fast.training.run.train import Outcome, train
+    from ggam_fast.training.show.console import Report
 
 __all__ = [
     "Checkpoint",
     "Outcome",
+    "Report",
     "TrainConfig",
     "TrainError",
     "load_checkpoint",
@@ -33,13 +37,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "Checkpoint": "checkpoints",
-    "Outcome": "engine",
-    "TrainConfig": "config",
+    "Checkpoint": "model.model_file",
+    "Outcome": "run.train",
+    "Report": "show.console",
+    "TrainConfig": "config.options",
     "TrainError": "errors",
-    "load_checkpoint": "checkpoints",
-    "save_checkpoint": "checkpoints",
-    "train": "engine",
+    "load_checkpoint": "model.model_file",
+    "save_checkpoint": "model.model_file",
+    "train": "run.train",
 }
 
 

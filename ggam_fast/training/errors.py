@@ -9,3 +9,9 @@ class TrainError(ValueError):
 
 class Interrupted(Exception):
     """Ctrl-C arrived at a point where the work can stop cleanly."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, or the name of its class."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -14,7 +14,7 @@ import pytest
 
 # The core's tests run without the `train` extra; these then are not collected.
 if any(importlib.util.find_spec(name) is None for name in ("timm", "torchvision", "tyro")):
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["*test_*.py"]
 
 CHECKOUT = Path(__file__).parents[2]
 TINY = (
@@ -87,7 +87,7 @@ def run_command(
 @pytest.fixture
 def tiny_config(tmp_path: Path, photos: Path):
     """A `TrainConfig` for `photos`, and a `Report` that keeps its text."""
-    from ggam_fast.training.config import (
+    from ggam_fast.training.config.options import (
         BackboneConfig,
         DataConfig,
         HeadConfig,
@@ -107,14 +107,26 @@ def tiny_config(tmp_path: Path, photos: Path):
 
 @pytest.fixture
 def report():
+    """A `Report` that keeps its text and listens to the log."""
     from rich.console import Console
 
-    from ggam_fast.training.reports import Report
+    from ggam_fast.training.show.console import Report
 
-    return Report(Console(file=io.StringIO(), width=100))
+    kept = Report(Console(file=io.StringIO(), width=100))
+    with kept.listening():
+        yield kept
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Callable:
     """`tiny_config`-like configurations that write to another folder."""
     return lambda config, name: replace(config, run=replace(config.run, out=tmp_path / name))
+
+
+@pytest.fixture
+def trained(tiny_config, report):
+    """A run on `photos` of one epoch."""
+    from ggam_fast.training.run.train import train
+
+    train(replace(tiny_config, optim=replace(tiny_config.optim, epochs=1)), report)
+    return tiny_config.run.out

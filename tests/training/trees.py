@@ -116,7 +116,7 @@ def flowers(root: Path) -> Path:
 
 def birds(root: Path) -> Path:
     """The two Debian packages, unpacked: three birds, one of them a cartoon, and every background."""
-    from ggam_fast.training.readers.birds import BACKGROUNDS, SPLIT_OF_BACKGROUND, STAMPS
+    from ggam_fast.training.data.readers.birds import BACKGROUNDS, SPLIT_OF_BACKGROUND, STAMPS
 
     (root / STAMPS / "cartoon").mkdir(parents=True)
     for index, name in enumerate(("crow", "duck", "cartoon/tux")):

@@ -50,7 +50,12 @@ def test_opcheck(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPa
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("ggam_fast::")
     }
-    whole_steps = {"guided_step", "guided_step_grads", "drop_in_step", "drop_in_step_grads"}  # in tests/test_compiled.py
+    whole_steps = {
+        "guided_step",
+        "guided_step_grads",
+        "drop_in_step",
+        "drop_in_step_grads",
+    }  # in tests/test_compiled.py
     assert registered == OPERATORS.keys() == set(calls) | whole_steps
     for name, arguments in calls.items():
         for call in arguments:

@@ -1,0 +1,197 @@
+"""One cell of an ablation: one head, trained and tested, with its localisation and statistics of beta."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ggam_fast import GGAMHead
+from ggam_fast.guidance import kl_guidance, log_cam_norm
+from ggam_fast.training.config.options import TrainConfig
+from ggam_fast.training.data.batches import Batches
+from ggam_fast.training.data.image_set import ImageSet, eval_transform
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.measure.classification import classification_metrics
+from ggam_fast.training.measure.geometry import Placed, object_share, placed
+from ggam_fast.training.measure.localization import Tally, centred
+from ggam_fast.training.model.backbones import Backbone
+from ggam_fast.training.model.classifier import create_head
+from ggam_fast.training.model.heatmaps import heat_maps
+from ggam_fast.training.run.loop import Trainer, evaluate
+from ggam_fast.training.system.devices import autocast
+from ggam_fast.training.system.versions import versions
+
+_CHUNK = 64
+_PICTURES = 6
+
+
+class CellData:
+    """What all cells share: the annotations of the test split in pixels of the network's input."""
+
+    def __init__(
+        self, images: ImageSet, backbone: Backbone, device: torch.device, dtype: torch.dtype, thresholds: int
+    ) -> None:
+        self.images = images
+        self.backbone = backbone
+        self.device = device
+        self.dtype = dtype
+        self.thresholds = thresholds
+
+    @cached_property
+    def annotations(self) -> list[Placed]:
+        """Of the test split, in pieces of `_CHUNK` images; empty if the data set has none."""
+        if self.images.annotations is None:
+            return []
+        transform = eval_transform(*self.backbone.preprocessing)
+        rows = self.images.splits["test"]
+        return [
+            placed(self.images, part.tolist(), transform, self.backbone.image_size)
+            for part in rows.split(_CHUNK)
+        ]
+
+    @property
+    def pictures(self) -> list[int]:
+        """Positions in the test split whose maps are kept: the first image of classes spread over all."""
+        labels = self.images.labels[self.images.splits["test"]]
+        classes = labels.unique()
+        count = min(_PICTURES, len(classes))
+        spread = [int(classes[index * len(classes) // count]) for index in range(count)]
+        return [int((labels == label).nonzero()[0]) for label in spread]
+
+    def localised(self, maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Measures of maps (N, h, w) by name, of the whole test split, N in its order."""
+        tally = Tally((self.backbone.image_size,) * 2, self.thresholds)
+        for number, truth in enumerate(self.annotations):
+            rows = slice(number * _CHUNK, (number + 1) * _CHUNK)
+            tally.add({name: heat[rows] for name, heat in maps.items()}, truth)
+        return tally.means()
+
+    @cached_property
+    def chance(self) -> dict[str, dict[str, float]]:
+        """Measures of a Gaussian around the centre; the energy of a uniform map is the object's share."""
+        if not self.annotations:
+            return {}
+        count, side = len(self.images.splits["test"]), self.backbone.image_size
+        found = self.localised({"centre": centred(count, (side, side))})
+        covered = object_share(self.annotations)
+        return found if covered is None else {**found, "uniform": {"energy": covered}}
+
+
+def run_cell(
+    config: TrainConfig, data: CellData, batches: dict[str, Batches], check: Callable[[], None]
+) -> dict[str, Any]:
+    """Train a head on cached maps, measure it, and return the numbers in JSON's types.
+
+    Raises:
+        Interrupted: `check` raised it.
+        TrainError: an option that the head refuses.
+    """
+    started = time.monotonic()
+    device, dtype, classes = data.device, data.dtype, len(data.images.classes)
+    torch.manual_seed(config.optim.seed)
+    try:
+        head = create_head(data.backbone, classes, config.head).to(device)
+    except (ValueError, TypeError) as error:
+        raise TrainError(str(error)) from error
+    before = beta_statistics(head, batches["val"])
+    trainer = Trainer(
+        head,
+        [{"params": list(head.parameters()), "lr": config.optim.lr}],
+        config.optim,
+        classes,
+        device,
+        dtype=dtype,
+        compile=config.run.compile,
+        check=check,
+    )
+    trained_from = time.monotonic()
+    epochs = trainer.run(batches["train"], batches["val"])
+    trained_for = time.monotonic() - trained_from
+    head.eval()
+    results: dict[str, Any] = {"epochs": epochs}
+    for split in ("val", "test"):
+        logits, labels = evaluate(head, batches[split], device, dtype, check=check)
+        metrics = classification_metrics(logits, labels)
+        results[split] = {
+            name: getattr(metrics, name) for name in ("accuracy", "balanced_accuracy", "macro_f1", "majority")
+        }
+    grad_cam, attention = _test_maps(head, data, batches["test"])
+    if data.annotations:
+        maps = {"grad_cam": grad_cam} | ({} if attention is None else {"attention": attention})
+        results["localisation"] = data.localised(maps) | data.chance
+    results["beta"] = {"before": before, "after": beta_statistics(head, batches["val"])}
+    results["pictures"] = {
+        "rows": data.pictures,
+        "grad_cam": _plain(grad_cam[data.pictures]),
+        "attention": None if attention is None else _plain(attention[data.pictures]),
+    }
+    results["training_seconds"] = round(trained_for, 2)
+    results["seconds"] = round(time.monotonic() - started, 2)
+    results["versions"] = versions()
+    return results
+
+
+def _test_maps(head: GGAMHead, data: CellData, batches: Batches) -> tuple[Tensor, Tensor | None]:
+    """Grad-CAM of the label and spatial attention of every test image, (N, h, w) on the CPU."""
+    cams, attentions = [], []
+    for features, labels in batches.epoch(0):
+        with autocast(data.device, data.dtype):
+            found = heat_maps(head, features, labels)
+        cams.append(found.grad_cam.cpu())
+        if found.attention is not None:
+            attentions.append(found.attention.cpu())
+    return torch.cat(cams), torch.cat(attentions) if attentions else None
+
+
+@torch.no_grad()
+def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
+    """Statistics of beta over channels, as means over all images of a split.
+
+    `median`, `p90`: of |beta|. `spread`: standard deviation of b~ over its mean. `guidance`: the loss for
+    one image; `floor`: the least it can be for this b~, whatever S is; for Q = sum_c b~_c, the symmetric
+    loss is least at S = b~ / Q, where it is (Q - 1) log(Q) / 2, and the forward one is -log Q.
+    `correlation`: of log S and beta over channels (0 where S is uniform).
+    """
+    training = head.training
+    head.eval()
+    sums: dict[str, float] = {}
+    count = 0
+    for features, labels in batches.epoch(0):
+        out = head(features, labels)
+        beta = out.cam_weights.double()
+        log_b = log_cam_norm(beta, head.cam_norm, head.cam_temperature)
+        b = log_b.exp()
+        total = b.sum(1)
+        log_s = out.channel_attention.clamp_min(torch.finfo(torch.float32).tiny).double().log()
+        found = {
+            "median": beta.abs().median(1).values,
+            "p90": beta.abs().quantile(0.9, dim=1),
+            "spread": b.std(1, correction=0) / b.mean(1),
+            "guidance": kl_guidance(log_s, beta, head.cam_norm, head.cam_temperature, head.divergence),
+            "floor": -total.log() if head.divergence == "forward" else (total - 1) * total.log() / 2,
+            "correlation": _correlation(log_s, beta),
+        }
+        for name, values in found.items():
+            sums[name] = sums.get(name, 0.0) + values.sum().item()
+        count += len(labels)
+    head.train(training)
+    return {name: value / count for name, value in sums.items()}
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation over the last dimension; 0 where one of the two is constant."""
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    scale = a.norm(dim=1) * b.norm(dim=1)
+    constant = (a.abs().amax(1) < 1e-9) | (scale == 0)
+    return torch.where(constant, 0.0, (a * b).sum(1) / scale.clamp_min(1e-300))
+
+
+def _plain(maps: Tensor) -> list[Sequence[Any]]:
+    """Maps for a JSON file: each value as a share of the largest one, with four digits."""
+    scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-30)
+    return [[[round(value, 4) for value in line] for line in heat] for heat in scaled.tolist()]

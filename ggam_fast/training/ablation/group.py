@@ -1,0 +1,62 @@
+"""The cells of an ablation that differ only in their seed, and the difference between two such groups."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from scipy import stats  # type: ignore[import-untyped]
+
+
+class Group(NamedTuple):
+    """Cells that differ only in their seed."""
+
+    attention: str
+    cam_norm: str
+    weight: float
+    cells: list[dict[str, Any]]
+
+    def values(self, *path: str) -> list[float]:
+        """One number of every cell, in the order of the seeds. Cells without it are left out."""
+        found = []
+        for cell in self.cells:
+            value: Any = cell
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                found.append(float(value))
+        return found
+
+    @property
+    def label(self) -> str:
+        return self.attention.replace("_", "-") + (" + guidance" if self.weight else "")
+
+
+def grouped(results: Sequence[dict[str, Any]]) -> list[Group]:
+    """Groups, in the order in which their first cells were run."""
+    groups: dict[tuple[str, str, float], Group] = {}
+    for result in results:
+        cell = result["cell"]
+        key = (cell["attention"], cell["cam_norm"], cell["weight"])
+        groups.setdefault(key, Group(*key, [])).cells.append(result)
+    return list(groups.values())
+
+
+def paired_difference(ours: Group, theirs: Group, *path: str) -> tuple[float, float] | None:
+    """Mean over the seeds that both have of (ours - theirs), and half the width of its 95 % interval
+    (Student's t on the differences); None with fewer than two seeds in common."""
+
+    def by_seed(group: Group) -> dict[int, float]:
+        return {
+            cell["cell"]["seed"]: value
+            for cell, value in zip(group.cells, group.values(*path), strict=False)
+            if len(group.values(*path)) == len(group.cells)
+        }
+
+    mine, other = by_seed(ours), by_seed(theirs)
+    differences = [mine[seed] - other[seed] for seed in mine if seed in other]
+    if len(differences) < 2:
+        return None
+    width = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), float(width)

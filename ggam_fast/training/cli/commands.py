@@ -1,0 +1,286 @@
+"""The command line: one function per subcommand. Options are generated from a configuration class."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from ggam_fast.training.cli.help import screen
+from ggam_fast.training.config.config_file import as_arguments, read_config_file
+from ggam_fast.training.config.options import BEFORE, HeadConfig, TrainConfig
+from ggam_fast.training.config.recipes import RECIPES
+from ggam_fast.training.errors import TrainError
+
+Config = TypeVar("Config")
+
+# The options of `train` that --help describes. Of the others it prints name and default.
+_EVERYDAY = (
+    *("data", "root", "backbone", "finetune", "preset", "attention", "recipe", "epochs", "batch_size"),
+    *("lr", "guidance_weight", "seed", "out", "resume"),
+)
+# Options that may change when a run is resumed.
+_PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a GGAM classifier on photographs.
+
+    Without options: solar cells (elpv), a frozen EfficientNet-Lite0, a few minutes on two cores.
+
+        ggam-fast train --data folder --root photos --out runs/photos
+        ggam-fast train --recipe paper --data folder --root photos    # the whole network, for a GPU
+        ggam-fast train --config options.yaml --seed 1 --out runs/b   # options from a file; flags win
+        ggam-fast train --resume runs/photos                          # after any interruption
+    """
+    from ggam_fast.training.run import train as training
+    from ggam_fast.training.show.console import Report
+
+    outcome = training.train(parse_train(arguments), Report())
+    return 0 if outcome.metrics is not None else 130
+
+
+def data(arguments: Sequence[str]) -> int:
+    """List data sets, check one, or draw some of its images.
+
+    ggam-fast data list
+    ggam-fast data check --data cub --root datasets
+    ggam-fast data preview --data birds --root packages --out birds.png
+    """
+    from ggam_fast.training.cli import data_commands
+    from ggam_fast.training.show.console import Report
+
+    what, *rest = arguments or ["nothing"]
+    if what == "--help":
+        what, rest = "preview", ["--help"]  # its options are those of all three
+    if what not in ("list", "check", "preview"):
+        raise TrainError(f"ggam-fast data takes list, check or preview; got {what}")
+    config = tyro.cli(data_commands.ShowConfig, args=rest, prog=f"ggam-fast data {what}")
+    report = Report()
+    with report.listening():
+        if what == "check":
+            return data_commands.check(config, report)
+        if what == "list":
+            data_commands.show_list(report)
+        else:
+            data_commands.preview(config)
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Measure a trained classifier, and whether it looks where the object is.
+
+    Writes evaluation.json and evaluation.html into the run's folder. The page has tables and pictures.
+
+        ggam-fast evaluate runs/photos
+        ggam-fast evaluate runs/birds --split val --weights best --out looked
+    """
+    from ggam_fast.training.show.console import Report
+    from ggam_fast.training.use import evaluate as evaluation
+
+    config, report = _parsed("evaluate", evaluation.EvaluateConfig(), arguments), Report()
+    with report.listening():
+        evaluation.evaluate_run(config, report)
+    return 0
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """Draw where a trained classifier looks: one figure for each image.
+
+    It shows the image, spatial attention, Grad-CAM and the five likeliest classes, for one or two runs.
+
+        ggam-fast explain photo.jpg --run runs/photos
+        ggam-fast explain photos/*.jpg --run runs/guided --compare runs/unguided --out figures
+    """
+    from ggam_fast.training.show.console import Report
+    from ggam_fast.training.use import explain as explanation
+
+    config = _parsed("explain", explanation.ExplainConfig(), arguments)
+    with Report().listening():
+        explanation.explain(config)
+    return 0
+
+
+def ablate(arguments: Sequence[str]) -> int:
+    """The paper's ablations and the guidance weight, over seeds.
+
+    Heads are trained on a frozen backbone's cached maps. Run again to train the cells still missing.
+
+        ggam-fast ablate --out ablation-elpv --epochs 3
+        ggam-fast ablate --data birds --root packages --out ablation-birds --seeds 0 1 2 3 4
+    """
+    from ggam_fast.training.ablation import study
+    from ggam_fast.training.show.console import Report
+
+    config = _parsed("ablate", study.AblateConfig(), arguments)
+    command = shlex.join(["ggam-fast", "ablate", *arguments])
+    report = Report()
+    with report.listening():
+        return 0 if study.ablate(config, report, command) else 130
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a trained classifier as torch.export or ONNX file, checked against the eager model.
+
+    It maps normalised images (N, 3, H, W) to logits (N, K). --maps adds attention and Grad-CAM.
+
+        ggam-fast export runs/photos
+        ggam-fast export runs/photos --format both --maps --out deployed
+    """
+    from ggam_fast.training.show.console import Report
+    from ggam_fast.training.use import export as exporting
+
+    config = _parsed("export", exporting.ExportConfig(), arguments)
+    with Report().listening():
+        exporting.export_run(config)
+    return 0
+
+
+# The function of each command. Its docstring is the command's help.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "explain": explain,
+    "ablate": ablate,
+    "export": export,
+    "data": data,
+}
+_CONFIGS = {
+    "train": ("config.options", "TrainConfig"),
+    "data": ("cli.data_commands", "ShowConfig"),
+    "evaluate": ("use.evaluate", "EvaluateConfig"),
+    "explain": ("use.explain", "ExplainConfig"),
+    "ablate": ("ablation.study", "AblateConfig"),
+    "export": ("use.export", "ExportConfig"),
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code. Help and unknown options end the process."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise TrainError(f"no command {name}; there are {', '.join(COMMANDS)}")
+    if "--help" in rest or "-h" in rest:
+        module, config = _CONFIGS[name]
+        options = getattr(import_module(f"ggam_fast.training.{module}"), config)()
+        print(screen(name, COMMANDS[name].__doc__ or "", options, _EVERYDAY if name == "train" else None))
+        return 0
+    if "--help-all" in rest:
+        rest = ["--help"]
+    return COMMANDS[name](rest)
+
+
+def overview() -> str:
+    """What `ggam-fast --help` shows."""
+    lines = ["Grad-CAM guided channel-spatial attention (GGAM), trained and looked into.", ""]
+    for name, command in COMMANDS.items():
+        lines.append(f"  ggam-fast {name:10s} {(command.__doc__ or '').splitlines()[0]}")
+    lines += ["", "ggam-fast COMMAND --help shows a command's options and examples."]
+    return "\n".join(lines)
+
+
+def _parsed(command: str, default: Config, arguments: Sequence[str]) -> Config:
+    """The configuration of a command: defaults, the file given with --config, the other flags."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    given, rest = early.parse_known_args(arguments)
+    options = {} if given.config is None else read_config_file(Path(given.config), _names(default))
+    # Positional options have no flag. All of them are paths.
+    for name in [field.name for field in fields(default) if "Positional" in str(field.type)]:  # type: ignore[arg-type]
+        if name in options:
+            value = options.pop(name)
+            several = isinstance(getattr(default, name), tuple)
+            paths = tuple(map(Path, value if isinstance(value, list) else [str(value)]))
+            default = replace(default, **{name: paths if several else paths[0]})  # type: ignore[type-var]
+    return _cli(command, default, [*as_arguments(options), *rest])
+
+
+def _cli(command: str, default: Config, arguments: Sequence[str]) -> Config:
+    kind: Any = tyro.conf.OmitArgPrefixes[type(default)]  # type: ignore[misc]
+    return tyro.cli(kind, args=list(arguments), default=default, prog=f"ggam-fast {command}")
+
+
+def _names(config: Any) -> list[str]:
+    """Every option of a configuration class, without its sections."""
+    return [
+        name
+        for field in fields(config)
+        for name in (
+            _names(getattr(config, field.name)) if is_dataclass(getattr(config, field.name)) else [field.name]
+        )
+    ]
+
+
+def parse_train(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that the arguments of `train` ask for.
+
+    From the weakest: defaults, --recipe, --preset, the file given with --config, the other flags. With
+    --resume all options are those of the run that goes on.
+
+    Raises:
+        TrainError: a recipe or preset given as a flag would change nothing but its own name, as the file
+            gives other values for all that it means.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--resume", "--recipe", "--preset"):
+        early.add_argument(flag)
+    given, rest = early.parse_known_args(arguments)
+    for name, value in vars(given).items():
+        setattr(given, name, None if value == "None" else value)
+    if given.resume is not None:
+        for name in ("config", "recipe", "preset"):
+            if getattr(given, name) is not None:
+                raise TrainError(f"--resume continues with the run's own options; leave out --{name}")
+        return _resumed(Path(given.resume), rest)
+    known = TrainConfig().values()
+    options = {} if given.config is None else read_config_file(Path(given.config), known)
+    named = {
+        name: value
+        for name in ("recipe", "preset")
+        if (value := getattr(given, name) or options.get(name)) is not None
+    }
+    # This checks that the two names are right.
+    _cli("train", TrainConfig(), as_arguments(named))
+    recipe = RECIPES[str(named.get("recipe", "modern"))]
+    default = TrainConfig().replaced(recipe)
+    preset = vars(HeadConfig.from_preset(named["preset"])) if "preset" in named else {}
+    default = default.replaced(preset)
+    for flag, means, covers in (
+        ("recipe", recipe, {name for one in RECIPES.values() for name in one}),
+        ("preset", preset, preset.keys() - {"preset"}),
+    ):
+        written = {name for name in covers if known[name] is not None}  # of None no file speaks
+        if getattr(given, flag) is None or not written <= options.keys():
+            continue
+        for name, value in {**means, flag: named[flag]}.items():
+            if options.get(name, value) != value:
+                raise TrainError(
+                    f"--{flag} {named[flag]} means {name} {value}, and --config {given.config}, which "
+                    f"wins, says {options[name]}; leave one of the two out"
+                )
+    return _cli("train", default, [*as_arguments({**options, **named}), *rest])
+
+
+def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
+    from ggam_fast.training.run.artifacts import OPTIONS
+
+    if not (folder / OPTIONS).is_file():
+        raise TrainError(f"--resume {folder}: no run of ggam-fast train there (no {OPTIONS})")
+    saved = {**BEFORE, **read_config_file(folder / OPTIONS, TrainConfig().values())}
+    before = _cli("train", TrainConfig(), as_arguments(saved))
+    config = _cli("train", before, arguments)
+    old, new = before.values(), config.values()
+    for name in sorted(set(old) - _PER_PART):
+        if old[name] != new[name]:
+            flag = name.replace("_", "-")
+            raise TrainError(f"--resume continues with the run's own options: --{flag} is {old[name]} there")
+    return config.replaced({"resume": folder, "out": None})

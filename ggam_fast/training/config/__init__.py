@@ -1,0 +1,1 @@
+"""Options, option files and recipes."""

@@ -1,0 +1,72 @@
+"""Options in a YAML or TOML file: the command line's names, one value each."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ggam_fast.training.errors import TrainError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """The options in `path`, under Python names; dashes and underscores mean the same.
+
+    Raises:
+        TrainError: unreadable, neither YAML nor TOML, not a table of options, or an unknown option.
+    """
+    names = set(known)
+    try:
+        text = path.read_text()
+        found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise TrainError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        kind = "TOML" if path.suffix == ".toml" else "YAML"
+        raise TrainError(f"--config {path} is not {kind}: {reason}") from error
+    if not isinstance(found or {}, dict):
+        raise TrainError(f"--config {path} must hold options, one `name: value` a line")
+    options = {}
+    for key, value in (found or {}).items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise TrainError(f"--config {path}: unknown option {key}; the nearest is {near}")
+        if isinstance(value, Mapping):
+            raise TrainError(f"--config {path}: {key} must be one value; got a table")
+        options[name] = value
+    return options
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """The command-line arguments that say what `options` say."""
+    arguments = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            arguments += [f"--{flag}", *map(str, value)]
+        else:
+            arguments += [f"--{flag}", str(value)]
+    return arguments
+
+
+def config_text(options: Mapping[str, Any]) -> str:
+    """`options` as YAML that `read_config_file` reads back."""
+    plain = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in options.items()
+        if value is not None
+    }
+    return yaml.safe_dump(plain, sort_keys=False)

@@ -1,0 +1,1 @@
+"""Images, their splits and their batches."""

@@ -1,0 +1,214 @@
+"""Batches on the training device, of images or of cached feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ggam_fast.training.data.image_set import ImageFiles
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.system.distributed import ALONE, World
+
+# Maps are kept on the GPU if they take less than this share of its free memory.
+_RESIDENT_SHARE = 0.5
+
+
+class Order:
+    """Which rows are in which batch.
+
+    With a `seed`, rows are shuffled and the last partial batch is left out. The order depends only on seed
+    and epoch, so a run can continue in the middle of an epoch. Every process of `world` gets its own batches.
+    Without a seed, row r goes to process r modulo their number.
+
+    Raises:
+        TrainError: shuffled, and no batch for every process.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int | None, world: World = ALONE) -> None:
+        if seed is not None and count < batch_size * world.size:
+            raise TrainError(
+                f"--batch-size must be at most {count // world.size} for {count} training images on "
+                f"{world.size} processes"
+            )
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.world = world
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return -(-len(range(self.world.rank, self.count, self.world.size)) // self.batch_size)
+        return self.count // (self.batch_size * self.world.size)
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """The rows (int64) of each batch of one epoch."""
+        if self.seed is None:
+            rows = torch.arange(self.world.rank, self.count, self.world.size)
+            return list(rows.split(self.batch_size))
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+        rows = torch.randperm(self.count, generator=generator)
+        return list(rows.split(self.batch_size))[self.world.rank :: self.world.size][: len(self)]
+
+
+def _seed(*numbers: int) -> int:
+    return hash(numbers) & (2**63 - 1)
+
+
+class Batches(Protocol):
+    """Yields inputs (n, ...) and labels (n,)."""
+
+    order: Order
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass, from batch `start` on. It is the same every time for the same epoch."""
+        ...
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """A whole batch. Taking it does not change what epochs yield."""
+        ...
+
+
+class MapBatches:
+    """Batches of feature maps (N, C, H, W), in order.
+
+    With `shuffle_seed` they are shuffled in every epoch, and the last partial batch is left out.
+    """
+
+    def __init__(
+        self,
+        maps: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        device: torch.device,
+        shuffle_seed: int | None = None,
+        world: World = ALONE,
+    ) -> None:
+        if device.type == "cuda" and maps.nbytes < _RESIDENT_SHARE * _free_memory(device):
+            maps = maps.to(device)
+        # Rows of this view are contiguous, so that indexing copies whole rows.
+        self._rows = maps.permute(0, 2, 3, 1)
+        self._labels = labels.to(maps.device)
+        self._device = device
+        self.order = Order(len(labels), batch_size, shuffle_seed, world)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for chosen in self.order.batches(number)[start:]:
+            yield self._batch(chosen.to(self._labels.device))
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        return self._batch(torch.arange(self.order.batch_size, device=self._labels.device))
+
+    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self._rows[chosen].permute(0, 3, 1, 2)
+        return maps.to(self._device), self._labels[chosen].to(self._device)
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
+
+
+class ImageBatches:
+    """Batches of images (N, 3, size, size) in channels-last memory, decoded as they are needed.
+
+    With `shuffle_seed` they are shuffled in every epoch, and the last partial batch is left out. Random
+    augmentation of an image depends only on seed, epoch and row, not on the number of workers.
+    """
+
+    def __init__(
+        self,
+        images: ImageFiles,
+        batch_size: int,
+        device: torch.device,
+        workers: int,
+        shuffle_seed: int | None = None,
+        world: World = ALONE,
+    ) -> None:
+        self.order = Order(len(images), batch_size, shuffle_seed, world)
+        self._images = _Seeded(images, shuffle_seed)
+        self._device = device
+        self._sampler = _EpochSampler(self.order)
+        self._loader: DataLoader[tuple[Tensor, int]] = DataLoader(
+            self._images,
+            batch_sampler=self._sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0 and shuffle_seed is not None,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_interrupts_to_parent,
+            # A generator of its own, so that starting an epoch draws nothing from the global one.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self._sampler.number, self._sampler.start = number, start
+        try:
+            for images, labels in self._loader:
+                yield self._on_device(images, labels)
+        except TrainError as error:
+            # A worker process hands its error over as the text of a traceback.
+            last = str(error).splitlines()[-1]
+            raise TrainError(last.removeprefix(f"{_ERROR}: ")) from error
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        items = [self._images[0, row] for row in range(self.order.batch_size)]
+        images, labels = zip(*items, strict=True)
+        return self._on_device(torch.stack(images), torch.tensor(labels))
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self._device, non_blocking=True)
+        return (
+            images.contiguous(memory_format=torch.channels_last),
+            labels.to(self._device, non_blocking=True),
+        )
+
+
+class _Seeded(Dataset[tuple[Tensor, int]]):
+    """`images[epoch, row]`: with a seed, under a random state that belongs to (seed, epoch, row)."""
+
+    def __init__(self, images: ImageFiles, seed: int | None) -> None:
+        self._images = images
+        self._seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, row = key
+        if self._seed is None:
+            return self._images[row]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(self._seed, epoch, row))
+            return self._images[row]
+
+
+class _EpochSampler:
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self.number = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self._order) - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for rows in self._order.batches(self.number)[self.start :]:
+            yield [(self.number, row) for row in rows.tolist()]
+
+
+_ERROR = f"{TrainError.__module__}.{TrainError.__qualname__}"
+
+
+def _leave_interrupts_to_parent(_worker: int) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

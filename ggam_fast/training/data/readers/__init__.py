@@ -1,0 +1,92 @@
+"""One file a data set: from its own layout on disk to an `ImageSet`.
+
+Nothing is downloaded. `READERS` maps the name that --data takes to the reader and what a user must know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ggam_fast.training.data.image_set import ImageSet
+from ggam_fast.training.data.readers import aircraft, birds, cars, cub, elpv, folder, torchvision_sets
+from ggam_fast.training.errors import TrainError
+
+
+class Reader(NamedTuple):
+    """`read(root, cache)`; `holds`: what --root must hold; `annotations`: what can be localised."""
+
+    read: Callable[[Path, Path], ImageSet]
+    holds: str
+    annotations: str
+    source: str
+
+
+READERS: dict[str, Reader] = {
+    "elpv": Reader(
+        elpv.read,
+        "(no --root: it comes with the `train` extra)",
+        "none",
+        "solar cells; Buerhop-Lutz, Deitsch et al.; CC BY-NC-SA 4.0",
+    ),
+    "folder": Reader(
+        folder.read,
+        "class folders, or train/ and test/ (or val/) with class folders each",
+        "none",
+        "your own images",
+    ),
+    "birds": Reader(
+        birds.read,
+        "usr/ of the Debian packages tuxpaint-stamps-default and mate-backgrounds, unpacked",
+        "boxes, masks",
+        "birds cut out and put before other backgrounds; GPL-2 and GPL-2+",
+    ),
+    "cub": Reader(
+        cub.read,
+        "CUB_200_2011/ (images.txt, train_test_split.txt, ...), or train/ and test/",
+        "boxes, parts",
+        "Caltech-UCSD Birds-200-2011; for research, non-commercial",
+    ),
+    "cars": Reader(
+        cars.read,
+        "stanford_cars/ (devkit/, cars_train/, cars_test/, ...), or train/ and test/",
+        "boxes",
+        "Stanford Cars; for research, non-commercial",
+    ),
+    "aircraft": Reader(
+        aircraft.read,
+        "fgvc-aircraft-2013b/ (data/images, data/*.txt), or train/ and test/",
+        "boxes",
+        "FGVC-Aircraft, variants; for research, non-commercial",
+    ),
+    "pets": Reader(
+        torchvision_sets.pets,
+        "oxford-iiit-pet/ (images/, annotations/)",
+        "masks",
+        "Oxford-IIIT Pet; CC BY-SA 4.0",
+    ),
+    "flowers": Reader(
+        torchvision_sets.flowers,
+        "flowers-102/ (jpg/, imagelabels.mat, setid.mat)",
+        "none",
+        "Oxford 102 Flowers; see the images' owners",
+    ),
+}
+
+
+def read_images(name: str, root: Path | None, cache: Path) -> ImageSet:
+    """The data set `name` from `root`; what a reader has to make goes to `cache`.
+
+    Raises:
+        TrainError: no root, or not what the reader expects there.
+    """
+    if name == "elpv":
+        if root is not None:
+            raise TrainError("--root goes with another --data: elpv comes with its package")
+        return elpv.read(Path(), cache)
+    if root is None:
+        raise TrainError(f"--data {name} needs --root DIR, which holds {READERS[name].holds}")
+    if not root.is_dir():
+        raise TrainError(f"--root {root} is not a folder")
+    return READERS[name].read(root, cache)

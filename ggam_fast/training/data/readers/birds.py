@@ -1,0 +1,188 @@
+"""birds-on-backgrounds: cut-out photographs of birds before photographs of other places.
+
+One photograph a class, so a trained model shows how well it finds a known bird in a new scene, not how well
+it knows a species. Its worth is the exact masks that the cut-outs' alpha channels give: they say whether
+attention and Grad-CAM lie on the bird.
+
+Birds: Debian's tuxpaint-stamps-default (GPL-2). Backgrounds: mate-backgrounds (GPL-2+). No background is in
+two splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from ggam_fast.training.data.annotations import Annotations, box_of
+from ggam_fast.training.data.image_set import ImageSet, read_image
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.system.files import locked
+
+STAMPS = Path("usr/share/tuxpaint/stamps/animals/birds")  # its folder cartoon/ is left out
+BACKGROUNDS = Path("usr/share/backgrounds/mate/nature")
+
+SPLIT_OF_BACKGROUND = {
+    "train": ("Aqua", "Dune", "FreshFlower", "GreenMeadow", "LadyBird", "Wood"),
+    "val": ("RainDrops", "YellowFlower"),
+    "test": ("Blinds", "Garden", "Storm", "TwoWings"),
+}
+SCENES = {"train": 24, "val": 6, "test": 12}
+"""Images of each bird in each split."""
+
+SIZE = 288
+"""Side of an image in pixels."""
+
+# A second picture of a bird that is there already.
+_LEFT_OUT = ("heron_greatblue_flying",)
+_OPAQUE = 127
+_LENGTH = (0.35, 0.8)  # of the bird's longer side, as a share of SIZE
+_TILT = 15.0  # degrees, either way
+_LIGHT = (0.8, 1.2)  # brightness and contrast of the bird, brightness of the background
+_CROP = (0.3, 1.0)  # of the background's shorter side
+_RECIPE = 1  # counts up with every change of what a scene looks like
+
+
+class _Scene(NamedTuple):
+    split: str
+    bird: Path
+    number: int
+
+    def path(self, folder: Path, suffix: str) -> Path:
+        return folder / self.split / self.bird.stem / f"{self.number:03d}{suffix}"
+
+
+def read(root: Path, cache: Path) -> ImageSet:
+    """The set from the two packages unpacked into `root`; composed into `cache` the first time."""
+    birds = sorted(path for path in (root / STAMPS).glob("*.png") if path.stem not in _LEFT_OUT)
+    places = {path.stem: path for path in sorted((root / BACKGROUNDS).glob("*.jpg"))}
+    missing = [name for names in SPLIT_OF_BACKGROUND.values() for name in names if name not in places]
+    if not birds:
+        raise TrainError(f"--root {root}: no *.png in {STAMPS}: unpack tuxpaint-stamps-default there")
+    if missing:
+        raise TrainError(
+            f"--root {root}: no {missing[0]}.jpg in {BACKGROUNDS}: unpack mate-backgrounds there"
+        )
+    scenes = [
+        _Scene(split, bird, index)
+        for split, count in SCENES.items()
+        for bird in birds
+        for index in range(count)
+    ]
+    folder = _composed(cache, scenes, places)
+
+    def mask(row: int) -> Tensor:
+        with Image.open(scenes[row].path(folder, ".mask.png")) as image:
+            return torch.from_numpy(np.array(image)) > _OPAQUE
+
+    splits = np.array([scene.split for scene in scenes])
+    return ImageSet(
+        name="birds",
+        files=tuple(scene.path(folder, ".jpg") for scene in scenes),
+        labels=torch.tensor([birds.index(scene.bird) for scene in scenes]),
+        classes=tuple(bird.stem for bird in birds),
+        splits={split: torch.from_numpy(np.flatnonzero(splits == split)) for split in SCENES},
+        flips=((), (-1,)),
+        notes=(
+            "birds-on-backgrounds: one photograph a class, composed over backgrounds that no two splits "
+            "share. It measures recognition of a known bird in a new scene and, above all, localisation",
+            "birds: tuxpaint-stamps-default, GPL-2; backgrounds: mate-backgrounds, GPL-2+",
+        ),
+        annotations=Annotations(boxes=_boxes(folder), masks=mask),
+    )
+
+
+_BOXES = "boxes.json"
+
+
+def _boxes(folder: Path) -> Tensor:
+    return torch.tensor(json.loads((folder / _BOXES).read_text()), dtype=torch.float32)
+
+
+def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Path:
+    """The folder of the composed images; made whole or not at all."""
+    inputs = [(path.name, path.stat().st_size) for path in sorted({scene.bird for scene in scenes})]
+    inputs += [(path.name, path.stat().st_size) for path in places.values()]
+    key = json.dumps([_RECIPE, SIZE, SCENES, SPLIT_OF_BACKGROUND, inputs])
+    folder = cache / f"birds-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f".{folder.name}.lock", lambda: None):
+            if folder.is_dir():  # another process has made it meanwhile
+                return folder
+            part = Path(tempfile.mkdtemp(dir=cache, prefix=".birds-"))
+            try:
+                _compose_all(part, scenes, places)
+                part.chmod(0o755)
+                os.replace(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        if folder.is_dir():  # without locks, another process was faster
+            return folder
+        raise TrainError(f"cannot write composed images to {cache}: {error.strerror or error}") from error
+    return folder
+
+
+def _compose_all(folder: Path, scenes: list[_Scene], places: dict[str, Path]) -> None:
+    cut_outs = {bird: _cut_out(bird) for bird in {scene.bird for scene in scenes}}
+    pictures = {name: read_image(path) for name, path in places.items()}
+    boxes = []
+    for number, scene in enumerate(scenes):
+        rng = np.random.default_rng([_RECIPE, number])
+        place = pictures[str(rng.choice(SPLIT_OF_BACKGROUND[scene.split]))]
+        image, mask = compose(cut_outs[scene.bird], place, rng)
+        path = scene.path(folder, ".jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=92)
+        mask.save(scene.path(folder, ".mask.png"))
+        boxes.append(box_of(torch.from_numpy(np.array(mask)) > _OPAQUE))
+    (folder / _BOXES).write_text(json.dumps(boxes))
+
+
+def _cut_out(path: Path) -> Image.Image:
+    """The bird without the empty margin around it."""
+    try:
+        with Image.open(path) as image:
+            bird = image.convert("RGBA")
+    except OSError as error:
+        raise TrainError(f"cannot read image {path}: {error}") from error
+    return bird.crop(bird.getchannel("A").getbbox())
+
+
+def compose(
+    bird: Image.Image, place: Image.Image, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """A scene (RGB, SIZE x SIZE) with the bird (RGBA) somewhere whole in it, and its alpha channel (L)."""
+    side = int(min(place.size) * rng.uniform(*_CROP))
+    x, y = (int(rng.integers(0, length - side + 1)) for length in place.size)
+    scene = place.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
+    scene = ImageEnhance.Brightness(scene).enhance(rng.uniform(*_LIGHT))
+
+    if rng.random() < 0.5:
+        bird = bird.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    bird = bird.rotate(rng.uniform(-_TILT, _TILT), Image.Resampling.BICUBIC, expand=True)
+    bird = bird.crop(bird.getchannel("A").getbbox())
+    factor = SIZE * rng.uniform(*_LENGTH) / max(bird.size)
+    width, height = (max(1, round(factor * length)) for length in bird.size)
+    bird = bird.resize((width, height), Image.Resampling.LANCZOS)
+    alpha = bird.getchannel("A")
+    colours = ImageEnhance.Brightness(bird.convert("RGB")).enhance(rng.uniform(*_LIGHT))
+    colours = ImageEnhance.Contrast(colours).enhance(rng.uniform(*_LIGHT))
+
+    corner = int(rng.integers(0, SIZE - width + 1)), int(rng.integers(0, SIZE - height + 1))
+    scene.paste(colours, corner, alpha)
+    mask = Image.new("L", (SIZE, SIZE))
+    mask.paste(alpha, corner)
+    return scene, mask

@@ -1,0 +1,93 @@
+"""Find files that are no images before training starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from ggam_fast.training.data.image_set import ImageSet, check_depth
+from ggam_fast.training.errors import TrainError
+
+logger = logging.getLogger(__name__)
+
+# How many files a message names.
+_NAMED = 5
+
+
+class Scanned(NamedTuple):
+    """One file: what is wrong with it, or its (width, height) as the network sees it."""
+
+    row: int
+    problem: str | None
+    size: tuple[int, int]
+
+
+def scan(images: ImageSet, rows: Iterable[int], on_file: Callable[[], None] = lambda: None) -> list[Scanned]:
+    """Decode some rows of a data set, JPEGs at an eighth of their size, and say which cannot be."""
+
+    def look(row: int) -> Scanned:
+        problem, size = _problem(images.files[row])
+        on_file()
+        return Scanned(row, problem, (size[0], size[1] - images.banner))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(look, rows))
+
+
+def _problem(path: Path) -> tuple[str | None, tuple[int, int]]:
+    try:
+        with Image.open(path) as image:
+            check_depth(image)
+            size = image.size
+            image.draft(image.mode, (1, 1))
+            image.load()
+        return None, size
+    except FileNotFoundError:
+        return "no such file", (0, 0)
+    except UnidentifiedImageError:
+        return "not an image file", (0, 0)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return str(error), (0, 0)
+
+
+def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> ImageSet:
+    """Check that all `images` can be read and are no smaller than the crop, and return them.
+
+    With `skip_bad`, the set that is returned lacks the images that cannot be read.
+
+    Raises:
+        TrainError: some cannot be read and `skip_bad` is off, some are smaller and `enlarge` is off.
+    """
+    files = images.files
+    found = scan(images, range(len(files)))
+    bad = [one for one in found if one.problem is not None]
+    if bad:
+        names = _list([f"{files[one.row]} ({one.problem})" for one in bad])
+        if not skip_bad:
+            raise TrainError(f"cannot read {_images(len(bad))}: {names}; --skip-bad-images leaves them out")
+        logger.info(f"left out {_images(len(bad))} that cannot be read: {names}")
+        images = images.without([one.row for one in bad])
+    small = [one for one in found if one.problem is None and min(one.size) < crop]
+    if small and not enlarge:
+        least = min(small, key=lambda one: min(one.size))
+        raise TrainError(
+            f"{_images(len(small))} smaller than the crop of {crop} x {crop}, such as "
+            f"{files[least.row]} ({least.size[0]} x {least.size[1]}); "
+            "--enlarge brings them up, or choose a smaller --image-size"
+        )
+    return images
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' if count > 1 else ''}"
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,1 @@
+"""Numbers from logits and maps. No module here reads files or draws pictures."""

@@ -1,0 +1,1 @@
+"""Backbone, head, files of weights and cached feature maps."""

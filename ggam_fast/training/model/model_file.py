@@ -1,0 +1,110 @@
+"""Trained classifiers on disk. One safetensors file holds all that loading needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+import ggam_fast
+from ggam_fast.training.config.options import HeadConfig, TrainConfig
+from ggam_fast.training.data.image_set import ImageSet
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model.backbones import create_backbone
+from ggam_fast.training.model.classifier import GGAMClassifier, create_head
+from ggam_fast.training.system.files import write_atomically
+
+WEIGHTS = "model.safetensors"
+BEST = "best.safetensors"
+CONFIG = "config.json"
+_METADATA_KEY = "ggam_fast"
+
+
+class Checkpoint(NamedTuple):
+    """What `load_checkpoint` returns: the classifier in eval mode and the run's description."""
+
+    model: GGAMClassifier
+    classes: tuple[str, ...]
+    description: dict[str, Any]
+
+
+def describe(model: GGAMClassifier, images: ImageSet, config: TrainConfig) -> dict[str, Any]:
+    """What rebuilding `model` needs beside its weights, and how it was trained."""
+    return {
+        "ggam_fast": ggam_fast.__version__,
+        "backbone": {
+            "name": model.backbone.name,
+            "image_size": model.backbone.image_size,
+            "resize": model.backbone.resize,
+        },
+        "preprocessing": {"mean": list(model.backbone.mean), "std": list(model.backbone.std)},
+        "head": config.head.keywords(),
+        "classes": list(images.classes),
+        "data": {
+            "data": config.data.data,
+            "root": config.data.root and str(config.data.root.absolute()),
+            "images": images.digest(),
+            "banner": images.banner,
+            "enlarge": config.data.enlarge,
+            "skip_bad_images": config.data.skip_bad_images,
+        },
+        "optim": asdict(config.optim),
+        "finetune": config.backbone.finetune,
+    }
+
+
+def save_checkpoint(
+    folder: Path, model: GGAMClassifier, description: dict[str, Any], name: str = WEIGHTS
+) -> Path:
+    """Write the weights file `name` into `folder`, and `config.json` for people to read.
+
+    The weights file carries the description in its metadata, so weights and description always belong
+    together. Each file replaces an older one in one step.
+
+    Raises:
+        TrainError: a file cannot be written; an older one is untouched.
+    """
+    text = json.dumps(description, indent=2)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    path = folder / name
+    write_atomically(path, lambda part: part.write_bytes(save(tensors, {_METADATA_KEY: text})))
+    write_atomically(folder / CONFIG, lambda part: part.write_text(text + "\n"))
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Rebuild the classifier of a run from its folder or its `model.safetensors`.
+
+    Raises:
+        TrainError: no such file, not a checkpoint of this package, or weights that do not fit what it says.
+    """
+    file = Path(path)
+    file = file / WEIGHTS if file.is_dir() else file
+    if not file.is_file():
+        raise TrainError(f"no checkpoint at {file}")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise TrainError(f"cannot read checkpoint {file}: {error}") from error
+    if _METADATA_KEY not in metadata:
+        raise TrainError(f"{file} was not written by ggam_fast")
+    try:
+        description = json.loads(metadata[_METADATA_KEY])
+        backbone = create_backbone(**description["backbone"], pretrained=False)
+        classes = tuple(description["classes"])
+        options = HeadConfig.from_saved(description["head"])
+        description["head"] = options.keywords()
+        model = GGAMClassifier(backbone, create_head(backbone, len(classes), options))
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise TrainError(f"{file} is of another architecture or version: {reason}") from error
+    return Checkpoint(model.eval(), classes, description)

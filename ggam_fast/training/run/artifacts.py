@@ -1,0 +1,101 @@
+"""The files that a run keeps in its folder."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from ggam_fast import GGAMHead
+from ggam_fast.training.config.options import HeadConfig
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model import model_file
+from ggam_fast.training.model.classifier import GGAMClassifier
+from ggam_fast.training.run import resume_state
+from ggam_fast.training.run.log import BOARD
+from ggam_fast.training.run.loop import Trainer
+from ggam_fast.training.system.distributed import World
+from ggam_fast.training.use import evaluate as evaluation
+from ggam_fast.training.use import export
+
+METRICS = "metrics.json"
+OPTIONS = "options.yaml"
+GALLERY = "gallery.png"
+# Files that `evaluate` and `export` put beside those of the run.
+_MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *export.NAMES.values())
+
+
+class RunArtifacts:
+    """What a run keeps in its folder `out`.
+
+    Snapshots to go on from; the classifier of the best epoch, by validation accuracy or, without that split,
+    by training loss; and the last classifier, which is the result.
+    """
+
+    def __init__(
+        self, out: Path, trainer: Trainer, model: GGAMClassifier, description: dict[str, Any], world: World
+    ) -> None:
+        self._out = out
+        self._trainer = trainer
+        self._model = model
+        self._description = description
+        self._world = world
+        self._epochs = 0
+        # A resumed run must have the same values.
+        self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
+        self._run["images"] = description["data"]["images"]
+
+    def clear(self) -> None:
+        """Remove what an older run (--overwrite) left, because --resume would go on with its snapshots."""
+        for name in (resume_state.FOLDER, BOARD):
+            shutil.rmtree(self._out / name, ignore_errors=True)
+        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, *_MADE_OF_A_RUN):
+            (self._out / name).unlink(missing_ok=True)
+
+    def restore(self) -> None:
+        """Put the trainer where the newest snapshot in the folder is.
+
+        Raises:
+            TrainError: no snapshot, or one of another model or data set.
+        """
+        state = resume_state.load_snapshot(self._out)
+        state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
+        for name, value in self._run.items():
+            if state["run"].get(name, value) != value:  # older snapshots do not know their images
+                raise TrainError(
+                    f"--resume {self._out}: its snapshot has another {name}"
+                    if name != "images"
+                    else f"--resume {self._out}: images were added or removed since its snapshot"
+                )
+        self._trainer.load_state_dict(state["fit"])
+        self._epochs = len(self._trainer.history)
+
+    def classifier(self) -> GGAMClassifier:
+        """The classifier as it is now, with averaged weights if they are averaged."""
+        result = self._trainer.result
+        if isinstance(result, GGAMClassifier):
+            return result
+        return GGAMClassifier(self._model.backbone, cast(GGAMHead, result))
+
+    def save_snapshot(self) -> None:
+        # In every process, because each has its own part of the state.
+        state = {"run": self._run, "fit": self._trainer.state_dict()}
+        if not self._world.is_main:
+            return
+        # The best comes first. A run killed between the two resumes before this epoch and saves it again.
+        history = self._trainer.history
+        if len(history) > self._epochs:
+            self._epochs = len(history)
+            scores = [epoch.get("val_accuracy", -epoch["loss"]) for epoch in history]
+            if scores[-1] > max(scores[:-1], default=-math.inf):
+                self._save(model_file.BEST)
+        resume_state.save_snapshot(self._out, self._trainer.steps, state)
+
+    def save_result(self) -> Path:
+        if self._world.is_main:
+            self._save(model_file.WEIGHTS)
+        return self._out / model_file.WEIGHTS
+
+    def _save(self, name: str) -> None:
+        model_file.save_checkpoint(self._out, self.classifier(), self._description, name)

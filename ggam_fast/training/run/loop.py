@@ -1,0 +1,303 @@
+"""The training loop: steps, epochs and their numbers. It can continue in the middle of an epoch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ggam_fast import GGAMHead
+from ggam_fast.training.config.options import OptimConfig
+from ggam_fast.training.data.batches import Batches
+from ggam_fast.training.data.mixing import Mix
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss
+from ggam_fast.training.run.log import RunLog
+from ggam_fast.training.run.resume_state import random_state, set_random_state
+from ggam_fast.training.show.console import Bar, Report
+from ggam_fast.training.system.compiling import compile_or_eager
+from ggam_fast.training.system.devices import autocast
+from ggam_fast.training.system.distributed import ALONE, World
+
+logger = logging.getLogger(__name__)
+
+# Reading a number waits for the device, so it is not done in every step.
+_READ_EVERY = 10
+_WARM_UP = 0.2
+_MOMENTUM = 0.9
+_NUMBERS = ("loss", "guidance", "accuracy")
+
+Groups = list[dict[str, Any]]
+
+
+class Trainer:
+    """Trains `trained`, a GGAM head on maps or a whole classifier on images, as `optim` says.
+
+    `groups`: the parameter groups, each with its highest rate `lr`. `num_classes`: for mixed targets.
+    `steps` counts the optimiser's steps so far; `history` holds the numbers of every finished epoch.
+    `state_dict` between two steps is all that `load_state_dict` needs to go on bit for bit.
+    """
+
+    def __init__(
+        self,
+        trained: GGAMHead | GGAMClassifier,
+        groups: Groups,
+        optim: OptimConfig,
+        num_classes: int,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        world: World = ALONE,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.trained = trained
+        self.optimizer = _optimizer(groups, optim)
+        self.steps = 0
+        self.history: list[dict[str, float]] = []
+        self._optim = optim
+        self._device = device
+        self._dtype = dtype
+        self._compile = compile
+        self._world = world
+        self._check = check
+        self._mix = Mix(num_classes, optim.mixup, optim.cutmix)
+        # It scales only for float16 on a GPU.
+        self._scaler = torch.amp.GradScaler(
+            device.type, enabled=dtype == torch.float16 and device.type == "cuda"
+        )
+        self._average = (
+            AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
+            if optim.ema
+            else None
+        )
+        self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._epoch, self._batch = 1, 0
+        self._sums = torch.zeros(len(_NUMBERS), device=device)
+        self._pending: dict[str, Any] | None = None
+
+    @property
+    def result(self) -> nn.Module:
+        """The module that is tested and saved: that of averaged weights, if they are averaged."""
+        return self.trained if self._average is None else self._average.module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "trained": self.trained.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "steps": self.steps,
+            "history": self.history,
+            "position": (self._epoch, self._batch),
+            "sums": self._sums,
+            "random": self._world.gather(random_state()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trained.load_state_dict(state["trained"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.steps, self.history = state["steps"], list(state["history"])
+        self._epoch, self._batch = state["position"]
+        self._sums.copy_(state["sums"])
+        self._pending = state
+
+    def run(
+        self,
+        train: Batches,
+        val: Batches | None,
+        *,
+        report: Report | None = None,
+        log: RunLog | None = None,
+        save: Callable[[], object] = lambda: None,
+        save_every: int = 0,
+    ) -> list[dict[str, float]]:
+        """Run all epochs that are left, and return the numbers of every epoch.
+
+        `save` is called after each epoch and after every `save_every` steps.
+
+        Raises:
+            Interrupted: `check` raised it, between two steps.
+            TrainError: the loss of an epoch is not a finite number.
+        """
+        epochs, accumulate = self._optim.epochs, self._optim.accumulate
+        self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
+        loss_of = self._step_function(train, report)
+        if self._pending is not None:
+            # The schedule is made before this, because making it sets the rates of the first step.
+            self.optimizer.load_state_dict(self._pending["optimizer"])
+            if self._pending["schedule"] is not None:
+                self._schedule.load_state_dict(self._pending["schedule"])
+            # This comes last, because compiling and making the loaders may draw random numbers.
+            set_random_state(self._pending["random"][self._world.rank])
+            self._pending = None
+        elif not self.steps:
+            save()  # so that a run that is killed in its first epoch can go on too
+        quiet = Report.silent() if report is None else report
+        with quiet.bar("training", epochs * len(train), (self._epoch - 1) * len(train) + self._batch) as bar:
+            while self._epoch <= epochs:
+                numbers = self._run_epoch(train, loss_of, log, bar, save, save_every)
+                if not math.isfinite(numbers["loss"]):
+                    raise TrainError(
+                        f"the training loss of epoch {self._epoch} is {numbers['loss']}; a smaller --lr than "
+                        f"{self._optim.lr:g} or --clip-grad may help"
+                    )
+                if val is not None:
+                    logits, labels = evaluate(
+                        self.result, val, self._device, self._dtype, self._world, self._check
+                    )
+                    numbers["val_accuracy"] = (logits.argmax(1) == labels).float().mean().item()
+                    if log is not None:
+                        log.numbers("val", self.steps, {"accuracy": numbers["val_accuracy"]})
+                self.history.append({"epoch": self._epoch, **numbers})
+                quiet.epoch(self.history[-1], epochs)
+                self._epoch, self._batch = self._epoch + 1, 0
+                self._sums.zero_()
+                save()
+        return self.history
+
+    def _run_epoch(
+        self,
+        train: Batches,
+        loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        log: RunLog | None,
+        bar: Bar,
+        save: Callable[[], object],
+        save_every: int,
+    ) -> dict[str, float]:
+        self.trained.train()
+        unread = images = 0
+        began = read_at = time.monotonic()
+        means: dict[str, float] = {}
+        accumulate = self._optim.accumulate
+        assert self._schedule is not None
+        for inputs, labels in train.epoch(self._epoch, self._batch):
+            if self._batch % accumulate == 0:  # never between the gradients of one step
+                self._check()
+            left_over = len(train) % accumulate
+            share = left_over if self._batch >= len(train) - left_over else accumulate
+            loss, numbers = loss_of(*self._mix(inputs, labels))
+            self._scaler.scale(loss / share).backward()
+            self._sums += numbers
+            self._batch += 1
+            images += len(labels)
+            unread += 1
+            last = self._batch == len(train)
+            if last or self._batch % accumulate == 0:
+                self._step()
+                if save_every and self.steps % save_every == 0 and not last:
+                    save()
+            if unread == _READ_EVERY or last:
+                totals = torch.stack(self._world.gather(self._sums.cpu())).mean(0) / self._batch
+                means = dict(zip(_NUMBERS, totals.tolist(), strict=True))
+                now = time.monotonic()
+                speed = unread * len(labels) * self._world.size / (now - read_at)
+                if log is not None:
+                    rate = float(self._schedule.get_last_lr()[0])
+                    log.numbers("train", self.steps, {**means, "lr": rate, "images_per_second": speed})
+                bar.advance(
+                    unread,
+                    f"loss {means['loss']:.4g} guidance {means['guidance']:.4g}"
+                    f" accuracy {means['accuracy']:.3f} {speed:.0f} images/s",
+                    f"epoch {self._epoch}/{self._optim.epochs}",
+                )
+                unread, read_at = 0, now
+        seconds = time.monotonic() - began
+        return {**means, "images_per_second": images * self._world.size / seconds}
+
+    def _step(self) -> None:
+        assert self._schedule is not None
+        if self._optim.clip_grad:
+            self._scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self._optim.clip_grad)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        self.steps += 1
+        if self._average is not None:
+            self._average.update_parameters(self.trained)
+
+    def _step_function(
+        self, train: Batches, report: Report | None
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`GuidedLoss` of the trained module, compiled if the options say so."""
+        optim = self._optim
+        step = GuidedLoss(
+            self.trained, optim.guidance_weight, optim.label_smoothing, self._device, self._dtype
+        )
+        if not self._compile:
+            return self._world.wrap(step, self._device)
+        if report is not None:
+            logger.info("compiling the training step")
+        self.trained.train()
+        with torch.random.fork_rng():
+            inputs, targets = self._mix(*train.example())
+
+        def probe(loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+            loss_of(inputs, targets)[0].backward()
+
+        # The compiler does not look into DistributedDataParallel, so it gets the module inside.
+        return self._world.wrap(compile_or_eager(step, step, probe), self._device)
+
+
+def _optimizer(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    if optim.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=optim.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=optim.weight_decay, fused=True)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if optim.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=steps,
+        # OneCycleLR divides by zero if the warm-up is exactly one step.
+        pct_start=_WARM_UP + 1e-6 * (steps * _WARM_UP == 1),
+        cycle_momentum=False,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    classifier: nn.Module,
+    batches: Batches,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    world: World = ALONE,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) in float32 and labels (N,) of all batches, on the CPU, in every process."""
+    training = classifier.training
+    classifier.eval()
+    logits, labels = [], []
+    for inputs, target in batches.epoch(0):
+        check()
+        with autocast(device, dtype):
+            logits.append(classifier(inputs).float().cpu())
+        labels.append(target.cpu())
+    classifier.train(training)
+    if world.size == 1:
+        return torch.cat(logits), torch.cat(labels)
+    # Row r is at place r // size of process r % size.
+    parts = world.gather((torch.cat(logits), torch.cat(labels)))
+    rows = sum(len(part[1]) for part in parts)
+    all_logits = parts[0][0].new_empty(rows, parts[0][0].shape[1])
+    all_labels = parts[0][1].new_empty(rows)
+    for rank, (some_logits, some_labels) in enumerate(parts):
+        all_logits[rank :: world.size] = some_logits
+        all_labels[rank :: world.size] = some_labels
+    return all_logits, all_labels

@@ -1,0 +1,186 @@
+"""Images, classifier and batches of a run, made before its first step."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from ggam_fast.training.config.options import DataConfig, TrainConfig
+from ggam_fast.training.data.batches import Batches, ImageBatches, MapBatches
+from ggam_fast.training.data.image_set import ImageFiles, ImageSet, eval_transform, train_transform, workers
+from ggam_fast.training.data.readers import read_images
+from ggam_fast.training.data.scan import readable
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model.backbones import Backbone, create_backbone
+from ggam_fast.training.model.classifier import GGAMClassifier, create_head
+from ggam_fast.training.model.feature_cache import MapFile, default_cache_dir, encoded
+from ggam_fast.training.show.console import Report
+from ggam_fast.training.system.compiling import compile_or_eager
+from ggam_fast.training.system.devices import autocast
+from ggam_fast.training.system.distributed import ALONE, World
+from ggam_fast.training.system.files import locked
+from ggam_fast.training.system.interrupts import InterruptGuard
+
+logger = logging.getLogger(__name__)
+
+# With fewer images, compiling the frozen backbone takes longer than it saves (measured on two cores).
+_COMPILE_BACKBONE_FROM = 1500
+
+
+def load_images(config: DataConfig) -> ImageSet:
+    """The data set that `config` names."""
+    return read_images(config.data, config.root, config.cache_dir or default_cache_dir())
+
+
+def check_images(images: ImageSet, backbone: Backbone, config: DataConfig) -> ImageSet:
+    """`scan.readable` with the options of `config`."""
+    return readable(
+        images,
+        backbone.image_size,
+        skip_bad=config.skip_bad_images,
+        enlarge=config.enlarge,
+    )
+
+
+def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
+    """The backbone and head that `config` describes.
+
+    Raises:
+        TrainError: an option that the backbone or the head refuses.
+    """
+    backbone = create_backbone(
+        config.backbone.backbone,
+        pretrained=config.backbone.pretrained,
+        image_size=config.data.image_size,
+        resize=config.data.resize,
+    )
+    try:
+        return GGAMClassifier(backbone, create_head(backbone, num_classes, config.head))
+    except (ValueError, TypeError) as error:
+        raise TrainError(str(error)) from error
+
+
+def image_batches(
+    images: ImageSet,
+    model: GGAMClassifier,
+    config: TrainConfig,
+    device: torch.device,
+    world: World = ALONE,
+) -> dict[str, Batches]:
+    """Batches of decoded images for every split. The training split is augmented and shuffled."""
+    look = model.backbone.preprocessing
+    if config.data.resize is None:
+        size, mean, std, _ = look
+        crops = train_transform(images, size, mean, std)
+    else:
+        crops = train_transform(images, *look)
+    batches: dict[str, Batches] = {}
+    for split, rows in images.splits.items():
+        train = split == "train"
+        transform = crops if train else eval_transform(*look)
+        batches[split] = ImageBatches(
+            ImageFiles(images, split, transform),
+            min(config.optim.batch_size, len(rows)),
+            device,
+            workers(config.data, device),
+            config.optim.seed if train else None,
+            world,
+        )
+    return batches
+
+
+def map_batches(
+    images: ImageSet,
+    model: GGAMClassifier,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+    interrupt: InterruptGuard,
+    world: World = ALONE,
+) -> dict[str, Batches]:
+    """Batches of the frozen backbone's maps for every split. Maps that the cache lacks are computed.
+
+    The training split holds every image once for each way to mirror it.
+    """
+    backbone = model.backbone.eval()
+    transform = eval_transform(*backbone.preprocessing)
+    folder = config.data.cache_dir or default_cache_dir()
+    datasets = {
+        split: ImageFiles(images, split, transform, images.flips if split == "train" else ((),))
+        for split in images.splits
+    }
+    weights = backbone.fingerprint()
+    files = {
+        split: MapFile(folder, backbone, weights, dataset, dtype, config.data.enlarge)
+        for split, dataset in datasets.items()
+    }
+    if world.is_main and not all(file.exists() for file in files.values()):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Of two runs on the same images, the second waits for the maps of the first.
+        with locked(files["train"].path.with_suffix(".lock"), interrupt.check):
+            _fill(files, datasets, images, backbone, config, device, dtype, report, interrupt)
+    world.barrier()
+    return {
+        split: MapBatches(
+            file.open(),
+            datasets[split].labels,
+            min(config.optim.batch_size, len(datasets[split])),
+            device,
+            config.optim.seed if split == "train" else None,
+            world,
+        )
+        for split, file in files.items()
+    }
+
+
+def _fill(
+    files: dict[str, MapFile],
+    datasets: dict[str, ImageFiles],
+    images: ImageSet,
+    backbone: Backbone,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+    interrupt: InterruptGuard,
+) -> None:
+    """Compute and store the maps of the splits that have none."""
+    missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
+    if not missing:
+        return
+    count = sum(map(len, missing.values()))
+    if not config.data.skip_bad_images:  # else it was done before
+        check_images(images, backbone, config.data)
+    logger.info(
+        f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
+        f", kept in {files[next(iter(missing))].path.parent}"
+    )
+    largest = max(missing, key=lambda split: len(missing[split]))
+    batch_size = min(config.optim.batch_size, len(missing[largest]))
+    sources = {
+        split: ImageBatches(dataset, batch_size, device, workers(config.data, device))
+        for split, dataset in missing.items()
+    }
+
+    def encode(inputs: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            return backbone(inputs)
+
+    if config.run.compile and count >= _COMPILE_BACKBONE_FROM:
+        logger.info("compiling the backbone")
+        example, _ = sources[largest].example()
+        with torch.no_grad():
+            encode = compile_or_eager(encode, backbone, lambda f: f(example))
+    with report.bar("feature maps", count) as bar:
+
+        def on_batch(images: int) -> None:
+            interrupt.check()
+            bar.advance(images)
+
+        for split, source in sources.items():
+            files[split].write(encoded(source.epoch(0), encode, batch_size, on_batch))

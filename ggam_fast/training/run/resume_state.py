@@ -1,0 +1,84 @@
+"""Snapshots, from which a run resumes exactly. Each is written whole, and the last three are kept."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ggam_fast.training.errors import TrainError, first_line
+from ggam_fast.training.system.files import write_atomically
+
+FOLDER = "snapshots"
+_KEPT = 3
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+def save_snapshot(folder: Path, steps: int, state: dict[str, Any]) -> Path:
+    """Write `state` (tensors and plain values) as the newest snapshot, and keep the last three.
+
+    Raises:
+        TrainError: it cannot be written; the snapshots before it are untouched.
+    """
+    path = folder / FOLDER / f"step-{steps:09d}.pt"
+    # In memory first, because torch reports a full disk only as "unexpected pos".
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda part: part.write_bytes(whole.getbuffer()))
+    except (OSError, TrainError) as error:
+        kept = _paths(folder)
+        held = f"; the last whole snapshot is {kept[-1]}" if kept else ""
+        raise TrainError(f"{error}{held}") from error
+    for old in _paths(folder)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_snapshot(folder: Path) -> dict[str, Any]:
+    """The newest snapshot of the run in `folder`.
+
+    Raises:
+        TrainError: there is none, or it cannot be read.
+    """
+    paths = _paths(folder)
+    if not paths:
+        raise TrainError(f"--resume {folder}: no snapshot to go on from in {folder / FOLDER}")
+    try:
+        return torch.load(paths[-1], map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file: torch raises errors of many kinds
+        raise TrainError(f"cannot read snapshot {paths[-1]}: {first_line(error)}") from error
+
+
+def _paths(folder: Path) -> list[Path]:
+    if not (folder / FOLDER).is_dir():
+        return []
+    return sorted(path for path in (folder / FOLDER).iterdir() if _NAME.fullmatch(path.name))
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that a run draws from."""
+    # NumPy's legacy generator is the one that libraries share.
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore a state that `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])

@@ -1,0 +1,195 @@
+"""A training run from its options to its results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ggam_fast.training.config.config_file import config_text
+from ggam_fast.training.config.options import RunConfig, TrainConfig
+from ggam_fast.training.data.image_set import ImageSet
+from ggam_fast.training.errors import Interrupted
+from ggam_fast.training.measure.classification import Metrics, classification_metrics
+from ggam_fast.training.model import model_file
+from ggam_fast.training.model.classifier import GGAMClassifier
+from ggam_fast.training.run.artifacts import GALLERY, METRICS, OPTIONS, RunArtifacts
+from ggam_fast.training.run.log import RunLog
+from ggam_fast.training.run.loop import Groups, Trainer, evaluate
+from ggam_fast.training.run.prepare import (
+    check_images,
+    create_classifier,
+    image_batches,
+    load_images,
+    map_batches,
+)
+from ggam_fast.training.show.console import Report
+from ggam_fast.training.show.gallery import draw_gallery
+from ggam_fast.training.system.devices import device_name, precision, resolve_device
+from ggam_fast.training.system.distributed import World, joined, local_device
+from ggam_fast.training.system.files import output_folder, write_atomically
+from ggam_fast.training.system.interrupts import InterruptGuard
+from ggam_fast.training.system.versions import versions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results of a run.
+
+    If it was interrupted, `metrics` and `gallery` are None. Before the first step, so is `checkpoint`.
+    """
+
+    checkpoint: Path | None
+    metrics: Metrics | None
+    gallery: Path | None
+
+
+def train(config: TrainConfig, report: Report) -> Outcome:
+    """Train as `config` says and write checkpoints, metrics, gallery, log and TensorBoard scalars.
+
+    The first Ctrl-C ends training after the current step and still saves a checkpoint. Under torchrun
+    every process calls this, and the main process alone prints and writes.
+
+    Raises:
+        TrainError: something the user can put right.
+    """
+    config.check()
+    with joined() as world:
+        heard = report if world.is_main else Report.silent()
+        with heard.listening():
+            return _train(config, heard, world)
+
+
+def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
+    started = time.monotonic()
+    on_gpus = world.size > 1 and config.run.device == "auto" and torch.cuda.is_available()
+    device = resolve_device(local_device() if on_gpus else config.run.device)
+    dtype = precision(config.run.precision, device)
+    images = loaded = load_images(config.data)
+    images.log_notes(f"{images.name}: {images.summary()}")
+    torch.manual_seed(config.optim.seed)
+    model = create_classifier(config, len(images.classes)).to(device)
+    backbone = model.backbone.to(memory_format=torch.channels_last)
+    channels, (height, width) = backbone.num_features, backbone.feat_size
+    logger.info(
+        f"{backbone.name}, {'fine-tuned' if config.backbone.finetune else 'frozen'}, maps of "
+        f"{channels} x {height} x {width}; GGAM head; {device_name(device)}"
+        + (f"; {world.size} processes" if world.size > 1 else "")
+    )
+    if config.backbone.finetune or config.data.skip_bad_images:
+        images = check_images(images, backbone, config.data)
+    with run_folder(config.run, images.name, world) as out, InterruptGuard() as interrupt:
+        model.backbone.requires_grad_(config.backbone.finetune)
+        trainer = Trainer(
+            model if config.backbone.finetune else model.head,
+            parameter_groups(model, config),
+            config.optim,
+            len(images.classes),
+            device,
+            dtype=dtype,
+            compile=config.run.compile,
+            world=world,
+            check=interrupt.check,
+        )
+        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, loaded, config), world)
+        under_way = False
+        try:
+            batches = (
+                image_batches(images, model, config, device, world)
+                if config.backbone.finetune
+                else map_batches(images, model, config, device, dtype, report, interrupt, world)
+            )
+            if config.run.resume is not None:
+                artifacts.restore()
+                logger.info(f"going on after {trainer.steps} steps")
+            elif world.is_main:
+                artifacts.clear()
+                root = config.data.root and config.data.root.absolute()
+                options = {**config.values(), "root": root, "resume": None, "overwrite": None}
+                text = config_text(options)
+                write_atomically(out / OPTIONS, lambda part: part.write_text(text))
+            under_way = True
+            log = RunLog(out, trainer.steps) if world.is_main else None
+            with log or nullcontext():
+                epochs = trainer.run(
+                    batches["train"],
+                    batches.get("val"),
+                    report=report,
+                    log=log,
+                    save=artifacts.save_snapshot,
+                    save_every=config.run.save_every,
+                )
+                logits, labels = evaluate(
+                    trainer.result, batches["test"], device, dtype, world, interrupt.check
+                )
+                metrics = classification_metrics(logits, labels)
+                path = artifacts.save_result()
+                if log is None:
+                    return Outcome(path, metrics, None)
+                report.table(metrics, images.classes, "test")
+                seconds = time.monotonic() - started
+                write_metrics(out / METRICS, metrics, images, epochs, seconds, device)
+                gallery = draw_gallery(out / GALLERY, artifacts.classifier(), images, "test", logits)
+                log.numbers(
+                    "test", trainer.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
+                )
+                log.picture("gallery", trainer.steps, gallery)
+        except Interrupted:
+            if not under_way:
+                logger.info("interrupted before the first step; nothing was changed")
+                return Outcome(None, None, None)
+            path = artifacts.save_result()
+            artifacts.save_snapshot()
+            logger.info(
+                f"interrupted after {trainer.steps} steps; checkpoint: {path}; "
+                f"ggam-fast train --resume {out} goes on"
+            )
+            return Outcome(path, None, None)
+        logger.info(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
+        return Outcome(path, metrics, gallery)
+
+
+def write_metrics(
+    path: Path,
+    metrics: Metrics,
+    images: ImageSet,
+    epochs: list[dict[str, float]],
+    seconds: float,
+    device: torch.device,
+) -> None:
+    """Write the results of a run as JSON."""
+    results = {
+        "test": metrics.as_dict(),
+        "classes": images.classes,
+        "epochs": epochs,
+        "seconds": round(seconds, 1),
+        "device": device_name(device),
+        "notes": images.notes,
+        "versions": versions(),
+    }
+    write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+
+
+@contextmanager
+def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
+    """`output_folder`, made by the main process and known to all."""
+    made_here = output_folder(config.out, name, overwrite=config.overwrite, resume=config.resume)
+    with made_here if world.is_main else nullcontext(None) as made:
+        folder = world.broadcast(made)
+        yield folder
+
+
+def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
+    """Parameter groups: the head at `lr` and, when it is fine-tuned, the backbone at `backbone_lr`."""
+    groups: Groups = [{"params": list(model.head.parameters()), "lr": config.optim.lr}]
+    if config.backbone.finetune:
+        groups.append({"params": list(model.backbone.parameters()), "lr": config.optim.backbone_lr})
+    return groups

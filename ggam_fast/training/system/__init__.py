@@ -1,0 +1,1 @@
+"""Devices, processes, interrupts and files that are written whole or not at all."""

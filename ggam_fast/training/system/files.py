@@ -1,0 +1,122 @@
+"""Files of a run. Each is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ggam_fast.training.errors import TrainError
+
+LOCK = ".lock"
+_PART = ".part-"
+_WAIT = 0.2  # seconds
+
+
+@contextmanager
+def output_folder(
+    out: Path | None, data_name: str, *, overwrite: bool = False, resume: Path | None = None
+) -> Iterator[Path]:
+    """The folder of a run: `resume`, else `out`, else runs/<data_name>-<time>.
+
+    It is made and checked. If the run fails without a result, it is removed again.
+
+    Raises:
+        TrainError: it cannot be made or written, holds a run already, or another run is writing there.
+    """
+    folder = resume or out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def busy() -> None:
+        raise TrainError(f"--out {folder}: another run is writing there")
+
+    with writable_folder(folder), locked(folder / LOCK, busy):
+        results = any(path.name != LOCK for path in folder.iterdir())
+        if results and not overwrite and resume is None:
+            raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
+        remove_parts(folder)
+        yield folder
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock file `path`, and remove it afterwards. A file system without locks is not locked.
+
+    While another process holds the lock, this waits and calls `busy` again and again, which may raise.
+    If a process is killed, the operating system releases its lock.
+    """
+    lock, held = FileLock(path, blocking=False), False
+    while not held:
+        try:
+            lock.acquire()
+            held = True
+        except Timeout:
+            busy()
+            time.sleep(_WAIT)
+        except (OSError, NotImplementedError):
+            break
+    try:
+        yield
+    finally:
+        if held:
+            path.unlink(missing_ok=True)  # while it is held: filelock sees that a file is gone
+            lock.release()
+
+
+@contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and check that it can be written. Remove it again if nothing was put into it.
+
+    Raises:
+        TrainError: it cannot be made or written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrainError(f"--out {folder} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # it holds results
+                path.rmdir()
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove files anywhere in `folder` that a killed run had not finished."""
+    for part in list(folder.rglob(f"{_PART}*")):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file in a temporary folder beside `path`, then move it into place in one step.
+
+    Raises:
+        TrainError: it cannot be written, such as to a full disk; an older file is untouched.
+    """
+    write_together(path.parent, {path.name: write})
+
+
+def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """`write_atomically` for several files. All are written before the first one is moved into place."""
+    try:
+        # A folder, because some writers make temporary files of their own beside the file they are given.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as made:
+            parts = [Path(made) / name for name in writers]
+            for part, write in zip(parts, writers.values(), strict=True):
+                write(part)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+            for part in parts:
+                part.replace(folder / part.name)
+    except OSError as error:
+        names = ", ".join(str(folder / name) for name in writers)
+        raise TrainError(f"cannot write {names}: {error.strerror or error}") from error

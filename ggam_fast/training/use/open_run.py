@@ -1,0 +1,65 @@
+"""Open a finished run: its classifier, and the images it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ggam_fast.training.config.options import DataName
+from ggam_fast.training.data.image_set import ImageSet
+from ggam_fast.training.data.readers import read_images
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model.feature_cache import default_cache_dir
+from ggam_fast.training.model.model_file import BEST, Checkpoint, load_checkpoint
+
+
+def open_run(run: Path, weights: str = "last") -> Checkpoint:
+    """The checkpoint of a run's folder, or the file itself.
+
+    Raises:
+        TrainError: none there, or the best asked for of a file.
+    """
+    if weights == "best" and run.is_file():
+        raise TrainError(f"--weights best goes with the folder of a run; {run} is a file")
+    return load_checkpoint(run / BEST if weights == "best" else run)
+
+
+def weights_name(run: Path, weights: str) -> str:
+    """The name of what `open_run` opened: "last" or "best" of a folder, or the file's name."""
+    return weights if run.is_dir() else run.name
+
+
+def run_images(
+    checkpoint: Checkpoint, name: DataName | None, root: Path | None, cache_dir: Path | None
+) -> ImageSet:
+    """The images called `name`, by default those of the run. Their classes must be the checkpoint's.
+
+    Raises:
+        TrainError: another list of classes, or the run's own images in other splits than it was trained on.
+    """
+    theirs = checkpoint.description["data"]
+    own = name is None
+    if name is None:
+        name = theirs["data"]
+        root = root or (Path(theirs["root"]) if theirs["root"] else None)
+    assert name is not None
+    images = read_images(name, root, cache_dir or default_cache_dir())
+    if images.classes != checkpoint.classes:
+        strangers = sorted(set(images.classes) - set(checkpoint.classes))
+        missing = sorted(set(checkpoint.classes) - set(images.classes))
+        detail = "; ".join(
+            f"{side} has no class {absent[0]}" + (f" nor {len(absent) - 1} more" if absent[1:] else "")
+            for side, absent in (("the checkpoint", strangers), ("the data", missing))
+            if absent
+        )
+        raise TrainError(
+            f"--data {name} has {len(images.classes)} classes and the checkpoint {len(checkpoint.classes)}, "
+            f"which must be the same: {detail or 'their order differs'}"
+        )
+    trained_on = theirs.get("images")  # older checkpoints do not know
+    if own and trained_on not in (None, images.digest()):
+        where = f" --root {root}" if root else ""
+        raise TrainError(
+            "the run's images are not those it was trained on: some were added or removed, and "
+            f"training images may now be in another split; --data {name}{where} takes them as they are"
+        )
+    return images

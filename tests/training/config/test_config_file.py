@@ -1,0 +1,51 @@
+"""Option files: what is written is read back, and a bad file is one line."""
+
+import pytest
+
+from ggam_fast.training.cli import main
+from ggam_fast.training.cli.commands import parse_train
+from ggam_fast.training.config.config_file import config_text, read_config_file
+from ggam_fast.training.errors import TrainError
+
+
+def test_written_options_are_read_back(tmp_path):
+    config = parse_train(["--recipe", "paper", "--preset", "paper", "--root", "here", "--lr", "1e-5"])
+    (tmp_path / "options.yaml").write_text(config_text(config.values()))
+    assert parse_train(["--config", str(tmp_path / "options.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", "unknown option epoch; the nearest is epochs"),
+        ("guidance-wieght: 3", "the nearest is guidance_weight"),
+        ("optim:\n  epochs: 3", "unknown option optim"),
+        ("epochs: {a: 3}", "epochs must be one value"),
+        ("- epochs", "must hold options"),
+        ("epochs: [3", "not YAML"),
+    ],
+)
+def test_bad_file_is_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_missing_file_and_bad_toml(tmp_path):
+    with pytest.raises(TrainError, match="cannot be read"):
+        read_config_file(tmp_path / "none.yaml", ["epochs"])
+    (tmp_path / "a.toml").write_text("epochs 3")
+    with pytest.raises(TrainError, match="not TOML"):
+        read_config_file(tmp_path / "a.toml", ["epochs"])
+
+
+def test_wrong_type_in_a_file_is_code_2(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("epochs: many\n")
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--config", str(path)])
+    assert exit.value.code == 2
+    assert "many" in capsys.readouterr().err

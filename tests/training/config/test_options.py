@@ -1,0 +1,30 @@
+"""Options out of range are named."""
+
+from dataclasses import replace
+
+import pytest
+
+from ggam_fast.training.config.options import TrainConfig
+from ggam_fast.training.errors import TrainError
+
+
+def with_(config, **options):
+    return replace(config, optim=replace(config.optim, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ema": 1.0}, "--ema must be 0 or more and below 1; got 1.0"),
+        ({"label_smoothing": -0.1}, "--label-smoothing"),
+        ({"accumulate": 0}, "--accumulate"),
+        ({"cutmix": 1.0}, "--cutmix pastes patches of images"),
+    ],
+)
+def test_options_out_of_range(tiny_config, options, words):
+    with pytest.raises(TrainError, match=words):
+        with_(tiny_config, **options).check()
+
+
+def test_default_configuration_is_valid():
+    TrainConfig().check()

@@ -1,0 +1,42 @@
+"""One step of a classifier is that of the loss in two parts."""
+
+import copy
+
+import pytest
+import torch
+
+from ggam_fast.training.data.mixing import hard
+
+
+@pytest.mark.parametrize("targets", ["labels", "mixed"])
+@pytest.mark.parametrize("whole", [False, True], ids=["head", "classifier"])
+@pytest.mark.parametrize("detach", [True, False], ids=["fused", "second order"])
+def test_a_step_is_that_of_the_loss_in_two_parts(targets, whole, detach):
+    import ggam_fast
+    from ggam_fast.training.model.backbones import create_backbone
+    from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss
+
+    torch.manual_seed(0)
+    backbone = create_backbone("test_resnet", pretrained=False, image_size=64)
+    head = ggam_fast.GGAMHead(
+        backbone.num_features, 3, hidden_size=8, rd_channels=4, cam_detach=detach, cam_norm="standardized"
+    )
+    model = GGAMClassifier(backbone, head) if whole else head
+    twin = copy.deepcopy(model)
+    inputs = torch.randn(6, 3, 64, 64) if whole else torch.randn(6, backbone.num_features, 2, 2).relu()
+    labels = torch.arange(6) % 3
+    target = torch.rand(6, 3).softmax(1) if targets == "mixed" else labels
+
+    step = GuidedLoss(model, 0.5, 0.1, torch.device("cpu"), torch.float32)
+    loss, numbers = step(inputs, target)
+    loss.backward()
+    out = twin(inputs, target)
+    expected = ggam_fast.GGAMLoss(0.5, label_smoothing=0.1)(out, target)
+    expected.backward()
+    right = (out.logits.argmax(1) == hard(target)).float().mean()
+    torch.testing.assert_close(numbers, torch.stack([expected, out.guidance_loss, right]).detach())
+    assert not numbers.requires_grad
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,45 @@
+"""Runs that are stopped on purpose, and how their results are compared."""
+
+from functools import partialmethod
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ggam_fast.training.run.loop import Trainer
+
+
+class Stopped(BaseException):
+    """What a test raises where a run would be killed."""
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    step = Trainer._step
+
+    def counted(fit):
+        if fit.steps == steps:
+            raise Stopped
+        step(fit)
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+
+
+def weights(folder, name="model.safetensors"):
+    return load_file(folder / name)
+
+
+def same(ours, theirs) -> bool:
+    return ours.keys() == theirs.keys() and all(t.equal(theirs[name]) for name, t in ours.items())
+
+
+def full_disk(monkeypatch, name: str) -> None:
+    """From now on a file called `name` does not fit."""
+    write, write_text = Path.write_bytes, Path.write_text
+
+    def half(path, content, *rest, whole):
+        if path.name != name:
+            return whole(path, content, *rest)
+        whole(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", partialmethod(half, whole=write))
+    monkeypatch.setattr(Path, "write_text", partialmethod(half, whole=write_text))

@@ -1,0 +1,154 @@
+"""The training loop, each option seen to do what it says."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ggam_fast.training.config.options import OptimConfig
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.run.loop import Trainer, _schedule
+from ggam_fast.training.run.train import train
+
+
+def test_cosine_falls_from_the_highest_rate_to_nothing():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    schedule = _schedule(optimizer, OptimConfig(schedule="cosine"), 10)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0.5
+    assert rates == sorted(rates, reverse=True)
+    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def fitted(head, batches, **options) -> Trainer:
+    optim = OptimConfig(epochs=1, schedule="cosine", optimizer="sgd", lr=0.1, weight_decay=0, **options)
+    fit = Trainer(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
+    fit.run(batches, None)
+    return fit
+
+
+@pytest.fixture
+def maps():
+    from ggam_fast.training.data.batches import MapBatches
+
+    features = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(16) % 3
+    return lambda size: MapBatches(features, labels, size, torch.device("cpu"), shuffle_seed=0)
+
+
+def new_head(hidden_size=0):
+    import ggam_fast
+
+    torch.manual_seed(0)
+    return ggam_fast.GGAMHead(8, 3, hidden_size=hidden_size, rd_channels=4)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(maps):
+    whole = fitted(new_head(), maps(8))
+    parts = fitted(new_head(), maps(2), accumulate=4)
+    assert whole.steps == parts.steps == 2
+    for ours, theirs in zip(parts.trained.parameters(), whole.trained.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
+    fit = fitted(new_head(), maps(4), accumulate=3)
+    assert fit.steps == 2
+    assert all(p.grad is None for p in fit.trained.parameters())
+    # Of as many batches as it has: one batch alone is a step like any other.
+    alone = fitted(new_head(), maps(16), accumulate=4)
+    for ours, theirs in zip(
+        alone.trained.parameters(), fitted(new_head(), maps(16)).trained.parameters(), strict=True
+    ):
+        assert ours.equal(theirs)
+
+
+def test_average_is_the_running_one(maps):
+    states = []
+
+    class Recorded(Trainer):
+        def _step(self):
+            super()._step()
+            states.append(copy.deepcopy(self.trained.state_dict()))
+
+    head = new_head(hidden_size=4)  # with batch norm, whose statistics are averaged too
+    optim = OptimConfig(epochs=1, ema=0.75)
+    fit = Recorded(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
+    fit.run(maps(4), None)
+    # torch's first update copies.
+    for name, found in fit.result.state_dict().items():
+        if not found.is_floating_point():
+            continue
+        expected = states[0][name]
+        for state in states[1:]:
+            expected = 0.75 * expected + 0.25 * state[name]
+        torch.testing.assert_close(found, expected)
+    assert fit.result is not head
+
+
+def test_gradients_are_clipped(maps):
+    before = new_head()
+    fit = fitted(new_head(), maps(16), clip_grad=1e-3)
+    moved = torch.cat(
+        [(a - b).flatten() for a, b in zip(fit.trained.parameters(), before.parameters(), strict=True)]
+    )
+    assert moved.norm().item() == pytest.approx(0.1 * 1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_one_cycle_of_any_length(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule = _schedule(optimizer, OptimConfig(), steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert 0 < min(rates) <= max(rates) <= 0.1
+
+
+def said(report) -> str:
+    return report.console.file.getvalue()
+
+
+def numbers(folder) -> dict:
+    results = json.loads((folder / "metrics.json").read_text())
+    for epoch in results["epochs"]:
+        del epoch["images_per_second"]
+    return {"test": results["test"], "epochs": results["epochs"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finetune", [False, True])
+def test_compiled_step_follows_the_eager_one(tiny_config, report, elsewhere, finetune):
+    tiny_config = replace(
+        tiny_config,
+        backbone=replace(tiny_config.backbone, finetune=finetune),
+        optim=replace(tiny_config.optim, epochs=2),
+    )
+    compiled = elsewhere(tiny_config, "compiled")
+    compiled = replace(compiled, run=replace(compiled.run, compile=True))
+    train(tiny_config, report)
+    torch._dynamo.utils.counters.clear()
+    train(compiled, report)
+    assert "running eagerly" not in said(report)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1  # one shape, compiled once
+    for ours, theirs in zip(
+        numbers(compiled.run.out)["epochs"], numbers(tiny_config.run.out)["epochs"], strict=True
+    ):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_diverged_run_is_an_error(tiny_config, report):
+    with pytest.raises(TrainError, match=r"training loss of epoch \d is (nan|inf)"):
+        train(replace(tiny_config, optim=replace(tiny_config.optim, lr=1e30)), report)
+    assert not (tiny_config.run.out / "metrics.json").exists()

@@ -1,0 +1,42 @@
+"""Images, classifier and batches are made as the options say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ggam_fast.training import load_checkpoint
+from ggam_fast.training.errors import TrainError
+from ggam_fast.training.run import loop
+from ggam_fast.training.run.prepare import image_batches, load_images
+from ggam_fast.training.run.train import train
+
+
+def test_crop_larger_than_the_resized_image(tiny_config, report):
+    config = replace(tiny_config, data=replace(tiny_config.data, resize=32))
+    with pytest.raises(TrainError, match="--resize"):
+        train(config, report)
+
+
+def test_half_precision_backbone_on_the_cpu(tiny_config, report):
+    config = replace(tiny_config, run=replace(tiny_config.run, precision="bfloat16"))
+    assert train(config, report).metrics is not None
+    [maps] = {path.suffix for path in tiny_config.data.cache_dir.iterdir()}
+    assert maps == ".maps"
+
+
+def test_reported_accuracy_is_that_of_the_reloaded_checkpoint(tiny_config, report):
+    outcome = train(tiny_config, report)
+    model = load_checkpoint(tiny_config.run.out).model
+    images = load_images(tiny_config.data)
+    batches = image_batches(images, model, tiny_config, torch.device("cpu"))
+    logits, labels = loop.evaluate(model, batches["test"], torch.device("cpu"))
+    assert (logits.argmax(1) == labels).float().mean().item() == outcome.metrics.accuracy
+
+
+def test_maps_that_were_enlarged_do_not_hide_small_images(tiny_config, report, elsewhere):
+    larger = replace(tiny_config, data=replace(tiny_config.data, image_size=256))
+    train(larger, report)
+    strict = replace(elsewhere(larger, "strict"), data=replace(larger.data, enlarge=False))
+    with pytest.raises(TrainError, match="smaller than the crop"):
+        train(strict, report)

@@ -1,0 +1,170 @@
+"""Runs that are stopped in any way go on as if nothing had happened."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ggam_fast.training.cli import main
+from ggam_fast.training.errors import Interrupted, TrainError
+from ggam_fast.training.run import resume_state
+from ggam_fast.training.run.train import train
+from ggam_fast.training.system.interrupts import InterruptGuard
+from tests.training.conftest import TINY
+from tests.training.run.stopped import Stopped, full_disk, same, stop_after, weights
+
+VARIANTS = {
+    "frozen, averaged, mixed": {"optim": {"ema": 0.9, "mixup": 0.4}},
+    "dropout, accumulated": {"optim": {"accumulate": 2, "clip_grad": 0.5}, "head": {"drop_rate": 0.5}},
+    "fine-tuned, sgd": {
+        "backbone": {"finetune": True},
+        "optim": {"optimizer": "sgd", "schedule": "cosine", "cutmix": 1.0, "mixup": 1.0},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+# Before the first snapshot, after one between two epochs, and after one within an epoch.
+@pytest.mark.parametrize("killed_after", [1, 7, 9])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    tiny_config, report, elsewhere, monkeypatch, variant, killed_after
+):
+    config = tiny_config
+    for part, options in VARIANTS[variant].items():
+        config = replace(config, **{part: replace(getattr(config, part), **options)})
+    train(config, report)
+    stopped = elsewhere(config, "stopped")
+    stopped = replace(stopped, run=replace(stopped.run, save_every=2))
+    with monkeypatch.context() as patch:
+        stop_after(patch, killed_after)
+        with pytest.raises(Stopped):
+            train(stopped, report)
+    out = stopped.run.out
+    if not (out / resume_state.FOLDER).is_dir():  # killed before its first snapshot
+        assert killed_after == 1
+        with pytest.raises(TrainError, match="no snapshot"):
+            train(replace(stopped, run=replace(stopped.run, resume=out)), report)
+        return
+    torch.rand(7), np.random.rand(3), random.random()  # noqa: NPY002
+    train(replace(stopped, run=replace(stopped.run, resume=out)), report)
+    assert same(weights(out), weights(config.run.out))
+    assert same(weights(out, "best.safetensors"), weights(config.run.out, "best.safetensors"))
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (out, config.run.out)]
+    for result in metrics:
+        for epoch in result["epochs"]:
+            del epoch["images_per_second"]
+    assert metrics[0]["test"] == metrics[1]["test"]
+    assert metrics[0]["epochs"] == metrics[1]["epochs"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
+    """Killed again and again from outside, until it is through."""
+    options = ("train", "--data", "folder", "--root", photos, *TINY, "--no-compile")
+    options = (*options, "--epochs", "12", "--drop-rate", "0.3", "--save-every", "1")
+    run = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    subprocess.run(command(*options, "--out", "whole"), **run, check=True, timeout=240)
+    arguments, kills = (*options, "--out", "killed"), 0
+
+    def written():
+        return set((tmp_path / "killed" / resume_state.FOLDER).glob("step-*"))
+
+    while True:
+        process = subprocess.Popen(command(*arguments), **run)
+        before = written()
+        if kills < 3:
+            deadline = time.monotonic() + 120
+            while written() <= before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(random.random() * 0.1)
+            process.send_signal(signal.SIGKILL)
+        _, error = process.communicate(timeout=240)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+        arguments = ("train", "--resume", "killed")
+    assert kills == 3
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["options.yaml", "step-000000012.pt", "best.safetensors", "model.safetensors", "metrics.json"]
+)
+def test_after_a_full_disk_a_run_goes_on(tiny_config, report, elsewhere, monkeypatch, name):
+    """One line, nothing half-written; with room again, the bits of a run that had it all along."""
+    train(tiny_config, report)
+    config = elsewhere(tiny_config, "full")
+    with monkeypatch.context() as patch:
+        full_disk(patch, name)
+        with pytest.raises(TrainError, match=rf"^cannot write .*{name}: No space left on device") as raised:
+            train(config, report)
+    assert "\n" not in str(raised.value)
+    out = config.run.out
+    assert not (out.is_dir() and list(out.rglob(".*")))
+    if not (out / resume_state.FOLDER).is_dir():
+        return
+    train(replace(config, run=replace(config.run, resume=out)), report)
+    for file in ("model.safetensors", "best.safetensors"):
+        assert same(weights(out, file), weights(tiny_config.run.out, file))
+
+
+def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
+    tiny_config, report, elsewhere, monkeypatch
+):
+    config = replace(tiny_config, head=replace(tiny_config.head, attention_scale="printed", norm_eps=1e-5))
+    config = replace(config, optim=replace(config.optim, ema=0.9))
+    train(config, report)
+    stopped = elsewhere(config, "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Stopped):
+            train(stopped, report)
+    out = stopped.run.out
+    lines = (out / "options.yaml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("attention_scale:", "norm_eps:"))]
+    assert len(kept) == len(lines) - 2
+    (out / "options.yaml").write_text("\n".join(kept) + "\n")
+    for path in (out / resume_state.FOLDER).iterdir():
+        state = torch.load(path, weights_only=True)
+        del state["run"]["head"]["attention_scale"], state["run"]["head"]["norm_eps"]
+        del state["fit"]["trained"]["unit_mean"], state["fit"]["average"]["module.unit_mean"]
+        torch.save(state, path)
+    assert main(["train", "--resume", str(out)]) == 0
+    ours, theirs = weights(out), weights(config.run.out)
+    assert same(ours, theirs)
+    assert not ours["head.unit_mean"]
+
+
+def test_killed_in_its_first_epoch(tiny_config, report, elsewhere, monkeypatch):
+    train(tiny_config, report)
+    config = elsewhere(tiny_config, "killed")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train(config, report)
+    train(replace(config, run=replace(config.run, resume=config.run.out)), report)
+    assert same(weights(config.run.out), weights(tiny_config.run.out))
+
+
+def test_stopped_while_maps_are_computed_changes_nothing(tiny_config, report, tmp_path, monkeypatch):
+    train(tiny_config, report)
+    out = tiny_config.run.out
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(InterruptGuard, "check", lambda guard: (_ for _ in ()).throw(Interrupted()))
+    fresh = replace(tiny_config, data=replace(tiny_config.data, cache_dir=tmp_path / "other"))
+    for change in ({"overwrite": True}, {"resume": out}):
+        outcome = train(replace(fresh, run=replace(fresh.run, **change)), report)
+        assert outcome.checkpoint is None
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

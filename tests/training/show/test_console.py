@@ -1,0 +1,69 @@
+"""What a run says: plain text is printed as it is, and a count without a terminal is a line now and then."""
+
+import logging
+
+import pytest
+import torch
+
+from ggam_fast.training.measure.classification import classification_metrics
+from ggam_fast.training.show import console
+
+
+def said(report) -> str:
+    return report.console.file.getvalue()
+
+
+def test_square_brackets_are_text(report):
+    report.note("left out [red]/1.png[/red]")
+    assert said(report) == "left out [red]/1.png[/red]\n"
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(1000.0, 1), (0.0, 3)])
+def test_without_a_terminal_the_last_count_is_always_said(report, monkeypatch, seconds, lines):
+    monkeypatch.setattr(console, "_PLAIN_SECONDS", seconds)
+    with report.bar("training", 6) as bar:
+        for _ in range(3):
+            bar.advance(2, "loss 0.5", "epoch 1/1")
+    found = said(report).splitlines()
+    assert len(found) == lines
+    assert found[-1].startswith("epoch 1/1: 6/6  loss 0.5  0 s left")
+
+
+def test_the_table_names_the_class_that_is_most_often_confused(report):
+    labels = torch.tensor([0, 0, 0, 1, 2])
+    guesses = torch.tensor([1, 1, 2, 1, 2])
+    metrics = classification_metrics(torch.nn.functional.one_hot(guesses, 4).float(), labels)
+    report.table(metrics, ("crow", "[b]duck[/b]", "tit", "owl"), "test")
+    rows = {line.split()[1]: line for line in said(report).splitlines() if line.startswith("│")}
+    assert "[b]duck[/b] (2)" in rows["crow"]
+    assert rows["[b]duck[/b]"].split()[-2] == "-"
+    assert rows["owl"].split()[3:] == ["0", "│", "-", "│", "-", "│"]
+    assert "always the commonest class: 0.600" in said(report)
+
+
+def test_a_silent_report_prints_nothing(capsys):
+    report = console.Report.silent()
+    report.note("anything")
+    with report.bar("training", 1) as bar:
+        bar.advance(1)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_the_package_logs_is_a_line_of_the_report(report):
+    logger = logging.getLogger("ggam_fast.training.anywhere")
+    logger.info("one image is [bold]")
+    with report.listening():  # a second time, which prints nothing twice
+        logger.warning("running eagerly")
+    logger.debug("not for users")
+    logging.getLogger("another.library").warning("not ours")
+    assert said(report) == "one image is [bold]\nrunning eagerly\n"
+
+
+def test_who_no_longer_listens_hears_nothing(capsys):
+    package = logging.getLogger("ggam_fast.training")
+    before = (list(package.handlers), package.level)
+    with console.Report().listening():
+        logging.getLogger("ggam_fast.training.run").info("heard")
+    logging.getLogger("ggam_fast.training.run").info("not heard")
+    assert capsys.readouterr().out == "heard\n"
+    assert (list(package.handlers), package.level) == before

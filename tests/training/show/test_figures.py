@@ -1,0 +1,43 @@
+"""Images and heat maps on axes, and names as text."""
+
+import torch
+
+from ggam_fast.training.show.figures import colour_key, literal, new_figure, show_heat, show_image
+
+
+def test_names_are_drawn_as_text():
+    figure = new_figure(2, 1)
+    label = figure.text(0, 0, literal("$5 and $6_$"))
+    figure.canvas.draw()
+    assert label.get_text() == r"\$5 and \$6_\$"
+    assert literal("a\udc80b") == "a?b"
+
+
+def test_a_heat_map_lies_over_the_picture_in_grey():
+    picture = torch.rand(8, 12, 3)
+    heat = torch.zeros(2, 3)
+    heat[1, 2] = 1
+    axes = new_figure(2, 2).subplots()
+    show_heat(axes, picture, heat)
+    grey, over = axes.images
+    assert torch.from_numpy(grey.get_array().data).allclose(picture.mean(-1))
+    fine = torch.from_numpy(over.get_array().data)
+    assert fine.shape == (8, 12)
+    assert fine[7, 11] == fine.max() == 1
+    assert fine[:2].max() == 0
+    assert over.get_alpha() == 0.5
+
+
+def test_an_image_has_no_frame():
+    axes = new_figure(2, 2).subplots()
+    show_image(axes, torch.rand(4, 4, 3))
+    assert not axes.get_xticks().size
+    assert not any(spine.get_visible() for spine in axes.spines.values())
+
+
+def test_the_key_runs_from_lowest_to_highest():
+    figure = new_figure(2, 2)
+    colour_key(figure.subfigures(1, 1), (0.1, 0.1, 0.8, 0.2))
+    (axes,) = figure.subfigs[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["lowest", "highest"]
+    assert axes.images[0].get_array()[0].tolist() == sorted(axes.images[0].get_array()[0].tolist())

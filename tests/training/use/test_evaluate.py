@@ -1,0 +1,116 @@
+"""`ggam-fast evaluate` measures what it says, against a plain loop."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ggam_fast.training import load_checkpoint
+from ggam_fast.training.cli import main
+from ggam_fast.training.config.options import DataConfig
+from ggam_fast.training.data.image_set import eval_transform
+from ggam_fast.training.data.readers import read_images
+from ggam_fast.training.measure.geometry import placed
+from ggam_fast.training.measure.localization import energy, enlarged
+from ggam_fast.training.model.heatmaps import heat_maps
+from ggam_fast.training.run.train import train
+from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run, more_metrics, spread
+from tests.training import trees
+
+
+@pytest.fixture
+def trained_cub(tiny_config, report, tmp_path):
+    found = DataConfig("cub", trees.cub(tmp_path / "cub"), 64, cache_dir=tmp_path / "cache", enlarge=True)
+    train(replace(tiny_config, data=found), report)
+    return tiny_config.run.out
+
+
+def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
+    out = tmp_path / "looked"
+    config = EvaluateConfig(run=trained_cub, out=out, device="cpu", steps=3, batch_size=4, thresholds=5)
+    evaluate_run(config, report)
+    found = json.loads((out / "evaluation.json").read_text())
+    model, classes, _ = load_checkpoint(trained_cub)
+    images = read_images("cub", tmp_path / "cub", tmp_path / "cache")
+    rows = images.splits["test"]
+    transform = eval_transform(*model.backbone.preprocessing)
+    with torch.no_grad():
+        logits = model(torch.stack([transform(images.read(int(row))) for row in rows]))
+    labels = images.labels[rows]
+    right = (logits.argmax(1) == labels).double().mean().item()
+    assert found["classification"]["accuracy"] == pytest.approx(right)
+    assert found["classes"] == list(classes)
+    assert found["classification"]["images"] == len(rows)
+    assert set(found["localisation"]) == {
+        *("attention", "Grad-CAM, label", "Grad-CAM, guess"),
+        *("centre Gaussian", "uniform map"),
+    }
+    # The shares inside boxes, of maps made one image at a time, of the class that the name says.
+    for name, classes_of in (("Grad-CAM, label", labels), ("Grad-CAM, guess", logits.argmax(1))):
+        shares = []
+        for row, of in zip(rows.tolist(), classes_of, strict=True):
+            inputs = transform(images.read(row))[None]
+            heat = heat_maps(model.head, model.backbone(inputs).detach(), of[None]).grad_cam
+            area = placed(images, [row], transform, 64).areas
+            shares.append(energy(enlarged(heat, (64, 64)), area).item())
+        assert found["localisation"][name]["energy"] == pytest.approx(sum(shares) / len(shares), rel=1e-3)
+    assert not labels.equal(logits.argmax(1))  # else the two could not be told apart
+    for name in ("attention", "Grad-CAM, label", "centre Gaussian"):
+        assert set(found["localisation"][name]) == {
+            *("pointing", "pointing_15px", "energy", "max_box_acc_v2", "parts"),
+        }
+    assert found["localised_against"] == "boxes and parts"
+    maps = found["faithfulness"]["maps"]
+    assert set(maps) == {"Grad-CAM, guess", "attention", "random order"}
+    whole = logits.softmax(1).amax(1).mean().item()
+    for both in maps.values():
+        # The whole image is where insertion ends and deletion begins.
+        assert both["insertion"]["curve"][-1] == pytest.approx(whole, abs=1e-5)
+        assert both["deletion"]["curve"][0] == pytest.approx(whole, abs=1e-5)
+        for kind in ("insertion", "deletion"):
+            curve = torch.tensor(both[kind]["curve"])
+            assert both[kind]["area"] == pytest.approx(torch.trapezoid(curve).item() / 3, abs=1e-5)
+    assert "localisation against boxes and parts" in report.console.file.getvalue()
+
+
+def test_top5_and_calibration_of_known_logits():
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1]]))
+    found = more_metrics(logits, torch.tensor([0, 0, 0, 1]))
+    assert found == pytest.approx({"top5": 1.0, "calibration_error": 0.15})
+    ten = F.one_hot(torch.arange(10), 10) + torch.linspace(0, 0.5, 10)
+    assert more_metrics(ten.float(), torch.zeros(10, dtype=torch.long))["top5"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "places"), [(10, 4, [0, 2, 5, 7]), (3, 5, [0, 1, 2]), (4, 0, [])]
+)
+def test_spread(count, wanted, places):
+    assert spread(count, wanted) == places
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(trained, photos, tmp_path, capsys):
+    out = tmp_path / "looked"
+
+    def refused(*arguments):
+        capsys.readouterr()
+        assert main(["evaluate", *map(str, arguments), "--out", str(out), "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("ggam-fast: ")
+        assert error.count("\n") == 1
+        assert not out.exists()
+        return error
+
+    assert "--split holdout: photos has train, test" in refused(trained, "--split", "holdout")
+    assert "--examples must be 0 or more; got -1" in refused(trained, "--examples", "-1")
+    assert "no checkpoint at" in refused(tmp_path / "nowhere")
+    assert "find any class folder" in refused(trained, "--data", "folder", "--root", tmp_path / "cache")
+    for image in (photos / "red").iterdir():
+        image.write_bytes(image.read_bytes()[:60])
+    assert re.search(r"photos/red/\d\.png", refused(trained))
+    (photos / "red").rename(photos / "rouge")
+    error = refused(trained)
+    assert "--data folder has 3 classes and the checkpoint 3" in error
+    assert "the checkpoint has no class rouge; the data has no class red" in error

@@ -52,3 +52,16 @@ def test_probabilities_and_labels(device: torch.device) -> None:
     soft, hard = torch.rand(2, 5, device=device), torch.tensor([0, 4], device=device)
     assert torch.equal(checks.target(soft, 2, 5), soft)
     assert torch.equal(checks.target(hard, 2, 5), hard)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((-1.0, 0.0), "guidance_weight must be finite and not negative; got -1.0"),
+        ((float("inf"), 0.0), "guidance_weight must be finite"),
+        ((1.0, 1.5), r"label_smoothing must be in \[0, 1\]; got 1.5"),
+    ],
+)
+def test_weights_out_of_range(weights: tuple[float, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checks.loss_weights(*weights)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ggam_fast.entropy import cross_entropy, loss_weights, reduce_batch
+from ggam_fast.entropy import cross_entropy, reduce_batch
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -42,16 +42,3 @@ def test_reductions(device: torch.device) -> None:
     share = torch.tensor([0.5, 0.5, 0.0], device=device)
     assert reduce_batch(losses, "mean", share) == 1.5
     assert reduce_batch(losses, "sum", share) == 3
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ((-1.0, 0.0), "guidance_weight must be finite and not negative; got -1.0"),
-        ((float("inf"), 0.0), "guidance_weight must be finite"),
-        ((1.0, 1.5), r"label_smoothing must be in \[0, 1\]; got 1.5"),
-    ],
-)
-def test_weights_out_of_range(weights: tuple[float, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        loss_weights(*weights)

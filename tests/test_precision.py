@@ -1,9 +1,9 @@
-"""The type of small tensors, and autocast kept away from them."""
+"""The type of small tensors."""
 
 import pytest
 import torch
 
-from ggam_fast.precision import as_type, autocasts, compute_dtype, full_precision
+from ggam_fast.precision import as_type, as_types, compute_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -16,14 +16,7 @@ def test_nothing_is_converted_twice() -> None:
     x = torch.rand(2)
     assert as_type(x, torch.float32) is x
     assert as_type(x, torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_autocast_is_off_inside(device: torch.device) -> None:
-    x = torch.rand(2, 2, device=device)
-    assert not autocasts(x)
-    with torch.autocast(device.type, torch.bfloat16):
-        assert autocasts(x)
-        assert not autocasts(x.to("meta"))
-        assert (x @ x).dtype == torch.bfloat16
-        with full_precision(x):
-            assert (x @ x).dtype == torch.float32
+    same, none, other = as_types(torch.float32, x, None, x.double())
+    assert same is x
+    assert none is None
+    assert other.dtype == torch.float32

@@ -18,9 +18,9 @@ _TRACED: dict[str, "Backend"] = {}
 _DIFFERENTIABLE: dict[str, "Backend"] = {}
 
 
-def register(name: str, backend: "Backend", traced: "Backend") -> None:
-    """Make `get_backend(name)` return this; `traced` where operations are looked into."""
-    _BACKENDS[name], _TRACED[name] = backend, traced
+def register(name: str, backend: "Backend", traced: "Backend | None" = None) -> None:
+    """Make `get_backend(name)` return this; `traced`, if given, where something looks into operations."""
+    _BACKENDS[name], _TRACED[name] = backend, backend if traced is None else traced
 
 
 def register_differentiable(name: str, backend: "Backend") -> None:

@@ -592,4 +592,4 @@ class Backend:
 
 
 TORCH = Backend()
-register("torch", TORCH, traced=TORCH)
+register("torch", TORCH)

@@ -1,12 +1,22 @@
-"""Backends by name."""
+"""Backends by name, for eager code and for what looks into operations."""
+
+from collections.abc import Callable
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import ggam_fast  # noqa: F401  (registers the backends)
 from ggam_fast import checks
 from ggam_fast.backends import registry
 from ggam_fast.backends.differentiable import DifferentiableBackend
+from ggam_fast.backends.registry import autocasts, full_precision
 from ggam_fast.backends.torch import Backend
+
+needs_triton = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
+OPERATORS = registry._TRACED.get("triton")
 
 
 def test_backends_register_themselves() -> None:
@@ -26,3 +36,78 @@ def test_a_backend_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.get_backend("own") is backend
     with pytest.raises(KeyError):
         registry.get_backend("torch")
+
+
+def _seen() -> Backend:
+    return registry.get_backend("triton")
+
+
+def _in_vmap() -> Backend:
+    found: list[Backend] = []
+    torch.vmap(lambda x: found.append(_seen()) or x)(torch.rand(2))
+    return found[0]
+
+
+def _in_batched_gradients() -> Backend:
+    """Of vmap before torch.func, which `is_grads_batched` uses."""
+    found: list[Backend] = []
+    x = torch.rand(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: found.append(_seen()))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    return found[0]
+
+
+def _in_a_dispatch_mode() -> Backend:
+    with FlopCounterMode(display=False):
+        return _seen()
+
+
+def _in_a_fake_mode() -> Backend:
+    with FakeTensorMode():
+        return _seen()
+
+
+def _in_forward_mode() -> Backend:
+    with forward_ad.dual_level():
+        return _seen()
+
+
+def _compiled() -> Backend:
+    found: list[Backend] = []
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if registry.get_backend("triton") is OPERATORS else 0)
+
+    found += [OPERATORS] * int(torch.compile(step, backend="eager", fullgraph=True)(torch.zeros(1)))
+    return found[0]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "situation",
+    [_in_vmap, _in_batched_gradients, _in_a_dispatch_mode, _in_a_fake_mode, _in_forward_mode, _compiled],
+)
+def test_operators_where_something_looks_into_operations(situation: Callable[[], Backend]) -> None:
+    assert registry._BACKENDS["triton"] is not registry._TRACED["triton"]
+    assert situation() is registry._TRACED["triton"]
+    assert _seen() is registry._BACKENDS["triton"]
+
+
+@needs_triton
+def test_a_recorder_sees_the_stages_themselves() -> None:
+    from ggam_fast.backends.triton.launch import Recorder
+
+    with Recorder():
+        assert _seen() is registry._BACKENDS["triton"]
+
+
+def test_autocast_is_off_inside(device: torch.device) -> None:
+    x = torch.rand(2, 2, device=device)
+    assert not autocasts(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert autocasts(x)
+        assert not autocasts(x.to("meta"))
+        assert (x @ x).dtype == torch.bfloat16
+        with full_precision(x):
+            assert (x @ x).dtype == torch.float32

@@ -107,9 +107,9 @@ class GGAMHead(GGAMHeadBase):
         ):
             replayed: Tensor | GGAMOutput | None
             if target is None:
-                replayed = recorded.logits(self, features)
+                replayed = recorded.logits(self, features, self._check)
             else:
-                replayed = recorded.guided(self, features, target)
+                replayed = recorded.guided(self, features, target, self._loss_terms, self._check)
             if replayed is not None:
                 return replayed
         x, spatial_shape, mlp, options, backend = self._inputs(features)
@@ -175,7 +175,7 @@ class GGAMHead(GGAMHeadBase):
             return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
         terms = self._loss_terms(weight, smoothing)
         if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
-            replayed = recorded.fused(self, features, target, terms)
+            replayed = recorded.fused(self, features, target, terms, self._check)
             if replayed is not None:
                 return replayed
         x, spatial_shape, mlp, options, backend = self._inputs(features)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from .backends.torch import TORCH
 from .backends.triton import classifier
 from .backends.triton.launch import options as triton_options
 from .backends.triton.record import NotRecordable, Number, Pass, Recorder, Recording
-from .base import GGAMOutput
+from .base import GGAMHeadBase, GGAMOutput
 from .classifier.layers import known_layers
 from .classifier.rules import scores
 from .closed_form import ChannelMLP, Options
@@ -36,8 +36,7 @@ from .entropy import cross_entropy
 from .norm import SettlingBatchNorm1d
 from .step import FusedLoss, LossTerms
 
-if TYPE_CHECKING:
-    from .head import GGAMHead
+Check = Callable[[Tensor, Tensor | None], object]
 
 BACKEND = "triton"
 enabled = True
@@ -85,7 +84,7 @@ class Call(NamedTuple):
         return any(p.requires_grad for p in self.parameters)
 
 
-def _structure(head: "GGAMHead") -> tuple[list[Any], list[Tensor], list[Tensor]] | None:
+def _structure(head: GGAMHeadBase) -> tuple[list[Any], list[Tensor], list[Tensor]] | None:
     """(what a recording holds of the head beside its tensors, its parameters, its buffers); None where it
     cannot have one."""
     own = vars(head)
@@ -144,7 +143,7 @@ PROPERTIES = (_shape, _type, _device, _dense)
 _needs_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
-def _call(form: str, head: "GGAMHead", features: Tensor, target: Tensor | None) -> Call | None:
+def _call(form: str, head: GGAMHeadBase, features: Tensor, target: Tensor | None) -> Call | None:
     if (
         not enabled
         or type(features) not in _PLAIN
@@ -222,7 +221,7 @@ class Blueprint(NamedTuple):
     target: int | None
 
     @classmethod
-    def read(cls, head: "GGAMHead", call: Call, has_target: bool) -> "Blueprint":
+    def read(cls, head: GGAMHeadBase, call: Call, has_target: bool) -> "Blueprint":
         """The head as the call found it."""
         at = {id(x): i for i, x in enumerate(call.given)}
         options = Options(head.attention, head.spatial_norm, head.pool_type, head.attention_scale)
@@ -312,7 +311,7 @@ def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x.new_empty_strided(x.shape, stride).copy_(x)
 
 
-def _check_labels(recording: Recording, head: "GGAMHead", target: Tensor) -> None:
+def _check_labels(recording: Recording, head: GGAMHeadBase, target: Tensor) -> None:
     """Where no compiled kernel asserts that labels are in range: in the interpreter, and before it is
     compiled."""
     if not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
@@ -352,17 +351,18 @@ def _in_parameter_order(
 
 
 def fused(
-    head: "GGAMHead",
+    head: GGAMHeadBase,
     features: Tensor,
     target: Tensor,
     terms: LossTerms,
+    check: Check,
 ) -> FusedLoss | None:
-    """`step.fused_loss` replayed."""
+    """`step.fused_loss` replayed; `check` raises where the call does not fit the head."""
     call = _call("fused", head, features, target)
     if call is None:
         return None
     recording = remembered(call.key) or _recording(
-        call, lambda: head._check(features, target), lambda: _record_fused(head, call, terms)
+        call, lambda: check(features, target), lambda: _record_fused(head, call, terms)
     )
     if recording is None:
         return None
@@ -373,7 +373,7 @@ def fused(
     return FusedLoss(loss, GGAMOutput(*seen))
 
 
-def _record_fused(head: "GGAMHead", call: Call, terms: LossTerms) -> Recording:
+def _record_fused(head: GGAMHeadBase, call: Call, terms: LossTerms) -> Recording:
     numbers = [Number(n) for n in (terms.guidance_weight, terms.label_smoothing, terms.cam_temperature)]
     weight, smoothing, temperature = numbers
     terms = terms._replace(guidance_weight=weight, label_smoothing=smoothing, cam_temperature=temperature)
@@ -440,13 +440,13 @@ class FusedNode(Function):
 # ---- the drop-in form: logits, and with a target the guidance
 
 
-def logits(head: "GGAMHead", features: Tensor) -> Tensor | None:
+def logits(head: GGAMHeadBase, features: Tensor, check: Check) -> Tensor | None:
     """`head(features)` replayed."""
     call = _call("logits", head, features, None)
     if call is None:
         return None
     recording = remembered(call.key) or _recording(
-        call, lambda: head._check(features, None), lambda: _record_drop_in(head, call, None)
+        call, lambda: check(features, None), lambda: _record_drop_in(head, call, None)
     )
     if recording is None:
         return None
@@ -455,15 +455,17 @@ def logits(head: "GGAMHead", features: Tensor) -> Tensor | None:
     return DropInNode.apply(recording, call, (), features, *call.parameters)[0]
 
 
-def guided(head: "GGAMHead", features: Tensor, target: Tensor) -> GGAMOutput | None:
+def guided(
+    head: GGAMHeadBase, features: Tensor, target: Tensor, terms: Callable[[], LossTerms], check: Check
+) -> GGAMOutput | None:
     """`head(features, target)` replayed."""
     call = _call("guided", head, features, target)
     if call is None:
         return None
     recording = remembered(call.key) or _recording(
         call,
-        lambda: head._check(features, target),
-        lambda: _record_drop_in(head, call, head._loss_terms()),
+        lambda: check(features, target),
+        lambda: _record_drop_in(head, call, terms()),
     )
     if recording is None:
         return None
@@ -474,7 +476,7 @@ def guided(head: "GGAMHead", features: Tensor, target: Tensor) -> GGAMOutput | N
     return GGAMOutput(*DropInNode.apply(recording, call, numbers, features, *call.parameters))
 
 
-def _record_drop_in(head: "GGAMHead", call: Call, terms: LossTerms | None) -> Recording:
+def _record_drop_in(head: GGAMHeadBase, call: Call, terms: LossTerms | None) -> Recording:
     blueprint = Blueprint.read(head, call, has_target=terms is not None)
     numbers, varied = [], terms
     if terms is not None:

@@ -20,9 +20,9 @@ PACKAGE, KERNELS = ROOT / "ggam_fast", ROOT / "kernels"
 
 LAYERS = (
     ("_checkout", "backends.layer"),
-    ("checks", "guidance", "norm", "precision", "backends.registry", "backends.triton.launch"),
+    ("checks", "guidance", "norm", "precision", "backends.triton.launch"),
     ("base", "entropy", "backends.torch", "backends.triton.record"),
-    ("closed_form", "classifier.layers", "backends.triton.register"),
+    ("closed_form", "classifier.layers", "backends.registry", "backends.triton.register"),
     ("autograd", "backends.triton.classifier", "backends.triton.features_grad", "backends.triton.guidance",
      "backends.triton.layers", "backends.triton.pooling"),
     ("backends.differentiable", "backends.triton.sums", "classifier.rules"),

@@ -1,34 +1,32 @@
 """Backends by name, and autocast kept away from them.
 
-Backends register themselves when they are imported; nothing here imports one.
+The torch backend is always there.  Others register themselves when they are imported.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-if TYPE_CHECKING:
-    from .torch import Backend
+from .torch import TORCH, Backend
 
-_BACKENDS: dict[str, "Backend"] = {}
-_TRACED: dict[str, "Backend"] = {}
-_DIFFERENTIABLE: dict[str, "Backend"] = {}
+_BACKENDS: dict[str, Backend] = {"torch": TORCH}
+_TRACED: dict[str, Backend] = {"torch": TORCH}
+_DIFFERENTIABLE: dict[str, Backend] = {}
 
 
-def register(name: str, backend: "Backend", traced: "Backend | None" = None) -> None:
+def register(name: str, backend: Backend, traced: Backend | None = None) -> None:
     """Make `get_backend(name)` return this; `traced`, if given, where something looks into operations."""
     _BACKENDS[name], _TRACED[name] = backend, backend if traced is None else traced
 
 
-def register_differentiable(name: str, backend: "Backend") -> None:
+def register_differentiable(name: str, backend: Backend) -> None:
     """Make `get_differentiable(name)` return this."""
     _DIFFERENTIABLE[name] = backend
 
 
-def get_backend(name: str) -> "Backend":
+def get_backend(name: str) -> Backend:
     """The stages of a resolved backend, "torch" or "triton", for code that autograd does not look into."""
     if (
         torch.compiler.is_compiling()
@@ -45,7 +43,7 @@ def get_backend(name: str) -> "Backend":
     return _BACKENDS[name]
 
 
-def get_differentiable(name: str) -> "Backend":
+def get_differentiable(name: str) -> Backend:
     """The same stages with a derivative of every order."""
     return _DIFFERENTIABLE[name]
 

@@ -17,7 +17,6 @@ from ggam_fast.norm import settle
 from ggam_fast.precision import as_type, as_types, compute_dtype
 
 from .layer import ELU, RELU, Layer
-from .registry import register
 
 aten = torch.ops.aten
 
@@ -592,4 +591,3 @@ class Backend:
 
 
 TORCH = Backend()
-register("torch", TORCH)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ggam_fast.backends.torch import Backend, rows_times, rows_times_by_sum
 
@@ -23,3 +24,16 @@ def test_rows_times_in_both_forms(device: torch.device) -> None:
     expected = torch.matmul(rows.double(), matrix.double())
     for form in (rows_times, rows_times_by_sum):
         torch.testing.assert_close(form(rows, matrix).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("total", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_targets_need_not_sum_to_one(smoothing: float, total: float, device: torch.device) -> None:
+    """Both seeds of the cross entropy against autograd's."""
+    logits = torch.randn(4, 6, device=device, dtype=torch.float64, requires_grad=True)
+    target = total * torch.rand(4, 6, device=device, dtype=torch.float64).softmax(1)
+    found = Backend().cross_entropy(logits.detach(), target, smoothing, "label", None)
+    loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(found.losses, loss.detach())
+    torch.testing.assert_close(found.grad, torch.autograd.grad(loss.mean(), logits)[0])
+    torch.testing.assert_close(found.score, target)

@@ -98,6 +98,26 @@ def test_what_is_compiled_anew(kernel: Kernel) -> None:
     assert not kernel.launches
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_each_pointer_off_its_16_bytes_is_compiled_anew(kernel: Kernel, argument: int, offset: int) -> None:
+    memory = torch.zeros(128, dtype=torch.uint8)
+    assert memory.data_ptr() % 16 == 0
+
+    def launched(begin: int) -> None:
+        pointers = [memory[:8], memory[:8]]
+        pointers[argument] = memory[begin : begin + 8]
+        launch.launch(kernel, 1, *pointers, 0.5, 7, A=1, B=2)
+
+    launched(0)
+    launched(offset)
+    assert len(kernel.compilations) == 2
+    launched(16)
+    launched(32 + offset)
+    assert len(kernel.compilations) == 2
+    assert len(kernel.launches) == 2
+
+
 class OnGpu(Tensor):
     is_cuda = True  # type: ignore[assignment]
 

@@ -1,7 +1,7 @@
 """The autograd nodes: both contractions (values, derivatives of every order, strides, torch.func), and the
 layer, with torch's own values and gradients, whatever its TF32 switches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -59,6 +59,29 @@ def test_third_derivative(name: str, channels_last: bool, device: torch.device) 
         return torch.einsum(EQUATIONS[back], x, torch.einsum(equation, x, weights) * 0.1)
 
     assert relative_error(third(fused), third(plain)) < 1e-10
+
+
+@both
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
+def test_derivatives_on_the_triton_backend(name: str, order: int, device: torch.device) -> None:
+    """Of A and of the weights, in float32 against torch's einsum in float64."""
+    exact = inputs(name, device, (1, 3, 2, 2))
+    given = [x.detach().float().requires_grad_() for x in exact]
+    back = "spatial_sum" if name == "channel_sum" else "channel_sum"
+
+    def derivatives(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        y = y.exp().sum()
+        for _ in range(order - 1):
+            y = sum(g.sin().sum() for g in torch.autograd.grad(y, leaves, create_graph=True))  # type: ignore[assignment]
+        return list(torch.autograd.grad(y, leaves))
+
+    inner = CONTRACTIONS[name](*given, backend="triton") * 0.1  # type: ignore[operator]
+    found = derivatives(CONTRACTIONS[back](given[0], inner, backend="triton"), given)  # type: ignore[operator]
+    exact_inner = torch.einsum(EQUATIONS[name], *exact) * 0.1
+    expected = derivatives(torch.einsum(EQUATIONS[back], exact[0], exact_inner), exact)
+    for value, wanted in zip(found, expected, strict=True):
+        assert relative_error(value.double(), wanted) < 2e-5
 
 
 @both

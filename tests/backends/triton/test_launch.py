@@ -19,7 +19,7 @@ if not checks.TRITON_AVAILABLE:
 
 from ggam_fast.backends.triton import TRITON, launch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Kernel:

@@ -20,7 +20,7 @@ if not checks.TRITON_AVAILABLE:
 from ggam_fast.backends.triton.launch import launch, thread
 from ggam_fast.backends.triton.record import NotRecordable, Number, Pass, Recorder, Recording
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 ROWS, FOUR = torch.rand(4, 6), torch.rand(4)
 

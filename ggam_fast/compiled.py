@@ -481,7 +481,7 @@ def _grad_begins(sizes: Sequence[int], spec: Spec) -> list[int]:
 
 
 def _begins(shapes: Sequence[tuple[int, int]], end: int = 0) -> list[int]:
-    """Where the gradients of each layer's weight (J, C) and bias (J,) begin, and where the last one ends.
+    """Where each layer's weight gradient (J, C) and bias gradient (J,) begin, and where the last one ends.
 
     The first begins at `end`.  C is 0 for a batch norm, whose two gradients lie side by side.
     """
@@ -655,7 +655,7 @@ def _drop_in_kept(
     if graph:
         shapes += [(batch, positions)] * _scaled(options)
         shapes.append((batch, channels))
-        shapes += [(batch, positions)] * (options.uses_spatial and not spec.terms)  # with terms it is among the outputs
+        shapes += [(batch, positions)] * (options.uses_spatial and not spec.terms)  # else an output
         shapes += [(1, batch)] * options.uses_spatial
         if options.uses_channel:
             assert mlp.fc1_weight is not None

@@ -1,4 +1,4 @@
-"""One guided step in closed form: with one class-score seed (drop-in form) or with two (fused loss).
+"""One guided step in closed form.  The drop-in form pulls back one gradient at a time, the fused loss two.
 
     loss = CE(logits, target) + guidance_weight * L_GGAM(S, beta)
 

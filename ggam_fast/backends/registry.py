@@ -33,7 +33,7 @@ def get_backend(name: str) -> "Backend":
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # the vmap that is older than torch.func
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # the vmap before torch.func
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     ):

@@ -69,7 +69,7 @@ def batch_norm(
 
     With `give` it also returns the batch's mean and 1 / deviation, or None if they were not computed.
     """
-    # The operator behind F.batch_norm returns the statistics too.  For one image F.batch_norm raises the error.
+    # The operator behind F.batch_norm returns the statistics too.  For one image F.batch_norm has the error.
     give = give and layer.from_batch and x.shape[0] > 1
     own_mean, own_var, momentum = layer.running_mean, layer.running_var, layer.momentum
     settles = layer.moves and layer.settling and momentum is not None
@@ -173,7 +173,7 @@ def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
 
     On a CPU torch is much slower with a matrix times columns than with rows times a matrix.  Inductor turns a
     CPU's bmm of one row into a loop that walks down the columns, so compiled code uses baddbmm; for one image
-    a loop is faster.  For a GPU Inductor would write A in float32 to call baddbmm; a sum fuses the conversion.
+    a loop is faster.  For a GPU Inductor would write A in float32 for baddbmm; a sum fuses the conversion.
     """
     if not torch.compiler.is_compiling():
         return torch.bmm(rows, matrix)
@@ -590,8 +590,8 @@ class Backend:
         c, l = (1, 2) if channels_last else (2, 1)  # where the axes of l and of c are inserted
         eager_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
         if eager_cpu and pool_type == "avg" and t is not None and du is not None:
-            # One matrix product writes dA once.  Compiled, Inductor fuses the multiply-adds below instead.  On
-            # a GPU the product could be rounded to TF32.
+            # One matrix product writes dA once.  Compiled, Inductor fuses the multiply-adds below instead.
+            # On a GPU the product could be rounded to TF32.
             left = torch.stack([first, s, constant], -1)
             right = torch.stack([t, du, torch.ones_like(du)], -1)
             if channels_last:

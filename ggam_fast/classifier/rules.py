@@ -59,7 +59,7 @@ def scores(
 ) -> Scores:
     """Run each layer once (one update of running statistics, one dropout mask) and keep its pullback.
 
-    The input of each linear layer and batch norm is appended to `given`, with the statistics that a norm used.
+    The input of each linear layer and batch norm is appended to `given`, and the statistics that a norm used.
     """
     y, pullbacks = _forward(layers, x, backend, given)
 

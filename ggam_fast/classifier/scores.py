@@ -80,7 +80,7 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The power of two at or below the largest |x|, (); dividing by it is exact.  1 for zeros or non-finite x."""
+    """The power of two at or below the largest |x|, (), an exact divisor.  1 for zeros or non-finite x."""
     largest = x.abs().amax() if x.numel() else x.new_ones(())
     exact = torch.exp2(torch.floor(torch.log2(largest)))
     return torch.where((largest > 0) & largest.isfinite(), exact, torch.ones_like(largest))

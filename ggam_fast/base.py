@@ -1,4 +1,4 @@
-"""What the head and its eager reference share: constructor, parameters, state and timm's interface."""
+"""The base of the head and of its eager reference: constructor, parameters, state and timm's interface."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from .norm import SettlingBatchNorm1d
 
 
 class GGAMOutput(NamedTuple):
-    """What a head returns for features and a target.
+    """The output of a head for features and a target.
 
     Maps have the spatial shape of the input: (N, H, W), or (N, L) for `input_fmt="NLC"`.
     """

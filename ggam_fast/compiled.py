@@ -186,7 +186,7 @@ def _replayed(
     if recording is None:
         if not all(x.is_contiguous() for x in given[1:]):
             raise RuntimeError(
-                f"ggam_fast: {name[0]} needs contiguous tensors (the features alone may be strided)"
+                f"ggam_fast: the {name[0]} step needs contiguous tensors (only features may be strided)"
             )
         recording = record()
         recorded.remember(key, recording)
@@ -210,7 +210,7 @@ def fused_loss(
 ) -> FusedLoss:
     """`step.fused_loss` of known layers.  `whole` is A as (N, C, H, W) if it is channels-last, else None.
 
-    Inductor would flatten a channels-last A by a copy, and copy it back for the operator.
+    Inductor would copy a channels-last A to flatten it, and copy it back for the operator.
     """
     told = _told(features, mlp, options, layers, terms, whole)
     x, mean, _, spec, text, numbers = told

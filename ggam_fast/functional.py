@@ -20,7 +20,7 @@ from .step import FusedLoss
 
 
 class GGAMAttention(NamedTuple):
-    """What `ggam_attention` returns."""
+    """The result of `ggam_attention`."""
 
     attended: Tensor
     """(N, C) pooled, (N, C*L) flattened in C, H, W order, or the map in the input's format for "" """
@@ -31,7 +31,7 @@ class GGAMAttention(NamedTuple):
 
 
 class GradCamMeans(NamedTuple):
-    """What `grad_cam_means` returns."""
+    """The result of `grad_cam_means`."""
 
     cam_weights: Tensor
     """(N, C) 1/L sum_l T_l G_cl"""

@@ -499,7 +499,7 @@ def _record_drop_in(head: "GGAMHead", call: Call, terms: LossTerms | None) -> Re
             passes.append(Pass(recorder.take(), grads, [], [da, *made]))
     recording = Recording(recorder, passes, call.given[0].device)
     recording.again = partial(_again, blueprint, terms)
-    if terms is not None:  # beta, and those of S, the guidance and T that are constant
+    if terms is not None:  # beta; also S, the guidance and T if they are constant
         options = stand.options
         recording.constant = [3, *[1, 4] * (not options.uses_channel), *[2] * (not options.uses_spatial)]
     return recording

@@ -211,11 +211,11 @@ def _copied_ahead(positions: int, itemsize: int) -> bool:
 
 
 def product(m: int, n: int, k: int, has_bias: bool, may_split: bool, must: bool = False) -> Product | None:
-    """The plan of (m, k) times (k, n), or None if torch's product is faster and there `must` not be a plan.
+    """The plan of (m, k) times (k, n), or None if torch's product is faster.  With `must` there is a plan.
 
     m counts the rows of both matrices if there are two.  n and k alone decide how many programs share a long
-    sum over k.  A row's last bits may still change with m, which decides on larger tiles and on torch.  With
-    a bias large tiles spill on sm_100 (Triton 3.8).
+    sum over k.  A row's last bits may still change with m, because m decides between small tiles, large tiles
+    and torch.  With a bias large tiles spill on sm_100 (Triton 3.8).
     """
     if m * n * k > LARGEST_PRODUCT and not must:
         return None

@@ -12,7 +12,7 @@ Backward, given v = d/d pooled:
     de = S (dS - <dS, S>)                  dg = (de W2 * [h > 0]) W1
     dA = kappa (v (x) T) / L + S (x) dU + (dg / L) (x) 1
 
-Grad-CAM's channel weights are the mean of that dA for the class score, where v = d y / d pooled:
+Grad-CAM's channel weights are the mean of dA for the class score y, with v = d y / d pooled:
 
     beta = mean_l dA = ( kappa v * sum(T)/L + S * sum(dU) + dg ) / L      cam_at="features"
     beta = mean_l d y / d D = v / L                                      cam_at="attended", no pass over A

@@ -8,7 +8,7 @@ from .head import GGAMHead
 from .losses import GGAMLoss
 
 if checks.TRITON_AVAILABLE:
-    from .backends import triton as _triton  # noqa: F401  (registers itself and the operators)
+    from .backends import triton as _triton  # noqa: F401  (registers the backend and its operators)
 
 __all__ = ["GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference"]
 __version__ = "0.2.0"

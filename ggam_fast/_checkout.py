@@ -1,4 +1,4 @@
-"""Lets a bare checkout import `ggam_fast.kernels`, which an installation maps from kernels/."""
+"""Makes kernels/ importable as `ggam_fast.kernels` in a checkout that is not installed."""
 
 import importlib.util
 import sys

@@ -3,10 +3,9 @@
     channel_sum(A, s)[l] = sum_c s_c A_cl        d/dA = s (x) u    d/ds = spatial_sum(A, u)
     spatial_sum(A, t)[c] = sum_l t_l A_cl        d/dA = w (x) t    d/dt = channel_sum(A, w)
 
-Everything GGAM does to A goes through these two contractions.  Each backward is made of the other one and
-an outer product, so derivatives of derivatives stay inside the set, and no kernel needs a second-order
-version of itself.  `Attention` and `HeldGradient` are the closed form as one node; differentiated twice,
-`Attention` goes back through the contractions.
+Everything GGAM does to A goes through these two contractions.  The backward of each one is an outer product
+and the other contraction, so no kernel needs a second-order version.  `Attention` and `HeldGradient` are the
+closed form as one node.  Second derivatives of `Attention` go through the contractions.
 """
 
 import inspect
@@ -34,7 +33,7 @@ from .precision import as_type
 
 
 class Function(torch.autograd.Function):
-    """`torch.autograd.Function` that knows its forward's signature, which `apply` looks up at every call."""
+    """`torch.autograd.Function` that stores the signature of `forward`: `apply` looks it up at every call."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -100,7 +99,7 @@ class Linear(Function):
 
         dx = dy W        dW = dy^T x        db = sum_n dy_n
 
-    torch's own would follow its TF32 switches on a GPU, which the backend's products do not.
+    On a GPU torch's linear layer follows the TF32 switches; the backend's products do not.
     """
 
     generate_vmap_rule = True
@@ -119,7 +118,7 @@ class Linear(Function):
         (dy,) = grads
         x, weight = ctx.saved_tensors
         dx = dw = db = None
-        # torch's operations have derivatives of every order.
+        # With create_graph=True use torch's operations, which have derivatives of every order.
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         backend = get_backend("torch" if again else ctx.backend)
         with full_precision(x):
@@ -131,7 +130,7 @@ class Linear(Function):
 
 
 class Attention(Function):
-    """`attend` as one autograd node.  Outputs are those of `Attended`; the first three carry gradients."""
+    """`attend` as one autograd node.  It returns the fields of `Attended`; the first three have gradients."""
 
     generate_vmap_rule = True
 
@@ -150,7 +149,7 @@ class Attention(Function):
     ) -> tuple[Tensor, ...]:
         options = Options(attention, spatial_norm, pool_type, attention_scale)
         mlp = ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        return tuple(attend(get_backend(backend), features, mlp, options)[:-1])  # S is e's, with its gradient
+        return tuple(attend(get_backend(backend), features, mlp, options)[:-1])  # callers make S from e
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -168,8 +167,8 @@ class Attention(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         features, w1, b1, w2, b2, *small = ctx.saved_tensors
         mlp, options = ChannelMLP(w1, b1, w2, b2), ctx.options
-        attended = Attended(grads[0], *small)  # `pooled` itself is not needed, and S is computed again
-        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        attended = Attended(grads[0], *small)  # `pooled` is a placeholder here, and S is computed again
+        # If strides are first read inside the context, Dynamo (torch 2.15) leaves the caller's autocast off.
         _ = features.stride()
         stages = get_backend(ctx.backend)
         with full_precision(features):
@@ -207,7 +206,7 @@ def _differentiable_backward(
     backend: str,
     grads: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The backward under create_graph=True: through the contractions, which have every order."""
+    """The backward under create_graph=True: by the contractions, which have derivatives of every order."""
 
     def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
         assert inputs[0] is not None
@@ -216,10 +215,10 @@ def _differentiable_backward(
 
     given = [x for x in (features, *mlp) if x is not None]
     if torch._C._are_functorch_transforms_active():
-        absent = [None] * (5 - len(given))  # the channel MLP comes whole or not at all
+        absent = [None] * (5 - len(given))  # all four MLP tensors are given, or none
         found = torch.func.vjp(lambda *inputs: forward(*inputs, *absent), *given)[1](tuple(grads))
         return *found, *[None] * (10 - len(found))
-    # Outside of torch.func: vjp refuses to work under saved-tensor hooks, which checkpointing has.
+    # Outside of torch.func do not use vjp: it fails under saved-tensor hooks, which checkpointing sets.
     inputs = [None if x is None else x.view_as(x) for x in (features, *mlp)]
     outputs = [(y, dy) for y, dy in zip(forward(*inputs), grads, strict=True) if y.requires_grad]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
@@ -230,7 +229,7 @@ def _differentiable_backward(
 
 
 class Guidance(Function):
-    """(beta, S, guidance loss of each image) from the channel logits e; beta counts as constant."""
+    """(beta, S, guidance loss of each image, its gradient de) from the channel logits e; beta is constant."""
 
     generate_vmap_rule = True
 
@@ -253,7 +252,7 @@ class Guidance(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         beta, s, _, de = output
         ctx.terms = inputs[6]
-        ctx.save_for_backward(inputs[0], beta.clone(), s, de)  # beta is the caller's, to change in place
+        ctx.save_for_backward(inputs[0], beta.clone(), s, de)  # a copy: the caller may change beta in place
         ctx.mark_non_differentiable(beta, de)
         ctx.set_materialize_grads(False)
 
@@ -276,8 +275,10 @@ class Guidance(Function):
 
 
 class HeldGradient(Function):
-    """CE + guidance_weight * guidance, which may be added already; the backward scales the held factors, and
-    writes dA from them."""
+    """entropy + guidance_weight * guidance; with guidance None, `entropy` is the whole loss already.
+
+    The backward scales the held factors and writes dA from them.
+    """
 
     @staticmethod
     def forward(
@@ -311,13 +312,13 @@ class HeldGradient(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad ask for "
-                "more: use GGAMLoss()(head(features, target), target)"
+                "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad need more "
+                "derivatives: use GGAMLoss()(head(features, target), target)"
             )
         features, first, channel, grad_map, grad_mean, weights, peak_index, *rows = ctx.saved_tensors
         backend, count = get_backend(ctx.backend), len(ctx.products)
         lefts, rights = rows[:count], rows[count:]
-        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        # If strides are first read inside the context, Dynamo (torch 2.15) leaves the caller's autocast off.
         _ = features.stride()
         da = None
         with full_precision(features):
@@ -335,10 +336,10 @@ class HeldGradient(Function):
 
 
 class Anchored(Function):
-    """x as a function of `anchor`, which gets no gradient from it.
+    """x, made to depend on `anchor`, to which no gradient flows.
 
-    A compiled step cannot return what depends on a leaf made inside it, as `scores_by_autograd` makes one
-    of an x without a graph.
+    `scores_by_autograd` makes a leaf of an x that has no graph.  A compiled step cannot return a tensor that
+    depends on a leaf made inside it, so x is given a graph first.
     """
 
     @staticmethod

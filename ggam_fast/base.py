@@ -1,4 +1,4 @@
-"""What the head and its eager reference share: constructor, parameters, state, timm's surface."""
+"""The base of the head and of its eager reference: constructor, parameters, state and timm's interface."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from .norm import SettlingBatchNorm1d
 
 
 class GGAMOutput(NamedTuple):
-    """What a head returns for features and a target.
+    """The output of a head for features and a target.
 
     Maps have the spatial shape of the input: (N, H, W), or (N, L) for `input_fmt="NLC"`.
     """
@@ -33,7 +33,7 @@ torch.utils._pytree._register_namedtuple(GGAMOutput, serialized_type_name="ggam_
 
 
 class GGAMHeadBase(nn.Module):
-    """Constructor, parameters and state of a GGAM head; see `GGAMHead` for what each option does."""
+    """Constructor, parameters and state of a GGAM head.  `GGAMHead` documents the options."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class GGAMHeadBase(nn.Module):
         self.spatial_norm = checks.one_of("spatial_norm", spatial_norm, checks.SPATIAL_NORM)
         self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
         scale = checks.one_of("attention_scale", attention_scale, checks.ATTENTION_SCALE)
-        # In the state dict, so that files saved before there was a choice are known: they load as printed.
+        # Saved in the state dict.  Older files lack this entry and load as "printed".
         self.unit_mean: Tensor
         self.register_buffer("unit_mean", torch.tensor(scale == "unit_mean", device=device))
         self._attention_scale = scale
@@ -109,7 +109,7 @@ class GGAMHeadBase(nn.Module):
             self.fc2 = nn.Linear(self.rd_channels, in_features, **factory)
         self.drop = nn.Dropout(drop_rate)
         self.classifier = self._build_classifier(factory) if classifier is None else classifier
-        # A tuple, as a module would be registered twice.
+        # In a tuple, because a plain attribute would register the module twice.
         self._built = (self.classifier,) if classifier is None else ()
 
     def _reduced_channels(self, rd_ratio: float, rd_channels: int | None) -> int:
@@ -130,7 +130,7 @@ class GGAMHeadBase(nn.Module):
 
     @property
     def attention_scale(self) -> str:
-        """ "unit_mean" or "printed"; a state dict brings its own."""
+        """ "unit_mean" or "printed".  Loading a state dict sets it."""
         return self._attention_scale
 
     @attention_scale.setter
@@ -161,15 +161,17 @@ class GGAMHeadBase(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of the default classifier's last layer, what `pre_logits=True` returns (timm's name);
-        for your own classifier, of what it is given."""
+        """Width of the default classifier's last input, which `pre_logits=True` returns (timm's name).
+
+        For a custom classifier it is the width of the classifier's input.
+        """
         if self._custom_classifier or self.pool_type == "":
             return self.pooled_features
         return self.hidden_size or self.pooled_features
 
     @property
     def _custom_classifier(self) -> bool:
-        """Whether the classifier is not the default one, be it given or assigned later."""
+        """Whether the classifier is the user's own, passed to the constructor or assigned later."""
         return self.classifier not in self._built
 
     def _build_classifier(self, factory: dict[str, Any]) -> nn.Module:
@@ -178,7 +180,7 @@ class GGAMHeadBase(nn.Module):
                 return nn.Identity()
             raise ValueError(
                 'pool_type="" hands the attended map to your own module: give classifier=, '
-                "or num_classes=0 for the map itself"
+                "or num_classes=0 to get the map itself"
             )
         last = self._last_linear(factory)
         if not self.hidden_size:
@@ -202,11 +204,11 @@ class GGAMHeadBase(nn.Module):
         return nn.Linear(width, self.num_classes, **factory)
 
     def reset(self, num_classes: int, pool_type: str | None = None, reset_other: bool = False) -> None:
-        """Replace the last layer for `num_classes` (0: none), as timm's classifier heads do.
+        """Replace the last layer by one for `num_classes` (0: none), as timm's classifier heads do.
 
-        A new `pool_type` that changes the pooled width, or `reset_other=True` (which also drops the
-        hidden layer), rebuilds the whole classifier; a custom classifier is replaced by the default one.
-        Raises ValueError or TypeError, and changes nothing, if the default classifier cannot be built.
+        A `pool_type` that changes the pooled width rebuilds the whole classifier.  `reset_other=True`
+        rebuilds it without the hidden layer.  The default classifier replaces a custom one.
+        If the default classifier cannot be built, this raises ValueError or TypeError and changes nothing.
         """
         before = self.num_classes, self.pool_type, self.hidden_size
         width = None if self._custom_classifier or self.pool_type == "" else self.pooled_features
@@ -235,9 +237,9 @@ class GGAMHeadBase(nn.Module):
     def load_release_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load the head of a state dict saved by the authors' script (cars_sp_CAM.py).
 
-        `se_module.fc1/fc2` come as 1x1 convolutions, `classifier.{0,1,2,4}` as they are, all possibly
-        behind DataParallel's `module.`; the second copy `s_se_module.*` and the backbone's
-        `features.*` are left out.
+        `se_module.fc1/fc2` are 1x1 convolutions there and become linear layers.  `classifier.{0,1,2,4}` is
+        copied unchanged.  DataParallel's prefix `module.` is removed.  The second copy `s_se_module.*` and
+        the backbone's `features.*` are left out.
 
         Raises:
             ValueError: a tensor is missing, unknown or of another shape; nothing is loaded then.
@@ -248,7 +250,7 @@ class GGAMHeadBase(nn.Module):
         }
         source = "se_module." if any(k.startswith("se_module.") for k in found) else "s_se_module."
         own = self.state_dict()
-        del own["unit_mean"]  # theirs has none: it loads as printed
+        del own["unit_mean"]  # the authors' file has none, so it loads as "printed"
         converted: dict[str, Tensor] = {}
         for key, value in found.items():
             if key.startswith(source):

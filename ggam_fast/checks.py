@@ -1,5 +1,7 @@
-"""What comes in: options, shapes, layouts and types, each refused with one sentence that names the
-argument, what came and what is expected."""
+"""Checks of options, shapes, layouts and types.
+
+Each error is one sentence that names the argument, what came and what is expected.
+"""
 
 import os
 from numbers import Real
@@ -39,7 +41,7 @@ def positive_int(argument: str, value: object, minimum: int = 1) -> int:
 
 
 def reduction(argument: str, value: str | None, divergence: str) -> str:
-    """Return "mean" or "sum"; None is what the divergence's source does (see `guidance`)."""
+    """Return "mean" or "sum".  None gives "sum" for divergence="forward", else "mean" (see `guidance`)."""
     if value is None:
         return "sum" if divergence == "forward" else "mean"
     return one_of(argument, value, REDUCTION)
@@ -74,7 +76,7 @@ def epsilon(argument: str, value: float) -> float:
 
 
 def feat_size(value: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Return (H, W) of ints of at least 1, from an int or a pair, else raise."""
+    """Return (H, W) from an int or a pair of ints, all at least 1, else raise."""
     if value is None:
         return None
     pair = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
@@ -84,7 +86,7 @@ def feat_size(value: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 class FeatureMap(NamedTuple):
-    """Features seen as (N, C, L), and the spatial shape to give maps back in."""
+    """Features viewed as (N, C, L), and the spatial shape for the maps that are returned."""
 
     features: Tensor
     spatial_shape: tuple[int, ...]
@@ -93,8 +95,8 @@ class FeatureMap(NamedTuple):
 def feature_map(features: Tensor, input_fmt: str = "NCHW", in_features: int | None = None) -> FeatureMap:
     """View `features` as (N, C, L) with one dense inner dimension.
 
-    NCHW memory and channels-last memory (also NHWC and NLC tensors) are views; anything else is
-    copied once.
+    NCHW memory and channels-last memory (NHWC and NLC tensors too) give a view.  Any other layout is copied
+    once.
     """
     one_of("input_fmt", input_fmt, INPUT_FMT)
     if not isinstance(features, Tensor):
@@ -139,7 +141,7 @@ def _floating(argument: str, value: object, names: str) -> None:
 
 
 def small(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> Tensor:
-    """Return the float tensor `value` if it has `shape`, else raise naming what is expected."""
+    """Return the float tensor `value` if it has `shape`, else raise an error that names `names`."""
     _floating(argument, value, names)
     if tuple(value.shape) != shape:
         raise ValueError(f"{argument} must be {names} = {shape}; got {tuple(value.shape)}")
@@ -147,7 +149,7 @@ def small(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> T
 
 
 def matrix(argument: str, value: Tensor, names: str) -> Tensor:
-    """Return the two-dimensional float tensor `value`, else raise naming what is expected."""
+    """Return `value` if it is a float matrix, else raise an error that names the expected shape."""
     _floating(argument, value, names)
     if value.dim() != 2:
         raise ValueError(f"{argument} must be {names}; got shape {tuple(value.shape)}")
@@ -155,7 +157,7 @@ def matrix(argument: str, value: Tensor, names: str) -> Tensor:
 
 
 def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float, float]:
-    """Both in their range, else raise."""
+    """Return both values if they are in range, else raise."""
     if not 0.0 <= number("guidance_weight", guidance_weight) < float("inf"):
         raise ValueError(f"guidance_weight must be finite and not negative; got {guidance_weight!r}")
     if not 0.0 <= number("label_smoothing", label_smoothing) <= 1.0:
@@ -175,10 +177,10 @@ def scores(logits: Tensor, batch: int, num_classes: int) -> None:
 def target(value: Tensor, batch: int, num_classes: int, ignore_index: int | None = None) -> Tensor:
     """Check class indices (N,) or class probabilities (N, K) and return them.
 
-    An index must be in [0, K), or be `ignore_index` where one is given.  That is checked at once on the
-    CPU; on CUDA and in a compiled function by an assertion that needs no synchronisation.
-    `GGAM_FAST_CHECKS=1` makes it an immediate ValueError on every device.  vmap and tracers look at no
-    values.
+    An index must be in [0, K) or equal `ignore_index`.  On the CPU a wrong index raises ValueError at once.
+    On CUDA and in a compiled function an assertion finds it, without a synchronisation.
+    `GGAM_FAST_CHECKS=1` raises the ValueError at once on every device.  Under vmap and in tracers indices
+    are not checked.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a tensor; got {type(value).__name__}")
@@ -198,7 +200,7 @@ def target(value: Tensor, batch: int, num_classes: int, ignore_index: int | None
     expected = f"target must be in [0, {num_classes})" + (
         f" or ignore_index={ignore_index}" if ignore_index is not None else ""
     )
-    # Not is_exporting(), which is True in all that Dynamo of torch 2.11 traces.
+    # Not is_exporting(): it is True whenever Dynamo of torch 2.11 traces.
     if torch.compiler._is_exporting_flag or value.is_meta:
         return value
     if torch.compiler.is_compiling():
@@ -210,7 +212,7 @@ def target(value: Tensor, batch: int, num_classes: int, ignore_index: int | None
         if value.device.type == "cuda" and not at_once:
             torch._assert_async(in_range, expected)
         refused = at_once and not in_range
-    except RuntimeError:  # under vmap and in a tracer there is no value to look at
+    except RuntimeError:  # under vmap and in a tracer there are no values to check
         return value
     if refused:
         raise ValueError(f"{expected}; got {int(value.min())} to {int(value.max())}")
@@ -225,7 +227,8 @@ def _in_range(value: Tensor, num_classes: int, ignore_index: int | None) -> Tens
 def backend(value: str, features: Tensor) -> str:
     """Resolve `backend` for these features: "triton" or "torch".
 
-    `GGAM_FAST_BACKEND` overrides "auto".  "auto" is Triton on a GPU tensor of a type the kernels take.
+    `GGAM_FAST_BACKEND` overrides "auto".  "auto" is Triton for GPU tensors of a type that the kernels take,
+    else torch.
     """
     choice = value if value in BACKEND else one_of("backend", value, BACKEND)
     if choice == "auto":

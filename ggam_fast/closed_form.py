@@ -1,4 +1,4 @@
-"""The mathematics of GGAM alone, in a backend's terms: no autograd, no checks, no launches.
+"""The mathematics of GGAM, written with a backend's stages: no autograd, no checks, no launches.
 
 Forward, in the paper's order (A is (N, C, L)):
 
@@ -12,16 +12,16 @@ Backward, given v = d/d pooled:
     de = S (dS - <dS, S>)                  dg = (de W2 * [h > 0]) W1
     dA = kappa (v (x) T) / L + S (x) dU + (dg / L) (x) 1
 
-Grad-CAM's channel weights are the same backward for the class score, v = d y / d pooled, and its mean:
+Grad-CAM's channel weights are the mean of dA for the class score y, with v = d y / d pooled:
 
     beta = mean_l dA = ( kappa v * sum(T)/L + S * sum(dU) + dg ) / L      cam_at="features"
     beta = mean_l d y / d D = v / L                                      cam_at="attended", no pass over A
 
-dA is a sum of outer products: it is written, A is not read for it, and nothing of A's size is saved but A.
-One node means one write: the guidance loss reaches A through e, in the same dA.
+dA is a sum of outer products, so it is written without reading A.  A is the only tensor of its size that is
+saved.  The guidance loss reaches A through e, so its part is in the same dA, which is written once.
 
-kappa makes the weights that multiply A average to one: T sums to one over L positions, so the mean of the
-printed D (kappa = 1) is 1/L of a plain head's features.
+kappa makes the weights that multiply A average to one.  T sums to one over L positions, so with kappa = 1
+("printed") the mean of D is 1/L of a plain head's features.
 
 Source of Grad-CAM: Selvaraju et al. (arXiv 1610.02391), eq. 1.
 """
@@ -37,7 +37,7 @@ from .precision import as_type, compute_dtype
 
 
 class Options(NamedTuple):
-    """What of the method is switched on (checked strings, see `checks`)."""
+    """The options that choose the equations; `checks` has their values."""
 
     attention: str = "channel_spatial"
     spatial_norm: str = "softmax"
@@ -57,7 +57,7 @@ class Options(NamedTuple):
         return self.pool_type in ("flatten", "")
 
     def kappa(self, channels: int, positions: int) -> int:
-        """What the weights of A are multiplied by: 1 as printed, else one over their mean."""
+        """The factor of A's weights: 1 for "printed", else one over the mean of the weights."""
         if self.attention_scale == "printed":
             return 1
         if self.uses_spatial:
@@ -66,7 +66,7 @@ class Options(NamedTuple):
 
 
 class ChannelMLP(NamedTuple):
-    """F_cr's two layers: fc1 (C/r, C), (C/r,) and fc2 (C, C/r), (C,); None without channel attention."""
+    """The layers of F_cr: fc1 (C/r, C), (C/r,) and fc2 (C, C/r), (C,).  None without channel attention."""
 
     fc1_weight: Tensor | None
     fc1_bias: Tensor | None
@@ -75,7 +75,7 @@ class ChannelMLP(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Everything the forward knows, small but for a dense `pooled`; unused entries are empty."""
+    """The results of the forward.  Only a dense `pooled` is large; unused entries are empty."""
 
     pooled: Tensor  # (N, C), or D (N, C, L) for a dense classifier
     channel_logits: Tensor  # (N, C): e; zeros without channel attention, so that S = 1/C
@@ -86,20 +86,20 @@ class Attended(NamedTuple):
     peak: Tensor  # (N, C): A at the argmax
     peak_index: Tensor  # (N, C): the argmax
     weights: Tensor  # (N, L): kappa T; empty for kappa = 1
-    channel: Tensor | None = None  # (N, C): S, where it is at hand
+    channel: Tensor | None = None  # (N, C): S, or None if it was not kept
 
     @property
     def spatial_weights(self) -> Tensor:
-        """kappa T, what multiplies A."""
+        """kappa T, the weights of A."""
         return self.weights if self.weights.dim() == 2 else self.spatial
 
 
 class Factors(NamedTuple):
-    """The small factors of dA, and what the MLP's own gradients need."""
+    """The small factors of dA and of the channel MLP's gradients."""
 
     first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first kappa mean_l T / L
     first: Tensor  # (N, C): x, or the dense G
-    channel: Tensor  # (N, C): S; what weights the dense G without spatial attention
+    channel: Tensor  # (N, C): S, or the weights of the dense G without spatial attention
     grad_map: Tensor | None  # (N, L): dU
     grad_mean: Tensor | None  # (N, C): dg
     grad_logits: Tensor | None  # (N, C): de
@@ -109,7 +109,7 @@ class Factors(NamedTuple):
 def attend(
     backend: Backend, features: Tensor, mlp: ChannelMLP, options: Options, mean: Tensor | None = None
 ) -> Attended:
-    """The forward, in the backend's terms; `mean` (N, C) is that of A, where it is at hand."""
+    """The forward.  `mean` (N, C) is the mean of A over positions; None computes it."""
     batch, channels, positions = features.shape
     kappa, uses_spatial = options.kappa(channels, positions), options.uses_spatial
     if options.uses_channel:
@@ -138,7 +138,7 @@ def attend(
         pooled = peak * multiplied.gather(1, index) if uses_spatial else peak.clone()
     else:
         pooled, peak = out, logits.new_empty(0)
-    if options.attention == "channel" and not options.dense:  # D = kappa S * A: the scale comes after pooling
+    if options.attention == "channel" and not options.dense:  # D = kappa S * A: pool first, then scale
         pooled = backend.multiply(s, pooled, kappa)
     return Attended(pooled, logits, t, mean, hidden, total, peak, index, weights, s)
 
@@ -148,12 +148,12 @@ def _times(x: Tensor, kappa: int) -> Tensor:
 
 
 class Pulled(NamedTuple):
-    """A gradient of the pooled features, as far as A itself is needed."""
+    """A gradient of the pooled features, pulled back as far as A is read."""
 
     first_mean: Tensor | None  # (N, C): mean_l of dA's first term; None: first kappa mean_l T / L
     first: Tensor  # (N, C): x, or the dense G
     softmax: Tensor  # (N, C): S
-    channel: Tensor  # (N, C): S, or what weights the dense G without spatial attention
+    channel: Tensor  # (N, C): S, or the weights of the dense G without spatial attention
     grad_map: Tensor | None  # (N, L): dU
     grad_channel: Tensor | None  # (N, C): dS
 
@@ -169,8 +169,10 @@ def pull_back(
     grad_spatial: Tensor | None = None,
     logits_scale: Tensor | None = None,
 ) -> Factors:
-    """The backward down to dA's factors, for d e = `grad_logits` times the scalar `logits_scale` from
-    elsewhere.  Grad-CAM is the same with grad_pooled = d y^k / d pooled."""
+    """The backward down to dA's factors.  Grad-CAM calls it with grad_pooled = d y^k / d pooled.
+
+    `grad_logits` times the scalar `logits_scale` is added to d e: the guidance loss's part, for example.
+    """
     (pulled,) = pull_back_to_channels(backend, features, options, attended, [grad_pooled], grad_spatial)
     de = None
     if pulled.grad_channel is not None:
@@ -186,9 +188,9 @@ def pull_back_to_channels(
     grads_pooled: Sequence[Tensor],
     grad_spatial: Tensor | None = None,
 ) -> list[Pulled]:
-    """dU and dS of one or two gradients of the pooled features (N, ...), the only part that reads A.
+    """dU and dS for one or two gradients of the pooled features (N, ...).  Only this part reads A.
 
-    With average pooling a pair shares its reads of A; only a single gradient may have a grad_spatial.
+    With average pooling two gradients share their reads of A.  `grad_spatial` needs a single gradient.
     """
     t, s = attended.spatial, attended.channel
     s = backend.softmax(attended.channel_logits) if s is None else s
@@ -210,7 +212,7 @@ def _pull_back_one(
     grad_pooled: Tensor,
     grad_spatial: Tensor | None,
 ) -> Pulled:
-    """The other poolings, and one attention alone or none."""
+    """All cases but average pooling with both attentions."""
     _, channels, positions = features.shape
     kappa = options.kappa(channels, positions)
     t, total, norm = attended.spatial, attended.total, options.spatial_norm
@@ -256,7 +258,7 @@ def _pull_back_one(
 def pull_back_to_mean(
     backend: Backend, mlp: ChannelMLP, attended: Attended, pulled: Pulled, de: Tensor | None
 ) -> Factors:
-    """From de, the gradient of the channel logits, through the channel MLP to dg; None without one."""
+    """Pull `de`, the gradient of the channel logits, back through the channel MLP to dg.  None gives None."""
     first_mean, first, _, channel, du, _ = pulled
     if de is None:
         return Factors(first_mean, first, channel, du, None, None, None)
@@ -268,7 +270,7 @@ def pull_back_to_mean(
 
 
 def cam_terms(f: Factors, attended: Attended) -> CamTerms:
-    """beta = mean_l dA, as terms that have yet to be added up, where f are those of d y^k / d A."""
+    """The terms of beta = mean_l dA, not yet added, from the factors `f` of dA = d y^k / d A."""
     if f.first_mean is None:
         return CamTerms(f.first, attended.spatial_weights, f.grad_map, f.grad_mean)
     return CamTerms(f.first_mean, None, f.grad_map, f.grad_mean)
@@ -283,15 +285,14 @@ def cam_terms_of(
     grad_pooled: Tensor,
     cam_at: str,
 ) -> tuple[CamTerms, Tensor | None]:
-    """The terms of beta for v = `grad_pooled` = dy/dpooled (dy/dD if dense), and the S that weights one of
-    them, if any."""
+    """The terms of beta for v = `grad_pooled` = dy/dpooled (dy/dD if dense), and S if a term needs it."""
     positions = features.shape[2]
     if cam_at == "features":
         f = pull_back(backend, features, mlp, options, attended, grad_pooled)
         return cam_terms(f, attended), f.channel
     if options.dense:
         return CamTerms(backend.spatial_sum(grad_pooled, None, 1.0 / positions)), None
-    # A mean over positions of a gradient that is the same at each.
+    # beta = v / L, the mean of dy/dD over positions.
     return CamTerms(
         grad_pooled, features.new_ones((features.shape[0], positions), dtype=grad_pooled.dtype)
     ), None
@@ -306,7 +307,7 @@ def features_grad(
     f: Factors,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """dA, written from its factors and the kappa T that multiplies A; times the scalar `scale`."""
+    """dA times the scalar `scale`, from its factors and the weights kappa T of A."""
     return backend.features_grad(
         features, options.pool_type, f.first, peak_index, weights if options.uses_spatial else None,
         f.grad_map, f.channel, f.grad_mean, scale,
@@ -314,7 +315,7 @@ def features_grad(
 
 
 def mlp_factors(attended: Attended, f: Factors) -> list[tuple[Tensor, Tensor]]:
-    """(dy, x) of fc1 and of fc2, whose product dy^T x is the weight's gradient; none without them."""
+    """(dy, x) of fc1 and of fc2: dy^T x is the weight's gradient.  Empty without channel attention."""
     if f.grad_hidden is None or f.grad_logits is None:
         return []
     return [(f.grad_hidden, attended.mean), (f.grad_logits, attended.hidden)]
@@ -332,7 +333,10 @@ def held_grads(
     products: Sequence[bool],
     scale: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of each layer's weight and bias times the scale: of factors (dy, x), or themselves."""
+    """The gradients of each layer's weight and bias, times the scale.
+
+    A pair in `layers` is (dy, x) if its entry in `products` is True, else the two gradients themselves.
+    """
     factors = [pair for pair, product in zip(layers, products, strict=True) if product]
     vectors = [x for pair, product in zip(layers, products, strict=True) if not product for x in pair]
     pairs, whole = backend.parameter_grads(factors, vectors, scale)
@@ -341,6 +345,6 @@ def held_grads(
 
 
 def like_parameters(grads: Sequence[Tensor | None], mlp: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Each gradient in its parameter's type."""
+    """Each gradient, converted to the type of its parameter."""
     pairs = zip(grads, mlp, strict=True)
     return [None if d is None or p is None else as_type(d, p.dtype) for d, p in pairs]

@@ -1,13 +1,13 @@
-"""A head's steps under `torch.compile`, on the Triton backend: one operator forward, one backward.
+"""A head's steps under `torch.compile` on the Triton backend: one operator forward and one backward.
 
     ggam_fast::guided_step, guided_step_grads      the fused loss
     ggam_fast::drop_in_step, drop_in_step_grads    the drop-in form, and logits alone
 
-The forward launches all at once, from a recording as an eager step replays it.  What touches A at its edges
-stays torch's own: the mean of A, which Inductor computes where A is made, and the outer products of dA,
-which it writes where dA is used.  Running statistics move outside of the operator, from those of the batch.
-The backward makes the gradients of all parameters, and in the drop-in form the factors of dA.  The cross
-entropy of `GGAMLoss` stays torch's own too.
+The forward replays a recording, as an eager step does.  Inductor fuses the mean of A into the code that makes
+A, and the outer products of dA into the code that uses dA, so both stay torch operations outside of the
+operators.  Running statistics are updated outside too, from the statistics of the batch.  The backward makes
+the gradients of all parameters, and in the drop-in form also the factors of dA.  The cross entropy of
+`GGAMLoss` stays a torch operation.
 """
 
 import ast
@@ -38,8 +38,8 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 def applies(
     features: Tensor, mlp: ChannelMLP, options: Options, layers: Sequence[Layer] | None, target: Tensor | None
 ) -> bool:
-    """Whether the operator takes this head; what it does not take is compiled stage by stage."""
-    # Not is_exporting(), which is True in all that Dynamo of torch 2.11 traces.
+    """Whether the operator takes this head.  A head that it does not take is compiled stage by stage."""
+    # Not is_exporting(): it is True whenever Dynamo of torch 2.11 traces.
     if layers is None or options.pool_type != "avg" or torch.compiler._is_exporting_flag:
         return False
     if torch._C._are_functorch_transforms_active():
@@ -56,18 +56,18 @@ def applies(
         return False
     if len(_norms(layers)) > 2:
         return False
-    # Which torch refuses.
+    # torch refuses to normalise a batch of one with its own statistics.
     if batch == 1 and any(layer.from_batch for layer in _norms(layers)):
         return False
     if all(layer.kind != LINEAR for layer in layers):
         return False
     tensors = [p for p in mlp if p is not None]
     for before, layer in zip((None, *layers), layers, strict=False):
-        # An activation has no kernel but that of the batch norm before it.
+        # Only the batch norm kernel applies an activation.
         if layer.kind in (ELU, RELU) and (before is None or before.kind != BATCH_NORM):
             return False
         if layer.kind in (BATCH_NORM, LINEAR):
-            # What does not fit together is refused stage by stage.
+            # If layers do not fit together, the stages raise the error.
             if layer.weight is None or layer.bias is None or layer.weight.shape[-1] != width:
                 return False
             width = layer.weight.shape[0]
@@ -82,10 +82,10 @@ def _norms(layers: Sequence[Layer]) -> list[Layer]:
 
 
 class Spec(NamedTuple):
-    """What the operator is told beside tensors and numbers, written as text into the graph."""
+    """The operator's settings other than tensors and numbers.  The graph holds them as text."""
 
     options: Options
-    terms: tuple[str | int | None, ...]  # of `LossTerms`, but its numbers; none for logits alone
+    terms: tuple[str | int | None, ...]  # `LossTerms` without its numbers; empty for logits alone
     layers: tuple[tuple[str, bool, tuple[str, ...]], ...]  # kind, training, names of its tensors
 
     @classmethod
@@ -96,7 +96,7 @@ class Spec(NamedTuple):
         return cls(Options(*options), terms, layers)
 
     def stand(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> tuple[ChannelMLP, list[Layer]]:
-        """The channel MLP and the layers on these tensors; each layer has two numbers, eps and alpha."""
+        """The channel MLP and the layers with these tensors.  A layer has two numbers, eps and alpha."""
         left = iter(tensors)
         mlp = ChannelMLP(*(next(left) if self.options.uses_channel else None for _ in range(4)))
         layers = []
@@ -107,13 +107,13 @@ class Spec(NamedTuple):
 
 
 class _Told(NamedTuple):
-    """What an operator is told of a head."""
+    """The arguments of an operator that describe a head."""
 
     features: Tensor  # (N, C, L) or (N, C, H, W)
     mean: Tensor | None  # (N, C) of A
-    tensors: list[Tensor]  # parameters, then what else the layers hold, one layer after another
+    tensors: list[Tensor]  # of the channel MLP, then parameters and buffers of one layer after another
     spec: Spec
-    text: str  # the spec
+    text: str  # the spec as text
     numbers: list[float]  # eps and alpha of each layer
 
     @property
@@ -129,7 +129,7 @@ def _told(
     terms: tuple[Any, ...],
     whole: Tensor | None,
 ) -> _Told:
-    # Statistics of the batch move outside; the operator is given none to move.
+    # Running statistics are updated outside, so in training the operator gets none.
     given = [
         layer._replace(running_mean=None, running_var=None) if layer.training else layer for layer in layers
     ]
@@ -147,7 +147,7 @@ def _told(
 
 
 def _move(layers: Sequence[Layer], statistics: Sequence[Tensor], batch: int) -> None:
-    """Running statistics by those of the batch, (2, C): mean and one over the deviation."""
+    """Update running statistics from those of the batch, (2, C): mean and 1 / deviation."""
     for layer, pair in zip(_norms(layers), statistics, strict=True):
         if layer.moves:
             mean, rstd = pair.unbind(0)
@@ -161,7 +161,7 @@ def _features_grad(
     weights: Tensor,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """dA in torch's operations, from its factors (first, S, dU, dg) and kappa T."""
+    """dA in torch operations, from its factors (first, S, dU, dg) and kappa T."""
     first, channel, du, dg = factors
     assert first is not None
     assert channel is not None
@@ -176,7 +176,7 @@ def _replayed(
     numbers: Sequence[float],
     record: Callable[[], Recording],
 ) -> list[Tensor]:
-    """What the launches make of the tensors given; recorded for the first that are alike."""
+    """The outputs of the launches for the given tensors.  The first call with such tensors records them."""
     addresses = [*map(Tensor.data_ptr, given)]
     key = (
         *name, given[0].stride(), *recorded.triton_options(),
@@ -185,7 +185,9 @@ def _replayed(
     recording = recorded.remembered(key)
     if recording is None:
         if not all(x.is_contiguous() for x in given[1:]):
-            raise RuntimeError(f"ggam_fast: {name[0]} takes dense tensors beside the features")
+            raise RuntimeError(
+                f"ggam_fast: the {name[0]} step needs contiguous tensors (only features may be strided)"
+            )
         recording = record()
         recorded.remember(key, recording)
     out = [blank.make() for blank in recording.outputs]
@@ -206,8 +208,10 @@ def fused_loss(
     terms: LossTerms,
     whole: Tensor | None = None,
 ) -> FusedLoss:
-    """`step.fused_loss` of known layers.  `whole` is A as (N, C, H, W), where it is channels-last: to flatten
-    it Inductor would write it with its positions together, and then copy it back for the operator."""
+    """`step.fused_loss` of known layers.  `whole` is A as (N, C, H, W) if it is channels-last, else None.
+
+    Inductor would copy a channels-last A to flatten it, and copy it back for the operator.
+    """
     told = _told(features, mlp, options, layers, terms, whole)
     x, mean, _, spec, text, numbers = told
     with torch.no_grad():
@@ -222,7 +226,7 @@ def fused_loss(
         _move(layers, statistics, x.shape[0])
     parameters = [p for layer in reversed(layers) for p in (layer.weight, layer.bias) if p is not None]
     parameters += [p for p in mlp if p is not None]
-    if any(p.requires_grad for p in (features, *parameters)):  # Dynamo refuses a node without
+    if any(p.requires_grad for p in (features, *parameters)):  # Dynamo refuses a node without gradients
         loss = CompiledNode.apply(
             loss, features, kept, mean, t, text, (tuple(options), *spec[1:]), sizes, *parameters
         )
@@ -230,8 +234,7 @@ def fused_loss(
 
 
 class CompiledNode(Function):
-    """The loss, whose backward writes dA in torch's operations and the parameters' gradients in one
-    operator."""
+    """The loss as a node.  Its backward makes dA by torch operations, all other gradients by one operator."""
 
     @staticmethod
     def forward(
@@ -257,7 +260,7 @@ class CompiledNode(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         features, kept, mean, spatial = ctx.saved_tensors
-        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        # If strides are first read inside the context, Dynamo (torch 2.15) leaves the caller's autocast off.
         _ = features.stride()
         spec, da = Spec(Options(*ctx.spec[0]), *ctx.spec[1:]), None
         with full_precision(features):
@@ -272,19 +275,19 @@ class CompiledNode(Function):
 
 
 def _no_map(features: Tensor) -> Tensor:
-    """T without spatial attention, a constant."""
+    """T without spatial attention: all ones."""
     return features.new_ones((features.shape[0], features.shape[2]), dtype=torch.float32)
 
 
 def _scaled(options: Options) -> bool:
-    """Whether kappa T is another tensor than T."""
+    """Whether kappa T differs from T."""
     return options.uses_spatial and options.attention_scale != "printed" and options.spatial_norm != "sigmoid"
 
 
 def _shapes(
     features: Tensor, options: Options, mlp: ChannelMLP, layers: Sequence[Layer]
 ) -> Iterator[tuple[int, int]]:
-    """Of what is kept for the backward, in its order."""
+    """The shapes of the tensors that are kept for the backward, in order."""
     batch, channels, positions = features.shape
     if _scaled(options):
         yield batch, positions
@@ -311,12 +314,12 @@ def _shapes(
 
 
 def _padded(size: int) -> int:
-    """Elements, in whole blocks of 16 bytes."""
+    """The number of elements, rounded up to whole blocks of 16 bytes."""
     return (size + 3) // 4 * 4
 
 
 def _parts(whole: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The tensors of these shapes, each at whole blocks of 16 bytes."""
+    """Views of these shapes into one tensor.  Each begins at a multiple of 16 bytes."""
     found, at = [], 0
     for rows, columns in shapes:
         found.append(whole.narrow(0, at, rows * columns).view(rows, columns))
@@ -325,7 +328,7 @@ def _parts(whole: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def _seen_shapes(features: Tensor, options: Options, layers: Sequence[Layer]) -> list[tuple[int, int]]:
-    """Of logits, S, beta, the guidance loss and, with spatial attention, T."""
+    """The shapes of the logits, S, beta, the guidance loss and, with spatial attention, T."""
     batch, channels, positions = features.shape
     classes = next(x.weight.shape[0] for x in reversed(layers) if x.kind == LINEAR and x.weight is not None)
     maps = [(batch, positions)] if options.uses_spatial else []
@@ -333,14 +336,14 @@ def _seen_shapes(features: Tensor, options: Options, layers: Sequence[Layer]) ->
 
 
 class _Kept(NamedTuple):
-    """What is kept for the backward."""
+    """The tensors kept for the backward."""
 
     factors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # of dA: first, S, dU, dg
-    weights: Tensor | None  # (N, L): kappa T where it is not T
+    weights: Tensor | None  # (N, L): kappa T, or None if it equals T
     layers: list[
         tuple[Tensor, Tensor | None]
-    ]  # dy and x; of fc1 dy alone; of a batch norm its gradients (2, C)
-    statistics: list[Tensor]  # (2, C): mean and one over the deviation
+    ]  # dy and x; for fc1 dy alone; for a batch norm its gradients (2, C)
+    statistics: list[Tensor]  # (2, C): mean and 1 / deviation
 
 
 def _split(kept: Tensor, sizes: Sequence[int], spec: Spec) -> _Kept:
@@ -409,8 +412,10 @@ def _step(
     smoothing: float,
     temperature: float,
 ) -> None:
-    """The forward of the fused loss of features (N, C, L) or (N, C, H, W) and their mean: the loss, what a
-    head returns in one tensor, and what is kept for the backward in another"""
+    """The forward of the fused loss for features (N, C, L) or (N, C, H, W) and their mean.
+
+    Returns the loss, one tensor of the head's outputs, and one tensor that the backward needs.
+    """
 
 
 _step.__name__ = "guided_step"
@@ -446,18 +451,20 @@ def _record(spec: Spec, given: list[Tensor], with_mean: bool, layer_numbers: Seq
 
 
 def _statistics(visited: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Mean and one over the deviation of each batch norm, (2, C)."""
+    """Mean and 1 / deviation of each batch norm, (2, C)."""
     return [_joined(of_layer[1]) for of_layer in visited if len(of_layer) > 1]
 
 
 def _joined(x: Tensor) -> Tensor:
-    """Of two neighbours in memory the first -> both."""
+    """Both of two vectors that lie side by side in memory, (2, C), given the first one."""
     return x.as_strided((2, x.numel()), (x.numel(), 1))
 
 
 def _grad_begins(sizes: Sequence[int], spec: Spec) -> list[int]:
-    """Where each gradient begins in the one tensor of them, in the order of the node's parameters, and its
-    end."""
+    """Where each gradient begins in the one tensor that holds them all, and where the last one ends.
+
+    The order is that of the node's parameters.
+    """
     at = 2 * (3 + _scaled(spec.options) + spec.options.uses_spatial + spec.options.uses_channel - 1)
     shapes: list[tuple[int, int]] = []
     for kind, *_ in reversed(spec.layers):
@@ -474,8 +481,10 @@ def _grad_begins(sizes: Sequence[int], spec: Spec) -> list[int]:
 
 
 def _begins(shapes: Sequence[tuple[int, int]], end: int = 0) -> list[int]:
-    """Where the gradients of each layer's weight (J, C) and bias (J,) begin, the first at `end`, and their
-    end.  C is 0 for a batch norm, whose two are neighbours."""
+    """Where each layer's weight gradient (J, C) and bias gradient (J,) begin, and where the last one ends.
+
+    The first begins at `end`.  C is 0 for a batch norm, whose two gradients lie side by side.
+    """
     found: list[int] = []
     for j, c in shapes:
         found += [end, end + (_padded(j * c) if c else j)]
@@ -496,7 +505,7 @@ def _grads_run(kept: Tensor, mean: Tensor | None, grad: Tensor, sizes: Sequence[
 
 
 def _grads(kept: Tensor, mean: Tensor | None, grad: Tensor, sizes: Sequence[int], spec: str) -> None:
-    """The gradients of all parameters for a gradient () of the loss, in one tensor"""
+    """The gradients of all parameters in one tensor, given the gradient () of the loss."""
 
 
 _grads.__name__ = "guided_step_grads"
@@ -525,7 +534,7 @@ def _record_grads(spec: Spec, given: list[Tensor], sizes: list[int]) -> Recordin
 
 
 def _apart(made: Sequence[tuple[Tensor, Tensor]], norms: Sequence[bool]) -> list[Tensor]:
-    """The gradients of each layer in memory's pieces: those of a batch norm are one."""
+    """The gradients of the layers as contiguous tensors.  The two of a batch norm are one tensor."""
     pieces = [[_joined(pair[0])] if norm else [*pair] for pair, norm in zip(made, norms, strict=True)]
     return [x for piece in pieces for x in piece]
 
@@ -542,8 +551,10 @@ def drop_in(
     terms: LossTerms | None,
     whole: Tensor | None = None,
 ) -> GGAMOutput:
-    """Logits of known layers, and with a target beta and the guidance loss: else the logits alone count.
-    `whole` as in `fused_loss`."""
+    """The head's output for known layers.  Without a target only the logits are valid.
+
+    `whole` is the same as in `fused_loss`.
+    """
     told = _told(features, mlp, options, layers, () if terms is None else terms, whole)
     x, mean, tensors, spec, text, numbers = told
     trained = any(x.requires_grad for x in tensors)
@@ -568,7 +579,7 @@ def drop_in(
 
 
 class DropInNode(Function):
-    """All outputs in one tensor, whose backward is one operator, but for dA in torch's operations."""
+    """All outputs in one tensor.  The backward is one operator; torch operations then make dA from it."""
 
     @staticmethod
     def forward(
@@ -594,7 +605,7 @@ class DropInNode(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         seen, features, given, mean, kept, *tensors = ctx.saved_tensors
-        # Strides first read inside the context make dynamo (torch 2.15) leave the caller's autocast off.
+        # If strides are first read inside the context, Dynamo (torch 2.15) leaves the caller's autocast off.
         _ = features.stride()
         spec, da = Spec(Options(*ctx.spec[0]), *ctx.spec[1:]), None
         flat = drop_in_step_grads(
@@ -619,7 +630,7 @@ class DropInNode(Function):
 
 
 def _parameters(spec: Spec) -> list[int]:
-    """Where the parameters stand among the tensors, in the order of their gradients."""
+    """The indices of the parameters among the tensors, in the order of their gradients."""
     at, found = 4 * spec.options.uses_channel, []
     for *_, names in spec.layers:
         found.append([at, at + 1][: len(names)])
@@ -635,14 +646,16 @@ def _drop_in_seen(spec: Spec, features: Tensor, layers: Sequence[Layer]) -> list
 def _drop_in_kept(
     spec: Spec, features: Tensor, mlp: ChannelMLP, layers: Sequence[Layer], graph: bool
 ) -> list[tuple[int, int]]:
-    """Of what is kept for the backward, in its order; the norms' statistics come last, and with or without a
-    graph."""
+    """The shapes of the tensors kept for the backward, in order.
+
+    The norms' statistics come last.  Without a graph they are the only ones.
+    """
     (batch, channels, positions), options = features.shape, spec.options
     shapes: list[tuple[int, int]] = []
     if graph:
         shapes += [(batch, positions)] * _scaled(options)
         shapes.append((batch, channels))
-        shapes += [(batch, positions)] * (options.uses_spatial and not spec.terms)  # else it is seen
+        shapes += [(batch, positions)] * (options.uses_spatial and not spec.terms)  # else an output
         shapes += [(1, batch)] * options.uses_spatial
         if options.uses_channel:
             assert mlp.fc1_weight is not None
@@ -652,14 +665,14 @@ def _drop_in_kept(
 
 
 def _drop_in_factors(options: Options, features: Tensor) -> list[tuple[int, int]]:
-    """Of dA's first factor, dU and dg."""
+    """The shapes of dA's first factor, dU and dg."""
     batch, channels, positions = features.shape
     rest = [(batch, positions)] * options.uses_spatial + [(batch, channels)] * options.uses_channel
     return [(batch, channels), *rest]
 
 
 def _drop_in_begins(spec: Spec, features: Tensor, mlp: ChannelMLP, layers: Sequence[Layer]) -> list[int]:
-    """As `_begins`, of gradients that lie behind the factors."""
+    """`_begins` of the gradients, which follow the factors of dA in the same tensor."""
     weights = [x.weight for x in reversed(layers)] + [mlp.fc1_weight, mlp.fc2_weight]
     shapes = [(w.shape[0], w.shape[1] if w.dim() == 2 else 0) for w in weights if w is not None]
     return _begins(shapes, sum(_padded(r * c) for r, c in _drop_in_factors(spec.options, features)))
@@ -668,7 +681,7 @@ def _drop_in_begins(spec: Spec, features: Tensor, mlp: ChannelMLP, layers: Seque
 def _attention(
     spec: Spec, features: Tensor, mlp: ChannelMLP, layers: Sequence[Layer], seen: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """kappa T, if there is a T, and S"""
+    """kappa T (not to be used without spatial attention) and S."""
     parts = _parts(kept, _drop_in_kept(spec, features, mlp, layers, True))
     if _scaled(spec.options):
         return parts[0], parts[1]
@@ -732,8 +745,10 @@ def _drop_in(
     temperature: float,
     graph: bool,
 ) -> None:
-    """The drop-in form of features (N, C, L) or (N, C, H, W) and their mean: what a head returns in one
-    tensor, and in another what a backward needs, if there will be one, and the norms' statistics"""
+    """The forward of the drop-in form for features (N, C, L) or (N, C, H, W) and their mean.
+
+    Returns one tensor of the head's outputs, and one of what the backward needs and the norms' statistics.
+    """
 
 
 _drop_in.__name__ = "drop_in_step"
@@ -753,8 +768,7 @@ class _Done(NamedTuple):
 def _drop_in_forward(
     spec: Spec, given: Sequence[Tensor], layer_numbers: Sequence[float], temperature: float, graph: bool
 ) -> _Done:
-    """`step.drop_in_forward` of features, their mean, a target and the tensors of the spec, in this order
-    and if there are any."""
+    """`step.drop_in_forward` of `given`: features, mean if used, target if any, the spec's tensors."""
     options, left = spec.options, [*given]
     x = left.pop(0).flatten(2)
     mean = left.pop(0) if options.uses_channel else None
@@ -824,8 +838,10 @@ def _drop_in_grads(
     layer_numbers: Sequence[float],
     trained: bool,
 ) -> None:
-    """For a gradient of all that was seen the factors of dA, and if asked for behind them the gradients of
-    all parameters, in one tensor"""
+    """The factors of dA and, if `trained`, the gradients of all parameters, in one tensor.
+
+    `grad` is the gradient of the forward's first output.
+    """
 
 
 _drop_in_grads.__name__ = "drop_in_step_grads"
@@ -835,7 +851,10 @@ drop_in_step_grads = define(_drop_in_grads, Tensor, _drop_in_grads_run, _drop_in
 def _record_drop_in_grads(
     spec: Spec, given: list[Tensor], layer_numbers: Sequence[float], trained: bool
 ) -> Recording:
-    """The forward is recorded again, for what of it lies where in the tensors given, and forgotten."""
+    """Record the backward.
+
+    The forward is recorded first, to find where its tensors lie in those given, and then dropped.
+    """
     recorder, options, at = Recorder(), spec.options, 1 + spec.options.uses_channel
     with torch.no_grad(), recorder:
         twins = recorder.like_each(given)

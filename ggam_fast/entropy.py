@@ -1,4 +1,4 @@
-"""The cross entropy and how a loss is reduced over a batch, in torch operations."""
+"""The cross entropy, and reductions of a loss over a batch, in torch operations."""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,16 @@ from torch import Tensor
 def cross_entropy(
     logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int | None = None
 ) -> Tensor:
-    """Mean over the images that count, 0 where there is none; `target` as `checks.target` returns it."""
+    """Mean cross entropy of the images that are not ignored, 0 if there are none.
+
+    `checks.target` must have checked `target`.
+    """
     if target.is_floating_point():
         target = target.to(logits.dtype)
     elif ignore_index is not None:
         counts = target != ignore_index
         target = target.masked_fill(~counts, 0)
-        # A loss of a constant: not even what is not finite in an ignored image's logits gets through.
+        # An ignored image gets constant logits, so infinities and NaN in its own cannot reach the mean.
         losses = F.cross_entropy(
             torch.where(counts.unsqueeze(-1), logits, 0.0), target,
             reduction="none", label_smoothing=label_smoothing,
@@ -25,8 +28,10 @@ def cross_entropy(
 
 
 def reduce_batch(per_image: Tensor, reduction: str, share: Tensor | None = None) -> Tensor:
-    """Sum, or mean over the batch; 0 for an empty batch.  With `share` (see `Entropy`) of the images that
-    count."""
+    """Sum or mean over the batch; 0 for an empty batch.
+
+    With `share` (N,), the weights in `Entropy.share`, ignored images are left out.
+    """
     if share is not None:
         counted = torch.where(share > 0, per_image, 0.0)
         return counted.sum() if reduction == "sum" else (counted * share).sum()

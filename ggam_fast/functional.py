@@ -1,9 +1,9 @@
-"""The stateless API: what the head is made of, one validated function each.
+"""The stateless API: one function for each part of the head; each checks its arguments.
 
 Features are (N, C, H, W) ("NCHW", in NCHW or channels-last memory), (N, H, W, C) ("NHWC") or tokens
-(N, L, C) ("NLC"); maps come back as (N, H, W), or (N, L) for tokens. Types: float32, bfloat16, float16,
-and float64 on the torch backend; small tensors are float32 (float64 for float64 features).
-All raise ValueError or TypeError naming the argument, what came and what is expected.
+(N, L, C) ("NLC"). Maps are returned as (N, H, W), or (N, L) for tokens. Types are float32, bfloat16, float16,
+and float64 on the torch backend. Small tensors are float32 (float64 for float64 features).
+Bad input raises a ValueError or TypeError that names the argument, what came and what is expected.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .step import FusedLoss
 
 
 class GGAMAttention(NamedTuple):
-    """What `ggam_attention` returns."""
+    """The result of `ggam_attention`."""
 
     attended: Tensor
     """(N, C) pooled, (N, C*L) flattened in C, H, W order, or the map in the input's format for "" """
@@ -31,7 +31,7 @@ class GGAMAttention(NamedTuple):
 
 
 class GradCamMeans(NamedTuple):
-    """What `grad_cam_means` returns."""
+    """The result of `grad_cam_means`."""
 
     cam_weights: Tensor
     """(N, C) 1/L sum_l T_l G_cl"""
@@ -48,8 +48,8 @@ def channel_sum(
 ) -> Tensor:
     """out[n, l] = sum_c channel_weights[n, c] * A[n, c, l], a map (N, H, W). Differentiable to any order.
 
-    F_cm and F_fa without the norm; with beta as weights, the class activation map before its ReLU.
-    Reads A once. `channel_weights` is (N, C), any range.
+    With S as weights this is U, F_cm and F_fa without the norm. With beta it is the class activation map
+    before its ReLU. It reads A once. `channel_weights` is (N, C), any range.
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("channel_weights", channel_weights, tuple(x.shape[:2]), "(N, C)", x)
@@ -63,8 +63,8 @@ def spatial_sum(
 ) -> Tensor:
     """out[n, c] = sum_l spatial_weights[n, l] * A[n, c, l], (N, C). Differentiable to any order.
 
-    With weights T / L, the attended average pool; with 1 / L, global average pooling.
-    Reads A once. `spatial_weights` is (N, H, W) ((N, L) for tokens), any range.
+    With weights T / L this is the attended average pool, with 1 / L it is global average pooling.
+    It reads A once. `spatial_weights` is (N, H, W) ((N, L) for tokens), any range.
     """
     x, shape = checks.feature_map(features, input_fmt)
     weights = _weights("spatial_weights", spatial_weights, (x.shape[0], *shape), "(N, H, W)", x)
@@ -124,9 +124,9 @@ def ggam_attention(
 
         g = mean_l A;  S = softmax(fc2(relu(fc1(g))));  T = norm(sum_c S_c A_c);  D = kappa A T
 
-    kappa is one over the mean of the weights that multiply A for `attention_scale="unit_mean"`, 1 for
-    "printed". fc1 is (C/r, C), (C/r,) and fc2 (C, C/r), (C,), None for "spatial" and "none". Second and
-    higher derivatives (`create_graph=True`) work too; they go through the two contractions.
+    `attention_scale="unit_mean"` makes kappa one over the mean of the weights that multiply A; "printed"
+    makes it 1. fc1 is (C/r, C), (C/r,) and fc2 is (C, C/r), (C,); both are None for "spatial" and "none".
+    Derivatives of every order (`create_graph=True`) work and go through the two contractions.
     """
     x, shape = checks.feature_map(features, input_fmt)
     options = _options(attention, spatial_norm, pool_type, attention_scale)
@@ -159,9 +159,9 @@ def grad_cam_weights(
 ) -> Tensor:
     """beta (N, C) = mean over positions of d y / d A, in closed form (equations in `ggam_fast.closed_form`).
 
-    `grad_attended` is d y / d attended, in the shape `ggam_attention` gives: (N, C) for "avg" and "max",
-    (N, C*L) for "flatten", the map's shape for "". No backward pass runs. beta is detached unless
-    `differentiable`, which keeps a graph of every order.
+    `grad_attended` is d y / d attended, in the shape that `ggam_attention` returns: (N, C) for "avg" and
+    "max", (N, C*L) for "flatten", the map's shape for "". No backward pass runs. beta is detached;
+    `differentiable=True` keeps a graph with derivatives of every order.
     """
     x, _ = checks.feature_map(features, input_fmt)
     options = _options(attention, spatial_norm, pool_type, attention_scale)
@@ -190,12 +190,12 @@ def grad_cam_means(
     input_fmt: str = "NCHW",
     backend: str = "auto",
 ) -> GradCamMeans:
-    """Both reductions Grad-CAM takes of a dense gradient G, in one pass over (A, G):
+    """The two reductions of a dense gradient G that Grad-CAM needs, in one pass over (A, G):
 
         cam_weights[n, c] = 1/L sum_l T_l G_cl        grad_map[n, l] = sum_c G_cl A_cl
 
-    `grad` has the shape of `features`; `spatial_attention` is T (N, H, W), 1 if None, for which
-    cam_weights are Grad-CAM's channel means of G. Detached.
+    `grad` is G, in the shape of `features`. `spatial_attention` is T (N, H, W). None means T = 1, and
+    cam_weights are then Grad-CAM's channel means of G. Both results are detached.
     """
     x, shape = checks.feature_map(features, input_fmt)
     checks.small("grad", grad, tuple(features.shape), "the shape of features")
@@ -224,17 +224,22 @@ def fused_ggam_loss(
         loss, out = fused_ggam_loss(head, features, target)
         loss.backward()  # writes dA, and the parameters' gradients
 
-    The loss and gradients of `GGAMLoss(guidance_weight, label_smoothing)(head(features, target), target)`,
-    but beta and the backward share their reads of A: with average pooling and both attentions, the backward
-    reads nothing of A's size. `features` and `target` as the head takes them; `guidance_weight` >= 0,
-    `label_smoothing` in [0, 1]. `loss` is a scalar in float32 (float64 for float64 features); it can be
-    scaled (GradScaler) and differentiated once, not by torch.func, which has no vmap of it either; `out`
-    carries no gradient. With `cam_detach=False`, `pool_type="flatten"` or "", or where gradients are
-    disabled, this is the composition above. The head's own forward hooks do not run: under DDP or FSDP call
-    this inside the wrapped module's forward, and let FSDP shard a module around the head.
+    Loss and gradients equal those of
+    `GGAMLoss(guidance_weight, label_smoothing)(head(features, target), target)`, but beta and the backward
+    share their reads of A. With average pooling and both attentions, the backward reads no tensor of A's
+    size. With `cam_detach=False`, with `pool_type="flatten"` or "", or with gradients disabled, this runs
+    the head and GGAMLoss one after the other.
+
+    `features` and `target` are what the head takes. `guidance_weight` is >= 0, `label_smoothing` in [0, 1].
+    `loss` is a scalar in float32 (float64 for float64 features). It can be scaled (GradScaler) and
+    differentiated once. torch.func can neither differentiate nor vmap it. `out` carries no gradient.
+
+    The head's own forward hooks do not run. Under DDP or FSDP call this inside the wrapped module's forward,
+    and let FSDP shard a module around the head.
 
     Raises:
-        TypeError: `head` is no GGAMHead, or is sharded itself; otherwise what the head and GGAMLoss raise.
+        TypeError: `head` is not a GGAMHead, its parameters are sharded, or an input has the wrong type.
+        ValueError: an input does not fit the head or GGAMLoss.
         RuntimeError: in a backward with create_graph=True.
     """
     fused = getattr(head, "fused_loss", None)
@@ -243,7 +248,7 @@ def fused_ggam_loss(
         raise TypeError(f"head must be a GGAMHead; got {type(head).__name__}{hint}")
     if any(hasattr(p, "full_tensor") for p in head.parameters()):
         raise TypeError(
-            "head must have whole parameters; they are sharded DTensors: shard a module around the head, "
+            "head must have whole parameters; got sharded DTensors: shard a module around the head, "
             "or use GGAMLoss()(head(features, target), target)"
         )
     return fused(features, target, guidance_weight, label_smoothing)
@@ -260,10 +265,10 @@ def guidance_loss(
 ) -> Tensor:
     """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.guidance`).
 
-    `channel_attention` is S (N, C), non-negative, rows summing to 1; `cam_weights` is beta (N, C), any
-    range. Returns a scalar, the "mean" or "sum" over the batch; None is the mean for "symmetric", the sum
-    for "forward", as in their sources. S is clamped to the smallest normal
-    number before its logarithm; the head works from the logits of S and needs no clamp.
+    `channel_attention` is S (N, C), non-negative, with rows that sum to 1. `cam_weights` is beta (N, C), any
+    range. The result is a scalar, the "mean" or "sum" over the batch. reduction=None is the mean for
+    "symmetric" and the sum for "forward", as in their sources. S is clamped to the smallest normal number
+    before its logarithm. The head uses the logits of S and needs no clamp.
     """
     checks.matrix("channel_attention", channel_attention, "(N, C)")
     checks.small("cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)")
@@ -278,7 +283,7 @@ def guidance_loss(
 
 
 def cam(features: Tensor, cam_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto") -> Tensor:
-    """Grad-CAM's heat map (N, H, W): relu(sum_c beta_c A_c), not scaled.
+    """Grad-CAM's heat map (N, H, W): relu(sum_c beta_c A_c), without any scaling.
 
     Source: Selvaraju et al. (arXiv 1610.02391), eq. 2.
     """

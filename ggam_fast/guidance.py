@@ -6,8 +6,8 @@
     L = 1/2 (KL(S, b~) + KL(b~, S)) = 1/2 sum_c (S - b~)(log S - log b~)    divergence="symmetric"
       | KL(S, b~) = sum_c S (log S - log b~)                                "forward"
 
-Over the batch L is the mean for "symmetric" and, as the authors' script has it, the sum for "forward".
-Logarithms are log-softmax and log-sigmoid, never the log of a softmax.
+Over the batch L is the mean for "symmetric" and the sum for "forward", as in the authors' script.
+The logarithms are log-softmax and log-sigmoid, never the log of a softmax.
 """
 
 import torch
@@ -27,10 +27,10 @@ def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tens
 def _zscore(beta: Tensor) -> Tensor:
     """(beta - mean) / population standard deviation over channels; 0 where all are equal.
 
-    beta can be 1e-7 or far smaller, so it is scaled to 1 before it is squared; the z-score does not
-    depend on that scale, so no gradient goes through it.
+    beta can be 1e-7 or far smaller, so it is scaled to 1 before it is squared. The z-score does not
+    depend on that scale, so no gradient goes through the scale.
     """
-    # The mean of equal values may round: whether they are equal is asked of the values.
+    # Compare the values themselves: the mean of equal values may round to another number.
     low, high = torch.aminmax(beta.detach(), dim=-1, keepdim=True)
     flat = low == high
     centred = (beta - beta.mean(-1, keepdim=True)).masked_fill(flat, 0.0)
@@ -54,7 +54,7 @@ def kl_guidance(
 def kl_guidance_with_grad(
     log_s: Tensor, s: Tensor, cam_weights: Tensor, cam_norm: str, temperature: float, divergence: str
 ) -> tuple[Tensor, Tensor]:
-    """`kl_guidance` (N,), and its d L / d e (N, C) of each image, S = softmax(e), for constant beta.
+    """`kl_guidance` (N,) and d L / d e (N, C) of each image, for S = softmax(e) and constant beta.
 
     d L / d log S_c = g_c = 1/2 (S (log S - log b~) + S - b~)   or   S (log S - log b~) + S
     d L / d e = g - S sum_c g_c

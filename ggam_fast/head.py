@@ -33,60 +33,62 @@ class GGAMHead(GGAMHeadBase):
         g = mean_l A;  S = softmax(FC2(relu(FC1(g))));  U = sum_c S_c A_c;  T = norm(U);  D = kappa A T
         logits = classifier(pool(D));  beta = mean_l d y / d A;  L = divergence(S, norm(beta))
 
-    `head(features)` returns logits (N, K) and computes no Grad-CAM: it replaces pooling and a linear layer.
-    `head(features, target)` returns a `GGAMOutput`. The module keeps nothing of a call.
+    `head(features)` returns logits (N, K) without Grad-CAM and replaces pooling and a linear layer.
+    `head(features, target)` returns a `GGAMOutput`. The module stores nothing between calls.
 
     Args:
         in_features: C, channels of the features.
         num_classes: K; 0 builds no classifier, as in timm.
-        attention: "channel_spatial"; "channel" (D = kappa S A); "spatial" (S = 1/C); "none" (D = A). The
-            paper's ablations.
-        spatial_norm: T from U. "softmax" over positions, the paper's text; "sum" (U / sum U, uniform where
-            that is 0), its printed formula; "sigmoid", the authors' script.
-        attention_scale: kappa. "unit_mean": the weights that multiply A average to one, so kappa is L for
-            "softmax" and "sum", 1 for "sigmoid", C for attention="channel". "printed": kappa = 1, as in the
-            paper and its script. It is in the state dict; a state dict without it loads as "printed".
+        attention: which attention is used. "channel_spatial" uses both. "channel" (D = kappa S A),
+            "spatial" (S = 1/C) and "none" (D = A) are the paper's ablations.
+        spatial_norm: how T is made from U. "softmax" over positions is the paper's text. "sum" (U / sum U,
+            uniform if the sum is 0) is its printed formula. "sigmoid" is the authors' script.
+        attention_scale: kappa. "unit_mean" makes the weights that multiply A average to one: kappa is L for
+            "softmax" and "sum", 1 for "sigmoid", C for attention="channel". "printed" is kappa = 1, as in
+            the paper and its script. The state dict holds this option; one without it loads as "printed".
         rd_ratio: hidden width of the channel MLP as a share of C, in (0, 1].
-        rd_channels: that width itself; it replaces `rd_ratio`.
-        pool_type: what the classifier sees of D. "avg"; "max" (ties go to the first position); "flatten",
-            which needs `feat_size`; "" hands D to `classifier`.
-        hidden_size: width of the default classifier's hidden layer (BN-FC-BN-ELU-FC); 0 or None for one
+        rd_channels: hidden width of the channel MLP. It replaces `rd_ratio`.
+        pool_type: how D is pooled for the classifier. "avg"; "max" (ties go to the first position);
+            "flatten", which needs `feat_size`; "" hands D itself to `classifier`.
+        hidden_size: width of the default classifier's hidden layer (BN-FC-BN-ELU-FC). 0 or None builds one
             linear layer.
-        classifier: your own module on the pooled vector (N, C), or on D for `pool_type=""`. Autograd gives
+        classifier: your own module on the pooled vector (N, C), or on D for `pool_type=""`. Autograd computes
             its class-score gradient, so its first layer must not work in place.
-        cam_at: where beta is taken. "features": beta = mean dy/dA; "attended": beta = mean dy/dD.
-        cam_class: whose score y is explained: the "label" (for a soft target, its weighted sum), or the
-            "predicted" class.
-        cam_detach: True treats beta as a constant; False differentiates the guidance loss through beta
-            too, which is second order and needs more memory.
-        cam_norm: what makes beta comparable with S. "sigmoid", the paper; "softmax" over channels, the
-            authors' script; "standardized", ours: z-scores over channels, then a sigmoid.
+        cam_at: where the gradient for beta is taken. "features": beta = mean dy/dA. "attended":
+            beta = mean dy/dD.
+        cam_class: the class whose score y is explained: the "label" (a soft target weights the scores), or
+            the "predicted" class.
+        cam_detach: True treats beta as a constant. False also differentiates the guidance loss through beta,
+            which takes second derivatives and more memory.
+        cam_norm: makes beta comparable with S. "sigmoid" is the paper. "softmax" over channels is the
+            authors' script. "standardized" is ours: z-scores over channels, then a sigmoid.
         cam_temperature: divides beta before `cam_norm`, finite and > 0.
-        divergence: "symmetric": (KL(S, beta~) + KL(beta~, S)) / 2; "forward": KL(S, beta~).
-        guidance_reduction: "mean" or "sum" over the batch; None for the mean with "symmetric" and the sum
-            with "forward", as in their sources.
-        ignore_index: a label whose images have no loss, no guidance and no gradient, and do not count in
-            the means; give `GGAMLoss` the same. Any other label outside [0, K) is an error.
+        divergence: "symmetric" is (KL(S, beta~) + KL(beta~, S)) / 2. "forward" is KL(S, beta~).
+        guidance_reduction: "mean" or "sum" over the batch. None is the mean for "symmetric" and the sum for
+            "forward", as in their sources.
+        ignore_index: images with this label have no loss, no guidance and no gradient, and do not count in
+            means. Give `GGAMLoss` the same value. Any other label outside [0, K) is an error.
         drop_rate: dropout before the classifier's last layer, in [0, 1). A classifier that is not an
             nn.Sequential counts as one layer.
-        norm_layer: norm of the default classifier. Others than SettlingBatchNorm1d and BatchNorm1d make it
-            a custom classifier, as does a hook on the classifier or on one of its layers.
-        act_layer: activation of the default classifier. Others than ELU, ReLU and Identity make it a
+        norm_layer: norm of the default classifier. A type other than SettlingBatchNorm1d and BatchNorm1d
+            makes it a custom classifier. A hook on the classifier or on one of its layers does too.
+        act_layer: activation of the default classifier. A type other than ELU, ReLU and Identity makes it a
             custom classifier.
-        norm_eps: eps of the classifier's first norm, finite and >= 0; None for the layer's own, 1e-5.
-        input_fmt: "NCHW", read in place in NCHW and in channels-last memory; "NHWC"; or "NLC".
-        feat_size: (H, W) for "flatten". Its features are in the order C, H, W for every input format.
-        backend: "auto" (Triton for a GPU tensor, torch for others), "triton" or "torch".
-        device: of the parameters.
-        dtype: of the parameters.
+        norm_eps: eps of the classifier's first norm, finite and >= 0. None keeps the layer's default, 1e-5.
+        input_fmt: "NCHW", read in place from NCHW and from channels-last memory; "NHWC"; or "NLC".
+        feat_size: (H, W) for "flatten". The flattened vector has the order C, H, W for every input format.
+        backend: "auto" (Triton for GPU tensors, torch for others), "triton" or "torch".
+        device: device of the parameters.
+        dtype: type of the parameters.
 
-    Features are float32, bfloat16, float16, or float64 (torch backend). Small tensors, logits of the
-    default classifiers included, are computed and returned in float32 (float64 for float64), under
-    autocast too. A custom classifier runs under the caller's autocast, or in its parameters' type.
-    In training mode with batch norm, beta is the gradient of the batch's summed score, coupling included.
+    Features are float32, bfloat16, float16, or float64 (torch backend). Small tensors and the logits of the
+    default classifier are computed and returned in float32 (float64 for float64), under autocast too. A
+    custom classifier runs under the caller's autocast, or in the type of its parameters.
+    With batch norm in training mode, beta is the gradient of the summed score of the batch: the score of one
+    image depends on the other images.
 
     Raises:
-        ValueError, TypeError: an option, shape, type or target that does not fit, named in the message.
+        ValueError, TypeError: an option, shape, type or target does not fit. The message names it.
 
     Examples:
         >>> head = GGAMHead(512, 10)
@@ -151,7 +153,7 @@ class GGAMHead(GGAMHeadBase):
         return GGAMOutput(logits, s, t, beta, guidance)
 
     def _check(self, features: Tensor, target: Tensor | None) -> None:
-        """Raise where they do not fit the head or each other."""
+        """Raise an error if features and target do not fit the head or each other."""
         x = self._inputs(features)[0]
         if target is not None:
             checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
@@ -165,8 +167,7 @@ class GGAMHead(GGAMHeadBase):
     def fused_loss(
         self, features: Tensor, target: Tensor, guidance_weight: float = 0.1, label_smoothing: float = 0.0
     ) -> FusedLoss:
-        """The loss of `GGAMLoss`, with the gradient of the features in hand: see
-        `functional.fused_ggam_loss`."""
+        """The head followed by `GGAMLoss`, fused: see `functional.fused_ggam_loss`."""
         weight, smoothing = checks.loss_weights(guidance_weight, label_smoothing)
         self._check_request(target, pre_logits=False)
         if not self.cam_detach or self.pool_type in ("flatten", "") or not torch.is_grad_enabled():
@@ -220,16 +221,16 @@ class GGAMHead(GGAMHeadBase):
                 if own_forward or by_hook:
                     other = "parameters that a hook computes (pruning)" if by_hook else "a forward of its own"
                     raise TypeError(
-                        f"{name} must be a plain nn.Linear, as its weight and bias are read and it is not "
-                        f"called; got {type(layer).__name__} with {other}"
+                        f"{name} must be a plain nn.Linear, because the head reads its weight and bias "
+                        f"directly; got {type(layer).__name__} with {other}"
                     )
                 weight, bias = layer.weight, layer.bias
                 if bias is None:
                     raise TypeError(f"{name} must have a bias; got {layer}")
                 if hasattr(weight, "full_tensor"):
                     raise TypeError(
-                        f"{name} is sharded by itself (its weight is a {type(weight).__name__}), and it is "
-                        "not called: shard the head or a module around it"
+                        f"{name} must have a whole weight, because the head reads it directly; got a sharded "
+                        f"{type(weight).__name__}: shard the head or a module around it"
                     )
                 parameters += [weight, bias]
             mlp = ChannelMLP(*parameters)
@@ -244,7 +245,7 @@ class GGAMHead(GGAMHeadBase):
         target: Tensor | None,
         backend: str,
     ) -> bool:
-        """Whether the compiler is given one operator each way; else it is given stages."""
+        """Whether the compiled graph holds one operator each way; else it holds the stages."""
         if not torch.compiler.is_compiling() or backend != "triton" or compiled is None:
             return False
         return (
@@ -252,7 +253,7 @@ class GGAMHead(GGAMHeadBase):
         )
 
     def _whole(self, features: Tensor) -> Tensor | None:
-        """Channels-last features (N, C, H, W) as they are; else None."""
+        """The features (N, C, H, W) themselves if they are channels-last, else None."""
         last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
         return features if last and self.input_fmt == "NCHW" else None
 
@@ -270,7 +271,7 @@ class GGAMHead(GGAMHeadBase):
             return run(layers[:-1] if pre_logits else layers, pooled.flatten(1), backend)
 
     def _custom(self, pooled: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool = False) -> Tensor:
-        """Run a classifier of unknown layers in its parameters' type, or under the caller's autocast."""
+        """Run a custom classifier in the type of its parameters, or under the caller's autocast."""
         if self.pool_type == "":
             x = checks.like_input(pooled, spatial_shape, self.input_fmt)
         else:
@@ -282,7 +283,7 @@ class GGAMHead(GGAMHeadBase):
         if body and not pre_logits and hooked(self.classifier):
             classifier = self.classifier
             if self.drop.training and self.drop.p:
-                classifier = copy.copy(classifier)  # the same hooks, around one layer more
+                classifier = copy.copy(classifier)  # the same hooks, around one more layer
                 classifier._modules = {str(i): m for i, m in enumerate((*body, self.drop, last))}
             return classifier(x)
         for layer in body:
@@ -298,7 +299,7 @@ class GGAMHead(GGAMHeadBase):
         detach: bool,
         backend: str,
     ) -> Scores:
-        """Logits, and the map from d y / d logits to d y / d pooled, in pooled's own shape."""
+        """Logits, and the map from d y / d logits to d y / d pooled in the shape of `pooled`."""
         if layers is None or self.pool_type == "":
             return custom_scores(lambda x: self._custom(x, spatial_shape), pooled, detach)
         with full_precision(pooled):

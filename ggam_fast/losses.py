@@ -1,4 +1,4 @@
-"""GGAMLoss: the cross entropy and the guidance loss of `guidance`, weighted."""
+"""GGAMLoss: the cross entropy plus the weighted guidance loss."""
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,16 @@ class GGAMLoss(nn.Module):
     """CE(logits, target) + guidance_weight * L_GGAM.
 
     Args:
-        guidance_weight: lambda >= 0. The authors' README history spans 0.2 to 3 with RELEASE's
-            softmax(beta); the scale of L depends on `cam_norm` and on C, so choose it for yours.
+        guidance_weight: lambda >= 0. Versions of the authors' README use 0.2 to 3, with RELEASE's
+            softmax(beta). The scale of L depends on `cam_norm` and on C, so choose a weight for yours.
         label_smoothing: as in `torch.nn.CrossEntropyLoss`, in [0, 1].
-        ignore_index: a label whose images have no loss and do not count in the mean; give the head the same.
+        ignore_index: images with this label have no loss and do not count in the mean. Give the head the
+            same value.
 
-    Takes the head's `GGAMOutput`, or plain logits (N, K) of a forward without target, for which it is
-    the cross entropy alone; `target` is int64 (N,) or float probabilities (N, K). Returns a scalar: the
-    cross entropy's mean over the batch (0 for an empty one) and the head's guidance loss, a mean or a sum
-    (`guidance_reduction`), in float32 for half-precision logits.
+    The input is the head's `GGAMOutput`, or plain logits (N, K) from a call without target. Plain logits
+    give the cross entropy alone. `target` is int64 (N,) or float probabilities (N, K). The result is a
+    scalar: the mean cross entropy of the batch (0 for an empty one) plus the weighted guidance loss, a mean
+    or a sum (`guidance_reduction` of the head). It is float32 for half-precision logits.
     """
 
     def __init__(

@@ -1,5 +1,4 @@
-"""Batch norm whose running statistics settle at once: the first norm of a head would else be wrong for
-long."""
+"""Batch norm whose running statistics start from the first batch instead of 0 and 1."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +8,14 @@ from .backends.layer import Layer
 
 
 class SettlingBatchNorm1d(nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` whose running statistics forget the 0 and 1 that they start from.
+    """`torch.nn.BatchNorm1d` whose running statistics drop their initial 0 and 1 with the first batch.
 
         running = (1 - f) running + f batch        f = max(momentum, 1 / batches seen)
 
-    The first 1 / momentum batches are averaged; from then on it is torch's exponential average.  After 36
+    The first 1 / momentum batches are averaged.  From then on this is torch's exponential average.  After 36
     batches torch's running variance still holds 0.9^36 = 2 % of its initial 1.0, which is 9,000 times the
-    variance of features as the paper prints them.  Same constructor and state dict as torch's;
-    `momentum=None` is the average of all batches, as in torch.
+    variance of features as the paper prints them.  Constructor and state dict are torch's.
+    `momentum=None` averages all batches, as in torch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ class SettlingBatchNorm1d(nn.BatchNorm1d):
 def settle(
     x: Tensor, mean: Tensor | None, var: Tensor | None, tracked: Tensor | None, momentum: float
 ) -> None:
-    """Move the running mean and variance by the batch x (N, C, ...)."""
+    """Update the running mean and variance with the batch x (N, C, ...)."""
     if mean is None or var is None or tracked is None:
         return
     variance, batch_mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
@@ -41,7 +40,7 @@ def settle(
 
 
 def move(layer: Layer, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Move a batch norm's running statistics by a batch's mean and biased variance (C,) of `count` rows."""
+    """Update a batch norm's running statistics with the mean and biased variance (C,) of `count` rows."""
     assert layer.running_mean is not None
     assert layer.running_var is not None
     running = layer.running_mean, layer.running_var, layer.tracked

@@ -1,4 +1,4 @@
-"""Which type the small tensors have."""
+"""The type of the small tensors, and conversions to it."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ def compute_dtype(features: Tensor) -> torch.dtype:
 
 
 def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this type, without the microsecond that `x.to` takes to find that it has nothing to do."""
+    """x converted to `dtype`.  If x has that type, this saves the microsecond that `x.to` takes."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def as_types(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    """`as_type` of each tensor; None stays."""
+    """`as_type` of each tensor; None stays None."""
     found = []
     for x in tensors:
         found.append(x if x is None or x.dtype == dtype else x.to(dtype))

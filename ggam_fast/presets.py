@@ -1,8 +1,8 @@
 """The two sources of the method, as keywords of `GGAMHead`: `GGAMHead(2048, 200, **presets.RELEASE)`.
 
-Source of RELEASE: PRIS-CV/CAM-Guided-Attention, cars_sp_CAM.py at 9e7ac5f, which trains with
-`GGAMLoss(guidance_weight=1.0)`. That script also leaves the gradients of the predicted logits in the
-parameters (its second zero_grad is commented out); this is a defect and is not copied.
+Source of RELEASE: PRIS-CV/CAM-Guided-Attention, cars_sp_CAM.py at 9e7ac5f. It trains with the equivalent of
+`GGAMLoss(guidance_weight=1.0)`. The script also leaves the gradients of the predicted logits in the
+parameters, because its second zero_grad is commented out. This defect is not copied.
 """
 
 from types import MappingProxyType

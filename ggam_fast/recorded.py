@@ -1,11 +1,10 @@
-"""A head's steps replayed: the launches of `step`'s closed form as one list, and one autograd node for the
-head.
+"""Replay of a head's steps: a list of the launches that `step` would make, in one autograd node.
 
-The first call with a key records (`backends.triton.record`), later calls replay.  The key holds whatever
+The first call with a key records (`backends.triton.record`), and later calls replay.  The key holds all that
 the recorded launches depend on: shapes, strides, types, alignment, device, options, layers and their modes,
 and which inputs need a gradient.  Addresses and the numbers that change every step are arguments of a
-replay.  Whatever has no recording goes the way it would go without this file: every function here then
-returns None.
+replay.  A function here returns None if a call cannot be recorded, and the caller then runs the step
+unrecorded.
 """
 
 import os
@@ -47,7 +46,7 @@ _SMALL_TYPES = (torch.float32, torch.int64)
 _MOST = 64
 _recordings: dict[tuple[Any, ...], Recording | None] = {}
 _lock = threading.Lock()
-# What of a layer's numbers a recording holds, by its kind; other layers have none.
+# The numbers of a layer that a recording depends on, by the layer's type.  Other types cannot be recorded.
 _NORM = itemgetter("training", "eps", "momentum", "track_running_stats")
 _NUMBERS: dict[type, Callable[[dict[str, Any]], tuple[Any, ...]] | None] = {
     nn.Linear: None,
@@ -68,25 +67,24 @@ class Call(NamedTuple):
     """One call of a head that can be replayed."""
 
     key: tuple[Any, ...]
-    given: list[Tensor]  # features, target or not, parameters, buffers
+    given: list[Tensor]  # features, target if any, parameters, buffers
     addresses: list[int]
     parameters: list[Tensor]
-    buffers: int  # how many of those given
+    buffers: int  # the number of buffers at the end of `given`
 
     @property
     def needs_features(self) -> bool:
-        """Whether dA is asked for."""
+        """Whether dA is needed."""
         return self.given[0].requires_grad
 
     @property
     def needs_parameters(self) -> bool:
-        """Whether a parameter's gradient is asked for."""
+        """Whether a parameter's gradient is needed."""
         return any(p.requires_grad for p in self.parameters)
 
 
 def _structure(head: GGAMHeadBase) -> tuple[list[Any], list[Tensor], list[Tensor]] | None:
-    """(what a recording holds of the head beside its tensors, its parameters, its buffers); None where it
-    cannot have one."""
+    """(the head's part of the key, its parameters, its buffers), or None if it cannot be recorded."""
     own = vars(head)
     modules = own["_modules"]
     if not own["cam_detach"] or own["pool_type"] != "avg":
@@ -117,12 +115,12 @@ def _structure(head: GGAMHeadBase) -> tuple[list[Any], list[Tensor], list[Tensor
         numbers = _NUMBERS[kind]
         if numbers is not None:
             key += numbers(its)
-        # A None among them makes the call unrecorded.
+        # A None among the parameters or buffers makes the call unrecorded.
         if weights:
             parameters += weights.values()
             if numbers is not None:
                 found = [*its["_buffers"].values()]
-                buffers += found if its["training"] else found[:2]  # nothing is counted then
+                buffers += found if its["training"] else found[:2]  # eval mode counts no batches
         elif kind is nn.Dropout and its["training"] and its["p"]:
             return None
     return key, parameters, buffers
@@ -133,7 +131,7 @@ _STATE = itemgetter(
 )
 
 
-# Of each tensor, without a call of Python for each.
+# Properties of a tensor as C functions: `map` over them runs no Python for each tensor.
 _address = Tensor.data_ptr
 _shape = Tensor.shape.__get__  # type: ignore[attr-defined]
 _type = Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -174,7 +172,7 @@ def _call(form: str, head: GGAMHeadBase, features: Tensor, target: Tensor | None
 
 
 def _recordable(call: Call) -> bool:
-    """Whether these tensors can be given to launches; the key holds all that is asked here."""
+    """Whether launches can take these tensors.  Everything checked here is part of the key."""
     features, *rest = call.given
     return (
         features.numel() > 0
@@ -199,12 +197,12 @@ def _recording(call: Call, valid: Callable[[], object], record: Callable[[], Rec
 
 
 def remembered(key: tuple[Any, ...]) -> Recording | None:
-    """What was recorded for the key."""
+    """The recording for the key, or None."""
     return _recordings.get(key)
 
 
 def remember(key: tuple[Any, ...], recording: Recording | None) -> None:
-    """Keep it, in the place of the oldest if there are many."""
+    """Keep the recording; it replaces the oldest one if there are too many."""
     with _lock:
         while len(_recordings) >= _MOST:
             _recordings.pop(next(iter(_recordings)))
@@ -212,17 +210,17 @@ def remember(key: tuple[Any, ...], recording: Recording | None) -> None:
 
 
 class Blueprint(NamedTuple):
-    """Where the tensors of a head stand among those given to a call; the rest of it as numbers."""
+    """A head with indices into a call's tensors in place of its own."""
 
     features: tuple[str, int]  # input_fmt, in_features
     options: Options
     mlp: tuple[int, ...]
-    layers: list[tuple[Layer, dict[str, int]]]  # without tensors, and where each of them stands
+    layers: list[tuple[Layer, dict[str, int]]]  # a layer without tensors, and the index of each
     target: int | None
 
     @classmethod
     def read(cls, head: GGAMHeadBase, call: Call, has_target: bool) -> "Blueprint":
-        """The head as the call found it."""
+        """The blueprint of the head at the time of the call."""
         at = {id(x): i for i, x in enumerate(call.given)}
         options = Options(head.attention, head.spatial_norm, head.pool_type, head.attention_scale)
         linear = (head.fc1, head.fc2) if options.uses_channel else ()
@@ -235,7 +233,7 @@ class Blueprint(NamedTuple):
         return cls((head.input_fmt, head.in_features), options, mlp, layers, 1 if has_target else None)
 
     def stand(self, given: list[Tensor]) -> "Stand":
-        """The head on these tensors."""
+        """The head with these tensors."""
         x, shape = checks.feature_map(given[0], *self.features)
         mlp = ChannelMLP(*[given[i] for i in self.mlp]) if self.mlp else ChannelMLP(None, None, None, None)
         layers = [
@@ -245,7 +243,7 @@ class Blueprint(NamedTuple):
         return Stand(x, shape, target, mlp, layers, self.options)
 
     def like_features(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(N, C, L) in the shape of the features."""
+        """x (N, C, L) in the shape of the features."""
         return checks.like_input(x, shape, self.features[0])
 
 
@@ -255,10 +253,10 @@ def _with_tensors(layer: Layer, tensors: dict[str, Tensor]) -> Layer:
 
 
 class Stand(NamedTuple):
-    """A head on some tensors: the call's, or such without memory."""
+    """A head with the tensors of a call, or with stand-ins that have no memory."""
 
     x: Tensor  # features (N, C, L)
-    shape: tuple[int, ...]  # their positions
+    shape: tuple[int, ...]  # the spatial shape
     target: Tensor | None
     mlp: ChannelMLP
     layers: list[Layer]
@@ -266,7 +264,7 @@ class Stand(NamedTuple):
 
 
 def _play(recording: Recording, call: Call, numbers: Sequence[float]) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs, and the memory that lives until the backward."""
+    """The outputs, and the memory that is kept for the backward."""
     outputs = [blank.make() for blank in recording.outputs]
     kept = None if recording.kept is None else recording.kept()
     addresses = [*call.addresses, *map(_address, outputs)]
@@ -282,9 +280,9 @@ def _play_backward(
     parameters: int,
     numbers: Sequence[float] = (),
 ) -> list[Tensor | None]:
-    """dA and the parameters' gradients; None for what nobody needs."""
+    """dA and the parameters' gradients; None for a gradient that is not needed."""
     assert recording.backward is not None
-    # A launch is compiled for dense and aligned gradients.
+    # The launches are compiled for dense and aligned gradients.
     given = [x if x.is_contiguous() and x.data_ptr() % 16 == 0 else _copied(x) for x in given]
     # Hooks on saved tensors may have packed features into other strides.
     saved = [x if x.stride() == s else _strided(x, s) for x, s in zip(saved, recording.strides, strict=True)]
@@ -303,7 +301,7 @@ def _copied(x: Tensor) -> Tensor:
 
 
 def _batched(grad: Tensor | None) -> bool:
-    """Whether it stands for many at once: `is_grads_batched`, or vmap around autograd."""
+    """Whether the gradient is a batch of gradients: `is_grads_batched`, or vmap around autograd."""
     return grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad))
 
 
@@ -312,8 +310,7 @@ def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _check_labels(recording: Recording, head: GGAMHeadBase, target: Tensor) -> None:
-    """Where no compiled kernel asserts that labels are in range: in the interpreter, and before it is
-    compiled."""
+    """Check labels while no compiled kernel does: in the interpreter, and until the kernel is compiled."""
     if not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
         checks.target(target, target.shape[0], head.num_classes, head.ignore_index)
 
@@ -401,7 +398,7 @@ def _record_fused(head: GGAMHeadBase, call: Call, terms: LossTerms) -> Recording
 
 
 class FusedNode(Function):
-    """The loss, whose backward scales the held factors and writes dA and the parameters' gradients."""
+    """The loss as a node.  Its backward scales the held factors and writes dA and the other gradients."""
 
     @staticmethod
     def forward(
@@ -424,8 +421,8 @@ class FusedNode(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad ask for "
-                "more: use GGAMLoss()(head(features, target), target)"
+                "fused_ggam_loss can be differentiated once; create_graph=True and torch.func.grad need more "
+                "derivatives: use GGAMLoss()(head(features, target), target)"
             )
         kept, *saved = ctx.saved_tensors
         scale = grad
@@ -504,7 +501,7 @@ def _record_drop_in(head: GGAMHeadBase, call: Call, terms: LossTerms | None) -> 
             passes.append(Pass(recorder.take(), grads, [], [da, *made]))
     recording = Recording(recorder, passes, call.given[0].device)
     recording.again = partial(_again, blueprint, terms)
-    if terms is not None:  # beta; S and the guidance, and T, where they are constant
+    if terms is not None:  # beta; also S, the guidance and T if they are constant
         options = stand.options
         recording.constant = [3, *[1, 4] * (not options.uses_channel), *[2] * (not options.uses_spatial)]
     return recording
@@ -520,7 +517,7 @@ class DropInNode(Function):
         outputs, kept = _play(recording, call, numbers)
         every = [*call.given, *outputs]
         needed = [every[i] for i in recording.saved]
-        # What only a second differentiation reads comes last.
+        # The last tensors are read by a second differentiation only.
         ctx.save_for_backward(kept, *needed, *call.given[: len(call.given) - call.buffers])
         ctx.recording, ctx.numbers, ctx.buffers = (
             recording,
@@ -558,8 +555,10 @@ def _again(
     numbers: tuple[float, ...],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The backward of the drop-in form through autograd: what is differentiated twice, or has a gradient of
-    the attention itself.  Running statistics stay as they are."""
+    """The backward of the drop-in form by autograd, for second derivatives and for gradients of S or T.
+
+    It runs the forward again but does not update running statistics.
+    """
     first = 1 if terms is None else 2
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -601,7 +600,7 @@ def loss(
     smoothing: float,
     ignore_index: int | None,
 ) -> Tensor | None:
-    """The mean cross entropy plus the weighted guidance, replayed; of a guidance () or None."""
+    """The mean cross entropy plus the weighted `guidance` () if given, replayed."""
     if (
         not enabled
         or type(logits) is not Tensor
@@ -674,7 +673,7 @@ class LossNode(Function):
         every = [*call.given, *outputs]
         needed = [every[i] for i in recording.saved]
         ctx.save_for_backward(kept, *needed)
-        # For a second differentiation alone: the first one may follow a change of the logits in place.
+        # Not saved tensors, which must not change in place: only a second differentiation reads the logits.
         ctx.again = call.given[0], call.given[0]._version, call.given[1]
         ctx.recording, ctx.numbers, ctx.ignore_index = recording, numbers, ignore_index
         return outputs[0]
@@ -687,7 +686,9 @@ class LossNode(Function):
         if create_graph or _batched(grad):
             x, version, target = ctx.again
             if x._version != version:
-                raise RuntimeError("the logits were changed in place, and GGAMLoss is differentiated twice")
+                raise RuntimeError(
+                    "the logits of GGAMLoss must not change in place before it is differentiated twice"
+                )
             dlogits = None
             if ctx.needs_input_grad[4]:
                 with torch.enable_grad():

@@ -1,7 +1,7 @@
-"""The paper in plain eager PyTorch, Grad-CAM by `torch.autograd.grad`: written to be read, never tuned.
+"""The paper in plain eager PyTorch, with Grad-CAM by `torch.autograd.grad`: written to be read, never tuned.
 
-Same constructor, parameters, state dict and outputs as `GGAMHead`. Every step is one line of the paper's
-method; the rest of the library is checked against this file in float64.
+Constructor, parameters, state dict and outputs are those of `GGAMHead`. Every step is one line of the paper's
+method. The tests compare the rest of the library with this file in float64.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .base import GGAMHeadBase, GGAMOutput
 
 
 class GGAMHeadReference(GGAMHeadBase):
-    """See `GGAMHead`. Runs in the type of its input; use float64 features and parameters as a reference."""
+    """The eager `GGAMHead`. It computes in the type of its input; a reference needs float64."""
 
     def forward(
         self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
@@ -32,7 +32,7 @@ class GGAMHeadReference(GGAMHeadBase):
 
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Grad-CAM needs dy/dA even where A is a constant: look at a copy that requires grad.
+            # Grad-CAM needs dy/dA even if A is a constant, so use a copy that requires grad.
             a = a if a.requires_grad and keep_graph else a.detach().requires_grad_()
             d, log_s, t = self.attend(a)
             logits = self.classify(d, spatial_shape)

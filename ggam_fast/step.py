@@ -1,16 +1,15 @@
-"""One guided step, from the closed form: with one seed (the drop-in form) or with two (the fused loss).
+"""One guided step in closed form.  The drop-in form pulls back one gradient at a time, the fused loss two.
 
     loss = CE(logits, target) + guidance_weight * L_GGAM(S, beta)
 
 Once the classifier has run, both gradients of the pooled features are known in closed form:
 
-    v  = d y / d pooled        for beta        (y the score that Grad-CAM explains)
-    dz = d CE / d pooled       for dA          (detached, L_GGAM reaches A through S alone)
+    v  = d y / d pooled        for beta        (y is the score that Grad-CAM explains)
+    dz = d CE / d pooled       for dA          (with beta detached, L_GGAM reaches A through S alone)
 
-The fused loss takes them through A together (`closed_form.pull_back_to_channels`), and what is left of dA
-are its small factors.  The factors of the parameters' gradients come on the way (a classifier of unknown
-layers has autograd's).  The loss holds them all, so that its backward only multiplies them out, scaled by
-what arrives: A is not read again.
+The fused loss pulls both through A together (`closed_form.pull_back_to_channels`) and keeps the small factors
+of dA and of the parameters' gradients.  (Autograd computes the gradients of a custom classifier.)  Its
+backward multiplies the factors out, times the incoming gradient, and does not read A again.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,8 +51,10 @@ def ggam_attention(
     backend: str,
     differentiable: bool = False,
 ) -> Attended:
-    """`attend` with gradients where they are enabled: the fused node, or with `differentiable` the
-    contractions."""
+    """`attend` with gradients if they are enabled.
+
+    It runs as one node, or with `differentiable` through the contractions.
+    """
     with full_precision(features):
         if differentiable:
             return attend(get_differentiable(backend), features, mlp, options)
@@ -74,7 +75,7 @@ def grad_cam_weights(
 ) -> Tensor:
     """beta (N, C) for features (N, C, L), given v = `grad_pooled` = dy/dpooled (dy/dD if dense).
 
-    With `differentiable`, autograd can go through beta, to any order; otherwise beta is detached.
+    With `differentiable`, beta has derivatives of every order; otherwise it is detached.
     """
     graph = nullcontext() if differentiable else torch.no_grad()
     stages = get_differentiable(backend) if differentiable else get_backend(backend)
@@ -84,7 +85,7 @@ def grad_cam_weights(
 
 
 class LossTerms(NamedTuple):
-    """The head's options that the guidance and the loss depend on (checked)."""
+    """The options of the guidance and the loss, already checked."""
 
     cam_at: str
     cam_class: str
@@ -107,7 +108,7 @@ def cam_and_guidance(
     backend: str,
     terms: LossTerms,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """beta and S (N, C) and the guidance loss, reduced over the images that count; beta is detached."""
+    """beta (N, C), detached, S (N, C), and the guidance loss, reduced over the images that count."""
     stages, positions, logits = get_backend(backend), features.shape[2], attended.channel_logits
     norm = (terms.cam_norm, terms.cam_temperature, terms.divergence)
     mean = terms.guidance_reduction == "mean"
@@ -123,12 +124,12 @@ def cam_and_guidance(
 
 
 class Seen(NamedTuple):
-    """What the drop-in form's backward needs of its forward."""
+    """The results of the drop-in form's forward that its backward needs."""
 
     attended: Attended
     pull_back: Pullback
     grad_logits: Tensor | None  # (N, C): de of the guidance loss
-    given: list[tuple[Tensor, ...]]  # the classifier's layers, see `classifier.rules.scores`
+    given: list[tuple[Tensor, ...]]  # inputs of the classifier's layers, see `classifier.rules.scores`
 
 
 def drop_in_forward(
@@ -141,14 +142,16 @@ def drop_in_forward(
     terms: LossTerms | None,
     mean: Tensor | None = None,
 ) -> tuple[GGAMOutput, Seen]:
-    """Logits, and with a target beta and the guidance loss, of known layers and without a graph; `mean`
-    (N, C) is that of A, where it is at hand."""
+    """The head's output for known layers, without a graph.  Without a target only the logits are valid.
+
+    `mean` (N, C) is the mean of A over positions; None computes it.
+    """
     stages = get_backend(backend)
     given: list[tuple[Tensor, ...]] = []
     attended = attend(stages, features, mlp, options, mean)
     result = scores(layers, attended.pooled, True, backend, given)
     if terms is None or target is None:
-        out = GGAMOutput(result.logits, *[attended.spatial] * 4)  # of which the logits alone are asked for
+        out = GGAMOutput(result.logits, *[attended.spatial] * 4)  # placeholders
         return out, Seen(attended, result.pull_back, None, given)
     seed, share = stages.class_scores(result.logits, target, terms.cam_class, terms.ignore_index)
     (v,), _ = result.pull_back([seed])
@@ -173,8 +176,7 @@ def drop_in_backward(
     needs_features: bool,
     needs_parameters: bool,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]], list[tuple[Tensor, Tensor]] | None]:
-    """dA, the weights and biases, and their gradients, of gradients of the logits and of the guidance
-    loss."""
+    """dA, the weights and biases, and their gradients, given those of the logits and the guidance loss."""
     held = drop_in_factors(backend, features, mlp, options, seen, grad_logits, grad_guidance)
     da = held_features_grad(backend, features, options, held) if needs_features else None
     pairs = held_layer_grads(backend, held) if needs_parameters else None
@@ -192,7 +194,7 @@ def drop_in_factors(
     grad_channel: Tensor | None = None,
     grad_spatial: Tensor | None = None,
 ) -> "Held":
-    """What `drop_in_backward` makes its gradients of, for gradients of S and T too."""
+    """The factors for `drop_in_backward`, given gradients of the logits, the guidance loss, S and T."""
     stages, attended = get_backend(backend), seen.attended
     (dz,), layers = seen.pull_back([grad_logits])
     de, scale = seen.grad_logits, grad_guidance
@@ -211,7 +213,7 @@ def _mlp_layers(mlp: ChannelMLP, attended: Attended, f: Factors) -> list[LayerGr
 
 
 class FusedLoss(NamedTuple):
-    """What `functional.fused_ggam_loss` returns."""
+    """The result of `functional.fused_ggam_loss`."""
 
     loss: Tensor
     """() the only output with a gradient"""
@@ -220,15 +222,17 @@ class FusedLoss(NamedTuple):
 
 
 def _alone(x: Tensor) -> Tensor:
-    """The same; of a part of something larger a copy, which does not keep that in memory."""
+    """x, copied if it is a view of a larger tensor, which the view would keep in memory."""
     if torch.compiler.is_compiling() or (x._base is not None and x._base.numel() > x.numel()):
         return x.clone()
     return x
 
 
 def _smaller(backend: Backend, layers: Sequence[LayerGradient]) -> list[LayerGradient]:
-    """The same, where a layer has no more elements than its factors as the gradients themselves; not where
-    the batch's size is a symbol, which a comparison would bind."""
+    """The layers, with the gradients themselves in place of factors that are no smaller.
+
+    A symbolic batch size keeps the factors, because a comparison would fix the size.
+    """
 
     def shrinks(layer: LayerGradient) -> bool:
         weight, _, left, right, product = layer
@@ -248,7 +252,7 @@ def _smaller(backend: Backend, layers: Sequence[LayerGradient]) -> list[LayerGra
 
 
 class Held(NamedTuple):
-    """What all gradients are made of: dA's factors, and the layers' gradients or their factors."""
+    """The factors of dA, and the layers' gradients or their factors."""
 
     factors: Factors
     weights: Tensor  # (N, L): kappa T
@@ -267,9 +271,11 @@ def fused_forward(
     mean: Tensor | None = None,
     known: bool = True,
 ) -> tuple[GGAMOutput, Guided, Held]:
-    """The forward of the fused loss, both of its gradients pulled back; `score` runs the classifier, `mean`
-    (N, C) is that of A, where it is at hand.  Without a graph, but for that of a classifier that is not
-    `known`, which also runs under the caller's autocast."""
+    """The forward of the fused loss, with both gradients pulled back.  `score` runs the classifier.
+
+    `mean` (N, C) is the mean of A over positions; None computes it.  Nothing has a graph except a classifier
+    that is not `known`; it also runs under the caller's autocast.
+    """
     stages, alone = get_backend(backend), full_precision(features)
     features, positions = features.detach(), features.shape[2]
     scored = None
@@ -335,7 +341,7 @@ def held_loss(
     held: Held,
     terms: LossTerms,
 ) -> Tensor:
-    """entropy + guidance_weight * guidance, or the entropy alone, as one node that holds its gradients."""
+    """entropy + guidance_weight * guidance, or `entropy` alone, as one node that holds its gradients."""
     f, weights, peak_index, layers = held
     stages = get_backend(backend)
     with torch.no_grad(), full_precision(features):
@@ -357,8 +363,10 @@ def fused_loss(
     target: Tensor,
     terms: LossTerms,
 ) -> FusedLoss:
-    """See `functional.fused_ggam_loss`; features are (N, C, L).  The cross entropy of a classifier that is
-    not `known` keeps its graph: its own gradient is autograd's."""
+    """`functional.fused_ggam_loss` of features (N, C, L).
+
+    The cross entropy of a classifier that is not `known` keeps its graph for autograd.
+    """
     out, guided, held = fused_forward(backend, features, mlp, options, score, target, terms, known=known)
     entropy, guidance = guided.loss, None
     if not known:

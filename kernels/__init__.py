@@ -5,35 +5,35 @@ t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in byt
 
 | file             | equation                                                    | reads     | writes |
 |------------------|-------------------------------------------------------------|-----------|--------|
-| spatial_sum      | out_c = scale * sum_l t_l A_cl, of none, one or two t       | |A|       | small  |
-| channel_sum      | out_l = sum_c s_c A_cl in fixed-order parts, of one or two s| |A|       | small  |
+| spatial_sum      | out_c = scale * sum_l t_l A_cl, for no, one or two t        | |A|       | small  |
+| channel_sum      | out_l = sum_c s_c A_cl in fixed-order parts, one or two s   | |A|       | small  |
 | spatial_norm     | T = softmax / sum / sigmoid (U) over l; dT -> dU            | small     | small  |
-| product          | a linear layer, and back through it                         | small     | small  |
+| product          | a linear layer and its backward                             | small     | small  |
 | layer_grads      | the gradients of up to four layers' weights and biases      | small     | small  |
-| tf32             | x w in float32 on tensor cores, for these two               |           |        |
-| arrival          | sums over the programs of a launch, by who is last          |           |        |
-| batch_norm       | act(batch norm x), running values, and back through it      | small     | small  |
-| softmax          | S = softmax (e) over channels, and back through it          | small     | small  |
-| cross_entropy    | per image and in all, its gradient, the class score's       | small     | small  |
+| tf32             | x w in float32 on tensor cores, for the two above           |           |        |
+| arrival          | sums over the programs of a launch, by the last to arrive   |           |        |
+| batch_norm       | act(batch norm x), running values, and its backward         | small     | small  |
+| softmax          | S = softmax (e) over channels, and its backward             | small     | small  |
+| cross_entropy    | per image and mean, its gradient, the class score's         | small     | small  |
 | guidance         | beta, S, the guidance loss and its gradient, the whole loss | small     | small  |
 | features_grad    | dA = x t/L + s dU + dg/L, an outer-product sum              | 0 (|G|)   | |A|    |
-| max_pool         | max_l t_l A_cl, where, and A there                          | |A|       | small  |
+| max_pool         | argmax_l t_l A_cl, and A at that position                   | |A|       | small  |
 | position_scatter | out_l = sum over c with index_c = l of x_c                  | small     | small  |
 | hadamard         | D_cl = A_cl * t_l (or A_cl * s_c)                           | |A|       | |D|    |
 | grad_cam_means   | mean_l G t, sum_l G A, sum_c G A in one pass                | |A| + |G| | small  |
 | plan             | tiles, by measurement                                       |           |        |
 
-A guided step with average pooling and the default classifier is 27 launches,
+A guided step with average pooling and the default classifier has 27 launches:
 
     forward     spatial_sum (the mean), product, product, softmax, channel_sum, spatial_norm,      3 |A| read
                 spatial_sum, batch_norm, product, batch_norm, product, cross_entropy
     gradients   product, batch_norm, product, batch_norm, channel_sum, spatial_norm, spatial_sum,  2 |A| read
-                of beta's and dA's at once; softmax, product, product, for beta alone;
+                for beta and dA together; softmax, product, product, for beta alone;
                 guidance with the whole loss; product, product
     backward    features_grad, layer_grads                                                         |A| written
 
-of which 25 are made when the loss is computed: the gradients need nothing that arrives at it but its scale.
+The first 25 run when the loss is computed: the gradient that arrives at the loss only scales the results.
 
-One pass after another was faster on an H100 than one persistent launch whose second read finds A in the L2
-cache, and than tiles held in shared memory, which read A once (`dev/h100.md`).
+Separate passes were faster on an H100 than one persistent launch whose second read finds A in the L2 cache.
+They were also faster than tiles held in shared memory, which read A once (`dev/h100.md`).
 """

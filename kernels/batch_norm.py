@@ -1,16 +1,16 @@
-"""Batch norm of the few rows that a head has, with the activation after it, and back through both:
+"""Batch norm for the few rows of a head with the activation after it, and the backward of both:
 
     xhat_nc = (x_nc - mean_c) rstd_c        rstd_c = 1 / sqrt(variance_c + eps)
     y = act(gamma_c xhat + beta_c)          act = none, ReLU or ELU
     d = dy act'                             dgamma_c = sum_n d xhat        dbeta_c = sum_n d
     dx = gamma rstd (d - mean_n d - xhat mean_n (d xhat))   in training;   gamma rstd d   otherwise
 
-In training mean and variance are the batch's, the variance of what is centred; else the running ones.
-Running values move as in torch: to (1 - f) running + f batch, with the unbiased variance, for
+In training, mean and variance are the batch's, and the variance is taken after centring.  Otherwise they are
+the running ones.  As in torch, running values become (1 - f) running + f batch, with the unbiased variance,
 
     FIXED  f = momentum       CUMULATIVE  f = 1 / t       SETTLING  f = max(momentum, 1 / t)
 
-in step t = 1, 2, ...  Touches x two or three times, of which all but the first come from a cache.
+in step t = 1, 2, ...  x is read two or three times; after the first time it is in a cache.
 """
 
 import triton
@@ -29,7 +29,7 @@ SETTLING = tl.constexpr(2)
 
 @triton.jit
 def _expm1(z):
-    """exp(z) - 1 of z <= 0: near 0, where that cancels, nine terms of its series."""
+    """exp(z) - 1 for z <= 0.  Near 0 the difference would cancel, so nine terms of the series are used."""
     series = 1.0 + z * (1.0 / 9.0)
     series = 1.0 + z * (1.0 / 8.0) * series
     series = 1.0 + z * (1.0 / 7.0) * series
@@ -79,11 +79,11 @@ def _affine(gamma_ptr, beta_ptr, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
 def batch_norm_kernel(
     x_ptr,  # (N, C) float32, contiguous
     gamma_ptr, beta_ptr,  # (C,) float32; None: 1, and 0
-    running_mean_ptr, running_var_ptr,  # (C,) float32, moved in training; there both may be None
-    tracked_ptr,  # () int64: t - 1, counted in training; or None, if FIXED
-    counter_ptr,  # () int32 zero: programs that have read it; None if FIXED
+    running_mean_ptr, running_var_ptr,  # (C,) float32, updated in training; in training both may be None
+    tracked_ptr,  # () int64: t - 1, increased in training; None if FIXED
+    counter_ptr,  # () int32 zero: programs that have read tracked; None if FIXED
     y_ptr,  # (N, C) float32, contiguous
-    mean_ptr, rstd_ptr,  # (C,) float32, for the way back; or None
+    mean_ptr, rstd_ptr,  # (C,) float32, for the backward; or None
     momentum, eps, alpha, N,
     C: tl.constexpr,
     TRAINING: tl.constexpr,
@@ -95,7 +95,7 @@ def batch_norm_kernel(
     """This program does all rows of BLOCK_C columns."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     if TRAINING:
-        near = tl.load(x_ptr + c, mask=c < C, other=0.0)  # to the mean, which may be far from 0
+        near = tl.load(x_ptr + c, mask=c < C, other=0.0)  # a shift near the mean, which may be far from 0
         mean = near + _column_sums(x_ptr, near, c, N, C, False, BLOCK_N, BLOCK_C) / N
         squares = _column_sums(x_ptr, mean, c, N, C, True, BLOCK_N, BLOCK_C)
         variance = squares / N
@@ -141,7 +141,7 @@ def batch_norm_kernel(
 def _before_act(
     dy_ptr, x_ptr, mean, rstd, gamma, beta, alpha, n, c, N, C: tl.constexpr, ACT: tl.constexpr
 ):  # fmt: skip
-    """(d, xhat) of rows n; d is 0 outside."""
+    """(d, xhat) for rows n; d is 0 for rows outside the batch."""
     mask = (n < N)[:, None] & (c < C)[None, :]
     d = tl.load(dy_ptr + n[:, None] * C + c[None, :], mask=mask, other=0.0)
     x = tl.load(x_ptr + n[:, None] * C + c[None, :], mask=mask, other=0.0)
@@ -156,12 +156,12 @@ def _before_act(
 
 @triton.jit(do_not_specialize=["alpha", "N"])
 def batch_norm_grad_kernel(
-    dy_ptr, dy_1_ptr,  # (N, C) float32, contiguous; what ends in _1 is None for R = 1
+    dy_ptr, dy_1_ptr,  # (N, C) float32, contiguous; names ending in _1 are None for R = 1
     x_ptr,  # (N, C) float32, contiguous
     gamma_ptr, beta_ptr,  # (C,) float32; None: 1, and 0
     mean_ptr, rstd_ptr,  # (C,) float32
     dx_ptr, dx_1_ptr,  # (N, C) float32, contiguous
-    dgamma_ptr, dbeta_ptr,  # (C,) float32, of the last dy; or None
+    dgamma_ptr, dbeta_ptr,  # (C,) float32, for the last dy; or None
     alpha, N,
     C: tl.constexpr,
     R: tl.constexpr,
@@ -170,7 +170,7 @@ def batch_norm_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """This program takes all rows of BLOCK_C columns of one dy back."""
+    """This program does all rows of BLOCK_C columns of one dy."""
     r = tl.program_id(0) % R
     if R > 1:
         second = r == 1

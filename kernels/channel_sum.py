@@ -1,12 +1,12 @@
 """partials[n, r, p, l] = sum over the channels c of part p of weights_r[n, c] A[n, c, l], for R = 1 or 2
 weights at once.
 
-The sum over p, in the order p = 0, 1, ..., is channel_sum; `spatial_norm` takes the partials as they
-are.  No atomics: the result is the same bits every run.  Reads A once, writes 4*N*R*P*L bytes.
+The sum over p, in the order p = 0, 1, ..., is channel_sum; `spatial_norm` adds the partials.  There are no
+atomics, so the bits are the same every run.  Reads A once, writes 4*N*R*P*L bytes.
 
-Goes through the images from the last to the first, `spatial_sum` from the first to the last: each then begins
-with what the pass before it left in L2.  The hint to keep A there is for the pass that follows; asynchronous
-copies to shared memory take none.
+This pass goes through the images from the last to the first, `spatial_sum` from the first to the last.  Each
+pass then begins with the images that the pass before it left in L2.  A hint asks L2 to keep A for the next
+pass; asynchronous copies to shared memory take no hint.
 """
 
 import triton
@@ -31,8 +31,8 @@ def channel_sum_kernel(
     BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """This program sums PARTIAL_C channels of one image at BLOCK_L positions, with up to STAGES - 1 tiles on
-    their way to shared memory."""
+    """This program sums PARTIAL_C channels of one image at BLOCK_L positions.  Up to STAGES - 1 tiles are
+    being copied to shared memory meanwhile."""
     parts: tl.constexpr = (C + PARTIAL_C - 1) // PARTIAL_C
     blocks: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
     n = tl.num_programs(0) // (parts * blocks) - 1 - tl.program_id(0) // (parts * blocks)
@@ -40,7 +40,7 @@ def channel_sum_kernel(
     part = tl.program_id(0) // blocks % parts
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     image_ptr = features_ptr + n * stride_n
-    # One accumulator a position, not one an element of a tile: that spilled for two weights.
+    # One accumulator for each position.  One for each element of a tile spilled with two weights.
     acc = tl.zeros((BLOCK_L,), tl.float32)
     acc_1 = tl.zeros((BLOCK_L,), tl.float32)
     for start in tl.range(0, PARTIAL_C, BLOCK_C, num_stages=STAGES):

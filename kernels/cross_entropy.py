@@ -1,11 +1,11 @@
-"""The cross entropy of each image, its gradient, and the gradient of the class score that Grad-CAM looks at:
+"""The cross entropy of each image, its gradient, and the gradient of the class score that Grad-CAM explains:
 
     q' = (1 - smoothing) q + smoothing / K      p = softmax(x)      share_n = 1 / images that count
     loss_n = sum_k q'_k (log sum exp x - x_k)   total = sum_n share_n loss_n + weight guidance
     dce = share_n (p sum_k q'_k - q')           dy = q, or one at the first maximum of x
 
-for class indices, q one at the label, or rows q that need not sum to one.  An image that does not count, with
-`ignore_index` for a label, has zeros whatever its logits are.
+For class indices q is one at the label; a given row q need not sum to one.  An image with the label
+`ignore_index` does not count: its results are zero, whatever its logits are.
 """
 
 import triton
@@ -16,7 +16,7 @@ from .arrival import is_last, row_sum
 
 @triton.jit
 def _counted(labels_ptr, ignore_index, N, BLOCK: tl.constexpr):
-    """How many labels are not to be ignored."""
+    """The number of labels that are not ignored."""
     counts = tl.zeros((BLOCK,), tl.int32)
     start = 0
     while start < N:
@@ -28,13 +28,13 @@ def _counted(labels_ptr, ignore_index, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _target(target_ptr, label, k, K: tl.constexpr, HARD: tl.constexpr):
-    """q at k: a label is compared, never an address."""
+    """q at k.  A label is compared with k and never used as an address."""
     return (k == label).to(tl.float32) if HARD else tl.load(target_ptr + k, mask=k < K, other=0.0)
 
 
 @triton.jit
 def _peak(row_ptr, x, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The largest x that is no NaN, and 1 if one is."""
+    """The largest x other than NaN, and 1 if any x is NaN, else 0."""
     peaks = tl.full((BLOCK_K,), -float("inf"), tl.float32)
     nans = tl.zeros((BLOCK_K,), tl.int32)
     for start in range(0, K, BLOCK_K):
@@ -51,7 +51,7 @@ def _sums(
     row_ptr, x, target_ptr, label, peak, has_nan,
     K: tl.constexpr, HARD: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Over k, the sums of exp(x - peak), q, q (peak - x) and peak - x, and the first maximum."""
+    """The sums over k of exp(x - peak), q, q (peak - x) and peak - x, and where the first maximum is."""
     exponentials = tl.zeros((BLOCK_K,), tl.float32)
     targets = tl.zeros((BLOCK_K,), tl.float32)
     dots = tl.zeros((BLOCK_K,), tl.float32)
@@ -79,20 +79,20 @@ def _sums(
 def cross_entropy_kernel(
     logits_ptr,  # (N, K) float32, contiguous: x
     target_ptr,  # (N,) int64 if HARD, else (N, K) float32, contiguous: q
-    losses_ptr,  # (N,) float32; this and all below None where not asked for
+    losses_ptr,  # (N,) float32; this and each pointer below is None if not needed
     dce_ptr, dy_ptr,  # (N, K) float32, contiguous
     share_ptr,  # (N,) float32
-    counter_ptr,  # () int32 zero: images done; for the total alone
+    counter_ptr,  # () int32 zero: images done; only for the total
     guidance_ptr,  # (), any dtype
     total_ptr,  # () float32; needs losses
     ignore_index, smoothing, weight, N,
     K: tl.constexpr,
     HARD: tl.constexpr,
-    IGNORE: tl.constexpr,  # whether there is an ignore_index, for HARD alone
-    PREDICTED: tl.constexpr,  # dy looks at the first maximum; a NaN is one
+    IGNORE: tl.constexpr,  # whether there is an ignore_index; only if HARD
+    PREDICTED: tl.constexpr,  # dy is one at the first maximum of x; a NaN counts as a maximum
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """This program does all classes of one image, in sweeps if they are more than BLOCK_K."""
+    """This program does all classes of one image, in sweeps if there are more than BLOCK_K."""
     n = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + n * K
     x = tl.load(row_ptr + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < K, other=-float("inf"))
@@ -122,7 +122,7 @@ def cross_entropy_kernel(
         loss = rest * (target * high + dot)
         loss += tl.where(smoothing > 0.0, smoothing * (high + gap / K), 0.0)
         if HARD:
-            loss = tl.where(valid, loss, float("nan"))  # seen without asserts too
+            loss = tl.where(valid, loss, float("nan"))  # a wrong label shows even without asserts
         tl.store(losses_ptr + n, tl.where(counts, loss, 0.0))
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -147,14 +147,14 @@ def cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["weight"])
 def cross_entropy_grad_kernel(
-    grad_ptr,  # (), any dtype: of the total
+    grad_ptr,  # (), any dtype: the gradient of the total
     dce_ptr,  # (SIZE,) float32, contiguous
     grad_logits_ptr,  # (SIZE,) float32, contiguous
     grad_guidance_ptr,  # () float32, or None
     weight, SIZE,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """This program scales BLOCK elements of dce, the first the guidance's weight too."""
+    """This program scales BLOCK elements of dce.  The first program also scales the guidance's weight."""
     grad = tl.load(grad_ptr).to(tl.float32)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dce = tl.load(dce_ptr + at, mask=at < SIZE, other=0.0)

@@ -5,8 +5,8 @@
     max pool       first = x_c t_l at l = index_c, else 0
     dense          first = G_cl t_l, or G_cl s_c for channel attention alone
 
-with x = dz; t = 1 and no s_c dU_l term without spatial attention.  Writes |A|; reads G once in the dense
-case.
+with x = dz.  Without spatial attention t = 1 and there is no s_c dU_l term.  Writes |A|; reads G once in the
+dense case.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Everything Grad-CAM and the backward need of a dense gradient G = dy/dD, in one pass over (A, G):
+"""All sums of a dense gradient G = dy/dD that Grad-CAM and the backward need, in one pass over (A, G):
 
     means[n, c]       = 1/L * sum_l G_cl t_l       (t = 1 without spatial weights)
     dots[n, c]        = sum_l G_cl A_cl            ds under channel attention alone
@@ -32,7 +32,7 @@ def grad_cam_means_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """This program reduces BLOCK_C channels of one image both ways."""
+    """This program reduces BLOCK_C channels of one image over positions and over channels."""
     parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts

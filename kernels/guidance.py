@@ -1,12 +1,13 @@
-"""beta, the guidance loss and its gradient of the channel logits e, one image a program:
+"""beta, the guidance loss and its gradient for the channel logits e; one program does one image:
 
     S = softmax(e)      beta = first mean_l T / L + S mean_l dU + dg / L      log b~ = log of beta's norm
     symmetric  loss = 1/2 sum_c (S - b~)(log S - log b~)    g = 1/2 (S - b~ + S (log S - log b~))
     forward    loss = sum_c S (log S - log b~)              g = S + S (log S - log b~)
     de = scale (g - S sum_c g) + S (dS - <dS, S>)
 
-beta counts as constant in de, and dS is what comes from elsewhere.  Given each image's share of a mean, 0 for
-one that does not count: its loss is 0, scale is times the share (of a sum: 1 or 0), and who is last adds up
+beta counts as constant in de.  dS is a further gradient of S.  share_n is an image's weight in the mean.  For
+an image that does not count it is 0, and so is the loss.  With shares, scale is multiplied by share_n (in a
+sum by 1, or 0 if the share is 0), and the last program to arrive adds up
 
     guidance = sum_n share_n loss_n (of a sum: sum_n loss_n)     total = sum_n share_n ce_n + scale guidance
 
@@ -25,7 +26,7 @@ STANDARDIZED_CAM = tl.constexpr(2)
 
 @triton.jit
 def _partial_sums(row_ptr, L: tl.constexpr, BLOCK_L: tl.constexpr):
-    """BLOCK_L sums of every BLOCK_L-th position; to add those up takes a barrier."""
+    """BLOCK_L sums, each of every BLOCK_L-th position.  Adding these up would take a barrier."""
     acc = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, L, BLOCK_L):
         l = start + tl.arange(0, BLOCK_L)
@@ -42,8 +43,11 @@ def _log_softmax(x, mask):
 
 @triton.jit
 def _standardized(beta, mask, C: tl.constexpr):
-    """beta over channels with mean 0 and deviation 1; 0 where all are equal, whose mean may round.  Scaled
-    before it is squared, as it can be far below 1e-7."""
+    """beta with mean 0 and deviation 1 over channels, or 0 if all values are equal.
+
+    Values are compared directly, because the mean of equal values may round.  beta can be far below 1e-7, so
+    it is scaled before it is squared.
+    """
     high = tl.max(tl.where(mask, beta, -float("inf")), axis=0)
     low = tl.min(tl.where(mask, beta, float("inf")), axis=0)
     flat = low == high
@@ -59,7 +63,7 @@ def _standardized(beta, mask, C: tl.constexpr):
 def guidance_kernel(
     logits_ptr,  # (N, C) float32: e
     first_ptr,  # (N, C) float32
-    attention_ptr,  # (N, L) float32: T; None: beta takes `first` as it is
+    attention_ptr,  # (N, L) float32: T; None: the first term of beta is `first`
     grad_map_ptr,  # (N, L) float32: dU, or None
     grad_mean_ptr,  # (N, C) float32: dg, or None
     grad_channel_ptr,  # (N, C) float32: dS, or None
@@ -71,14 +75,14 @@ def guidance_kernel(
     temperature,
     share_ptr,  # (N,) float32, or None
     counter_ptr,  # () int32 zero: images done; None: no sums over images
-    cross_entropies_ptr,  # (N,) float32: ce; like the total None where not asked for
+    cross_entropies_ptr,  # (N,) float32: ce; None, as is the total, if not needed
     guidance_ptr,  # () float32
     total_ptr,  # () float32
     C: tl.constexpr,
     L: tl.constexpr,
     CAM_NORM: tl.constexpr,
     SYMMETRIC: tl.constexpr,
-    MEAN: tl.constexpr,  # over images, not their sum; matters with share alone
+    MEAN: tl.constexpr,  # the mean over images, not the sum; used only with share
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -88,7 +92,7 @@ def guidance_kernel(
     mask = c < C
     row = n * C + c
 
-    # All loads before the first sum, whose barrier would keep the next one from starting.
+    # All loads come before the first sum, because its barrier would delay later loads.
     e = tl.load(logits_ptr + row, mask=mask, other=0.0)
     beta = tl.load(first_ptr + row, mask=mask, other=0.0)
     if grad_mean_ptr is not None:

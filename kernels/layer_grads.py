@@ -2,8 +2,8 @@
 
     dW_jc = scale sum_n dy_nj x_nc        db_j = scale sum_n dy_nj
 
-With the error of float32 (`tf32`).  Reads dy and x once a tile, writes dW and db.  Up to two vectors, the
-gradients of batch norms, are scaled on the way, so that those of all parameters are one launch.
+The error is that of float32 (`tf32`).  Each tile reads its dy and x once; dW and db are written.  Up to two
+vectors, the gradients of batch norms, are scaled too, so that one launch serves all parameters.
 """
 
 import triton
@@ -35,14 +35,14 @@ def layer_grads_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,  # blocks of N, or more: a power of two, so that few batches are compiled for
-    WIDE_J: tl.constexpr,  # all J are multiples of four: accesses of 16 bytes
+    STEPS: tl.constexpr,  # blocks of N, rounded up to a power of two: few batch sizes need a compilation
+    WIDE_J: tl.constexpr,  # whether all J are multiples of four, for accesses of 16 bytes
     WIDE_C: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program does a BLOCK_J x BLOCK_C tile of a dW; with the first of a row of tiles, BLOCK_J of db.
-    Those before the tiles do as many elements of the vectors."""
+    """This program does a BLOCK_J x BLOCK_C tile of a dW.  The first tile in a row also does BLOCK_J of db.
+    Each of the programs before the tiles does BLOCK_J * BLOCK_C elements of a vector."""
     tile = tl.program_id(0)  # counted from the first layer to the last, after the vectors
     if vector_ptr is not None:
         if tile < tl.cdiv(V, BLOCK_J * BLOCK_C):
@@ -74,7 +74,7 @@ def layer_grads_kernel(
             J, C = J_3, C_3
 
     if WIDE_J:
-        J = J // 4 * 4  # the same, and the compiler knows
+        J = J // 4 * 4  # no change, but it tells the compiler that 4 divides J
     if WIDE_C:
         C = C // 4 * 4
     tiles_c = tl.cdiv(C, BLOCK_C)

@@ -1,7 +1,7 @@
 """index[n, c] = argmax_l t_l A_cl, peak[n, c] = A at that position; the pooled value is peak * t[index].
 
 Ties go to the first position and a NaN wins over everything, as in torch's MaxPool.
-Reads A once, and of its maxima once more the N*C elements; writes 12*N*C bytes.
+Reads A once, and then the N*C maxima again; writes 12*N*C bytes.
 """
 
 import triton

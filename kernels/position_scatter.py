@@ -1,6 +1,6 @@
 """out[n, l] = sum over channels c with index[n, c] = l of values[n, c]: dT under max pooling.
 
-A scatter written as a masked sum in a fixed order, so that it needs no float atomics.
+The scatter is a masked sum in a fixed order, so it needs no float atomics.
 Touches nothing of A's size.
 """
 
@@ -18,7 +18,7 @@ def position_scatter_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """This program gathers what all channels of one image send to BLOCK_L positions."""
+    """This program sums the values of all channels of one image at BLOCK_L positions."""
     blocks: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
     n = (tl.program_id(0) // blocks).to(tl.int64)
     l = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)

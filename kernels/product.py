@@ -1,10 +1,10 @@
-"""A linear layer, or the way back through one, for the few rows that a head has:
+"""A linear layer or its backward, for the few rows of a head:
 
     out_mn = sum_k x_mk w_kn  (+ b_n, ReLU | 0 where h_mn <= 0)
 
-of R = 1 or 2 matrices x at once, with the error of float32 (`tf32`).  Few rows leave a GPU idle, so SPLIT
-programs share a tile, each with its part of the sum over k; who is last adds the parts up, in their order:
-the same bits every run.
+for R = 1 or 2 matrices x at once, with the error of float32 (`tf32`).  Few rows leave a GPU idle, so SPLIT
+programs share a tile and each does a part of the sum over k.  The last program to arrive adds the parts in
+their order, so the bits are the same every run.
 """
 
 import triton
@@ -15,13 +15,13 @@ from .tf32 import add_product, combined
 
 @triton.jit(do_not_specialize=["M"])  # batches come in all sizes
 def product_kernel(
-    x_ptr, x_1_ptr,  # (M, K) float32; the second for R = 2 only, else None, as all that is not asked for
+    x_ptr, x_1_ptr,  # (M, K) float32; pointers that are not needed, as the second for R = 1, are None
     w_ptr,  # (K, N) float32
     bias_ptr,  # (N,) float32
     mask_ptr,  # (M, N) float32, contiguous: h
     out_ptr, out_1_ptr,  # (M, N) float32, contiguous
     partials_ptr,  # (R, SPLIT, M, N) float32
-    counters_ptr,  # (R * tiles,) int32 zeros: parts of each tile that are stored
+    counters_ptr,  # (R * tiles,) int32 zeros: the number of stored parts of each tile
     M, N, K,
     stride_xm, stride_xk, stride_wk, stride_wn,
     R: tl.constexpr,
@@ -34,10 +34,10 @@ def product_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program adds up one of SPLIT parts of a BLOCK_M x BLOCK_N tile."""
+    """This program computes one of SPLIT parts of a BLOCK_M x BLOCK_N tile."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     part = tl.program_id(0) % SPLIT
-    tile = tl.program_id(0) // SPLIT  # of all R matrices
+    tile = tl.program_id(0) // SPLIT  # counted over all R matrices
     r = tile % R
     if R > 1:
         second = r == 1
@@ -68,11 +68,11 @@ def product_kernel(
     if SPLIT > 1:
         partials_ptr += r * SPLIT * M * N
         tl.store(partials_ptr + part * M * N + offsets, acc, mask=mask)
-        tl.debug_barrier()  # the stores of all threads, before the one thread that counts
+        tl.debug_barrier()  # the stores of all threads come before the count, which one thread does
         is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
         if is_last:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for p in range(SPLIT):  # what others stored, past the L1 cache
+            for p in range(SPLIT):  # parts that other programs stored, loaded past the L1 cache
                 acc += tl.load(partials_ptr + p * M * N + offsets, mask=mask, other=0.0, cache_modifier=".cg")
     if is_last:
         if bias_ptr is not None:

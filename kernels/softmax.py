@@ -1,4 +1,4 @@
-"""S = softmax(e) over channels, and back through it, one image a program:
+"""S = softmax(e) over channels, and its backward; one program does one image:
 
     S_c = exp(e_c - max e) / sum exp        de_c = S_c (dS_c - <dS, S>) + scale extra_c
 
@@ -28,7 +28,7 @@ def softmax_kernel(
 def softmax_grad_kernel(
     channel_ptr,  # (N, C) float32, contiguous: S
     grad_channel_ptr,  # (N, C) float32, contiguous: dS
-    extra_ptr,  # (N, C) float32, contiguous: the part of de that comes from elsewhere; or None
+    extra_ptr,  # (N, C) float32, contiguous: a further gradient of e; or None
     scale_ptr,  # (), any dtype, or None: 1
     grad_logits_ptr,  # (N, C) float32, contiguous: de
     C: tl.constexpr,

@@ -1,4 +1,4 @@
-"""The "2D softmax" of the paper and its two alternatives, forward and backward, one image a program.
+"""The paper's "2D softmax" and its two alternatives, forward and backward; one program does one image.
 
     U = sum_p partials[p]                          total = sum_l U_l
     softmax   T_l = exp(U_l - max U) / sum exp     dU = T (dT - <dT, T>)
@@ -6,9 +6,9 @@
     sigmoid   T_l = 1 / (1 + exp(-U_l))            dU = dT T (1 - T)
     none      T_l = U_l                            channel_sum, added up in a fixed order
 
-with kappa T_l, what multiplies A, beside T_l where it is asked for, and dT = scale sum_p partials[p] + extra
-in the backward, of R = 1 or 2 gradients.  Touches nothing of A's size.  A map of up to BLOCK_L positions is
-added up once and stays in registers; a larger one is added up anew in each sweep.
+On request the forward also writes kappa T_l, the weights of A.  In the backward, for R = 1 or 2 gradients,
+dT = scale sum_p partials[p] + extra.  Touches nothing of A's size.  A map of up to BLOCK_L positions is
+added up once and stays in registers.  Each sweep adds up a larger map again.
 """
 
 import triton
@@ -22,11 +22,11 @@ NONE = tl.constexpr(3)
 
 @triton.jit
 def _sum_partials(partials_ptr, l, P, L: tl.constexpr, BLOCK_L: tl.constexpr):
-    # Several parts of a small map at a time, so that their loads are in flight together.
+    # A small map takes several parts at a time, so that their loads are in flight together.
     BLOCK_P: tl.constexpr = max(1, min(32, 2048 // BLOCK_L))
     acc = tl.zeros((BLOCK_P, BLOCK_L), tl.float32)
     start = 0
-    while start < P:  # not a range, which Triton 3.6's interpreter takes up to constants alone
+    while start < P:  # not a range: in Triton 3.6's interpreter its end must be a constant
         p = start + tl.arange(0, BLOCK_P)
         mask = (p < P)[:, None] & (l < L)[None, :]
         offsets = p[:, None] * L + l[None, :]
@@ -101,10 +101,10 @@ def spatial_norm_kernel(
 @triton.jit
 def spatial_norm_grad_kernel(
     partials_ptr,  # (N, R, P, L) float32: dT in parts
-    extra_ptr,  # (N, L) float32: the part of dT that does not come from A; None without
+    extra_ptr,  # (N, L) float32: the part of dT that does not come from A, or None
     attention_ptr,  # (N, L) float32: T
     total_ptr,  # (N,) float32
-    grad_ptr, grad_1_ptr,  # (N, L) float32: dU; what ends in _1 is None for R = 1
+    grad_ptr, grad_1_ptr,  # (N, L) float32: dU; the second is None for R = 1
     scale,
     P,
     L: tl.constexpr,
@@ -112,7 +112,7 @@ def spatial_norm_grad_kernel(
     NORM: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """This program turns one dT of one image into dU."""
+    """This program computes one dU of one image from its dT."""
     n = (tl.program_id(0) // R).to(tl.int64)
     map_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * P * L
     if extra_ptr is not None:

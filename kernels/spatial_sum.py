@@ -1,10 +1,10 @@
-"""out[n, c] = scale * sum_l weights[n, l] * A[n, c, l]; of two weights at once with R = 2.
+"""out[n, c] = scale * sum_l weights[n, l] * A[n, c, l], for R = 0, 1 or 2 weights at once.
 
 With R = 0 all weights are 1.  GAP is R = 0 and scale = 1/L; the attended average pool is weights = T and
-scale = 1/L.  Reads A once, writes 4*N*C bytes a map.
+scale = 1/L.  Reads A once, writes 4*N*C bytes for each output.
 
-The mean comes before `channel_sum`, for which L2 is asked to keep A; a weighted sum is the last pass of the
-forward or of the backward, and A may leave L2.
+`channel_sum` follows the mean, so the mean asks L2 to keep A.  A weighted sum is the last pass of the forward
+or of the backward, so A may then leave L2.
 """
 
 import triton
@@ -16,7 +16,7 @@ from .offsets import image_offsets
 @triton.jit(do_not_specialize=["clear"])
 def spatial_sum_kernel(
     features_ptr,  # (N, C, L), any dtype
-    weights_ptr, weights_1_ptr,  # (N, L) float32, contiguous; None but for the R first
+    weights_ptr, weights_1_ptr,  # (N, L) float32, contiguous; only the first R are not None
     out_ptr, out_1_ptr,  # (N, C) float32, contiguous; the second is None unless R = 2
     scale,
     stride_n,
@@ -32,8 +32,8 @@ def spatial_sum_kernel(
     BLOCK_L: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """This program sums TASK_C channels of one image over all positions, with up to STAGES - 1 tiles on their
-    way to shared memory.  The first one clears the counters that later launches count on."""
+    """This program sums TASK_C channels of one image over all positions.  Up to STAGES - 1 tiles are being
+    copied to shared memory meanwhile.  The first program clears the counters that later launches use."""
     if clear_ptr is not None and tl.program_id(0) == 0:
         start = 0
         while start < clear:

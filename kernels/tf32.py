@@ -2,8 +2,9 @@
 
     x w = high(x) high(w) + low(x) high(w) + high(x) low(w)      (low(x) low(w), below 2^-20 of it, left out)
 
-in three sums that do not wait for each other.  Tensor cores cut off what they add up, so the large products
-of each block of k are added to the others in float32; the small ones, 2^-10 of them, stay there.
+in three sums that do not wait for each other.  Tensor cores truncate their sums, so the large products of
+each block of k are added to the others in float32.  The small products are 2^-10 of the large ones and are
+summed on the tensor cores.
 """
 
 import triton
@@ -12,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def parts(x):
-    """x cut off to TF32, which keeps what is infinite or NaN, and what is left: below 2^-10 of x."""
+    """x truncated to TF32, which keeps infinities and NaN, and the rest, which is below 2^-10 of x."""
     high = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     return high, x - high
 
 
 @triton.jit
 def add_product(x, w, acc, low, low_1, PRECISION: tl.constexpr):
-    """(acc, low, low_1) with x w added; what they hold is `combined`.  PRECISION "tf32x3", or tl.dot's."""
+    """(acc, low, low_1) with x w added; `combined` adds them.  PRECISION is "tf32x3" or one of tl.dot's."""
     if PRECISION != "tf32x3":
         return tl.dot(x, w, acc, input_precision=PRECISION), low, low_1
     x_high, x_low = parts(x)
@@ -33,5 +34,5 @@ def add_product(x, w, acc, low, low_1, PRECISION: tl.constexpr):
 
 @triton.jit
 def combined(acc, low, low_1):
-    """Of an infinite sum the small products are NaN, as inf - inf is."""
+    """The sum of the three.  If it is infinite, the small products are NaN (inf - inf) and are left out."""
     return acc + tl.where(tl.abs(acc) == float("inf"), 0.0, low + low_1)

@@ -1,4 +1,4 @@
-"""Shared by all tests: processes, the device, Triton's interpreter without a GPU, one seed per test."""
+"""Setup of all tests: the number of processes, the device (Triton's interpreter without a GPU), seeds."""
 
 import os
 import zlib

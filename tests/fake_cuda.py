@@ -1,4 +1,4 @@
-"""Inductor's code for a GPU without one: graphs traced on the CPU, lowered for fake tensors of an H100."""
+"""Inductor's GPU code without a GPU: graphs traced on the CPU and lowered for fake tensors of an H100."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""What the tests compare with: a head and its eager reference, side by side."""
+"""Compares a head with its eager reference, for the tests."""
 
 import random
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The public surface, the layers and their one-way imports, optional dependencies, the environment."""
+"""The public API, one-way imports between layers, optional dependencies, and environment variables."""
 
 import ast
 import importlib

@@ -1,5 +1,5 @@
 """The autograd nodes: both contractions (values, derivatives of every order, strides, torch.func), and the
-layer, with torch's own values and gradients, whatever its TF32 switches."""
+linear layer, which has torch's values and gradients whatever torch's TF32 switches are."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""What the head and its reference share: parameters, state, representation, checkpoints of the authors."""
+"""The common base of head and reference: parameters, state, repr, and the authors' checkpoints."""
 
 import pytest
 import torch

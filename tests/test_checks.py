@@ -1,4 +1,4 @@
-"""Arguments come back normalised; `test_errors` has what is refused."""
+"""Checks return normalised arguments.  `test_errors` tests bad arguments."""
 
 from enum import Enum
 

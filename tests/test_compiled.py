@@ -1,4 +1,4 @@
-"""A head's steps compiled: two operators each, the eager step's numbers, what Inductor makes of the edges."""
+"""Compiled steps of a head: two operators each, an eager step's numbers, and Inductor's code around it."""
 
 import copy
 from collections import Counter

@@ -1,4 +1,4 @@
-"""How many processes `pytest` takes."""
+"""The number of processes that `pytest` starts."""
 
 import subprocess
 import sys

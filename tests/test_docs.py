@@ -1,4 +1,4 @@
-"""README and docs/ say what is there: files, commands, options, figures, and code that runs."""
+"""README and docs/ name files, commands, options and figures that exist, and their code runs."""
 
 import importlib.util
 import inspect

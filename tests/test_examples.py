@@ -1,4 +1,4 @@
-"""Every example runs as it is typed, and what it trains gets better."""
+"""Every example runs as written, and its training lowers the loss."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The head inside what people put around it: DDP, FSDP2, checkpointing, copies, SyncBatchNorm."""
+"""The head inside common wrappers: DDP, FSDP2, checkpointing, copies, SyncBatchNorm."""
 
 import copy
 import io

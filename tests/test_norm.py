@@ -1,4 +1,4 @@
-"""SettlingBatchNorm1d: torch's batch norm, with running statistics as its equation has them."""
+"""SettlingBatchNorm1d: torch's batch norm, with running statistics that follow its equation."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The presets as keywords; `test_release` holds RELEASE against the authors' script."""
+"""The presets as keywords.  `test_release` compares RELEASE with the authors' script."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Steps replayed from a recording: the closed form's bits, for the key they were recorded with and no other;
-what has no recording goes as it would without."""
+"""Replayed steps have the bits of the closed form, and only for the key of their recording.  A step that
+cannot be recorded runs unrecorded."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""The reference itself: against numpy by hand, and as the paper's configuration."""
+"""The reference itself, against formulas in numpy and in the paper's configuration."""
 
 import inspect
 

@@ -1,5 +1,5 @@
-"""Preset RELEASE against what the authors' guided script computes, rewritten here in float64 from its
-description alone, and the loading of its checkpoints."""
+"""Preset RELEASE against the authors' guided script, which is rewritten here in float64 from its description
+alone, and the loading of its checkpoints."""
 
 import copy
 from typing import NamedTuple

@@ -1,6 +1,6 @@
-"""The scale of the attended map: that of a plain head's features by default, the printed one on request.
+"""The scale of the attended map: a plain head's scale by default, the printed scale on request.
 
-D = kappa A T: kappa = L for T that sums to one, C where S alone weights A, 1 for a sigmoid and as printed;
+D = kappa A T.  kappa = L if T sums to one, C if S alone weights A, and 1 for a sigmoid and for "printed".
 BN(z / kappa, eps) = BN(z, eps kappa^2), with means times kappa and variances times kappa^2.
 """
 

@@ -398,7 +398,7 @@ def test_errors_name_the_argument(device: torch.device, monkeypatch: pytest.Monk
     with pytest.raises(TypeError, match="head must be a GGAMHead; got GGAMHeadReference"):
         fused_ggam_loss(reference, x, target)
     monkeypatch.setattr(head.fc1.weight, "full_tensor", None, raising=False)
-    with pytest.raises(TypeError, match=r"head must have whole parameters; they are sharded DTensors"):
+    with pytest.raises(TypeError, match=r"head must have whole parameters; got sharded DTensors"):
         fused_ggam_loss(head, x, target)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="guidance_weight must be finite and not negative; got -1"):

@@ -1,4 +1,4 @@
-"""Fifty steps of SGD through the fused path and through the reference: the same curve."""
+"""Fifty steps of SGD with the fused loss and with the reference give the same curve."""
 
 from typing import Any
 

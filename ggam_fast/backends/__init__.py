@@ -1,1 +1,1 @@
-"""What the closed form runs on: torch operations or Triton kernels, found by name in `registry`."""
+"""The backends of the closed form: torch operations or Triton kernels.  `registry` finds them by name."""

@@ -1,4 +1,4 @@
-"""The stages with a derivative of every order: the two contractions as autograd nodes, torch for the rest."""
+"""The stages with derivatives of every order: the two contractions as autograd nodes, the rest in torch."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .torch import Backend
 
 
 class DifferentiableBackend(Backend):
-    """`name` is the backend that the contractions run on."""
+    """The stages of the torch backend, with contractions that run on the backend `name`."""
 
     def __init__(self, name: str):
         self.name = name
@@ -24,7 +24,7 @@ class DifferentiableBackend(Backend):
 
     @property
     def _traced(self) -> bool:
-        """Dynamo loses the second derivative of an autograd Function (zeros, silently; torch 2.15)."""
+        """Whether Dynamo traces: it silently makes a Function's second derivative zero (torch 2.15)."""
         return self.name == "torch" and torch.compiler.is_compiling()
 
     def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:

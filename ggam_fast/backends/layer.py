@@ -10,8 +10,7 @@ LINEAR, BATCH_NORM, ELU, RELU, DROPOUT, IDENTITY = (
 
 
 class Layer(NamedTuple):
-    """y = x W^T + b | batch norm | ELU | ReLU | dropout | x.  What a kind does not have is None or its
-    default."""
+    """y = x W^T + b | batch norm | ELU | ReLU | dropout | x.  Fields that a kind lacks have their default."""
 
     kind: str
     weight: Tensor | None = None
@@ -21,8 +20,8 @@ class Layer(NamedTuple):
     tracked: Tensor | None = None  # (), int64: batches that the running statistics have seen
     training: bool = False
     eps: float = 0.0
-    momentum: float | None = None  # None: running statistics are the average of all batches
-    settling: bool = False  # the average of all batches until `momentum` weighs more than one of them
+    momentum: float | None = None  # None: running statistics average all batches
+    settling: bool = False  # average all batches until 1 / batches is below `momentum`
     alpha: float = 1.0  # of ELU
     p: float = 0.0  # of dropout
 
@@ -33,5 +32,5 @@ class Layer(NamedTuple):
 
     @property
     def moves(self) -> bool:
-        """Whether a batch norm moves its running statistics."""
+        """Whether a batch norm updates its running statistics."""
         return self.training and self.running_mean is not None and self.running_var is not None

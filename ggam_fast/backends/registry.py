@@ -1,6 +1,6 @@
-"""Backends by name, and autocast kept away from them.
+"""Backends by name, and a context that switches autocast off for them.
 
-The torch backend is always there.  Others register themselves when they are imported.
+The torch backend is always there.  Another backend registers itself when it is imported.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,40 +17,40 @@ _DIFFERENTIABLE: dict[str, Backend] = {}
 
 
 def register(name: str, backend: Backend, traced: Backend | None = None) -> None:
-    """Make `get_backend(name)` return this; `traced`, if given, where something looks into operations."""
+    """Make `get_backend(name)` return `backend`, or `traced` (if given) for tracers and transforms."""
     _BACKENDS[name], _TRACED[name] = backend, backend if traced is None else traced
 
 
 def register_differentiable(name: str, backend: Backend) -> None:
-    """Make `get_differentiable(name)` return this."""
+    """Make `get_differentiable(name)` return `backend`."""
     _DIFFERENTIABLE[name] = backend
 
 
 def get_backend(name: str) -> Backend:
-    """The stages of a resolved backend, "torch" or "triton", for code that autograd does not look into."""
+    """The stages of "torch" or "triton", for code that autograd does not differentiate."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # vmap before torch.func
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # the vmap before torch.func
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     ):
         return _TRACED[name]
     modes = torch._C._len_torch_dispatch_stack()
-    # A mode that notes launches wants to see them.
+    # A mode that notes launches needs the backend that launches.
     if modes and not getattr(torch._C._get_dispatch_stack_at(modes - 1), "notes_launches", False):
         return _TRACED[name]
     return _BACKENDS[name]
 
 
 def get_differentiable(name: str) -> Backend:
-    """The same stages with a derivative of every order."""
+    """The stages of "torch" or "triton" with derivatives of every order."""
     return _DIFFERENTIABLE[name]
 
 
 def full_precision(features: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off for the features' device."""
-    # Only where it is on: torch.export (2.15) fails to save some autocast blocks.
+    # Only if autocast is on: torch.export (2.15) fails to save some autocast blocks.
     return torch.autocast(features.device.type, enabled=False) if autocasts(features) else nullcontext()
 
 

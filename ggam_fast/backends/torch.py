@@ -1,8 +1,8 @@
 """The stages of GGAM over an (N, C, L) feature map, in torch operations.
 
-This is the closed form's vocabulary: `closed_form` and `step` are written once in these terms.
-`triton.TritonBackend` does the same with kernels, `differentiable.DifferentiableBackend` so that derivatives
-of any order exist.  A is (N, C, L) of any type; everything small is float32, or float64 for float64 A.
+`closed_form` and `step` are written once, in terms of these stages.  `triton.TritonBackend` implements them
+with kernels, `differentiable.DifferentiableBackend` with derivatives of every order.  A is (N, C, L) of any
+type.  All small tensors are float32, or float64 for float64 A.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def spatial_norm(u: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor:
-    """dU (N, L) from dT (N, L): of each of the three normalisations."""
+    """dU (N, L) from dT (N, L), for each of the three normalisations."""
     if norm == "sigmoid":
         return dt * t * (1 - t)
     centred = dt - (dt * t).sum(-1, keepdim=True)
@@ -46,16 +46,16 @@ def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor
 
 def softmax_grad(ds: Tensor, s: Tensor) -> Tensor:
     """de = S (dS - <dS, S>) (N, C), for S = softmax(e)."""
-    # One launch, but where the compiler fuses it anyway: a compiled backward may run under the caller's
-    # autocast with types that it was not traced with, and this operator does not promote.
+    # The aten operator is one launch, but it does not promote types: a compiled backward may run under the
+    # caller's autocast with types that it was not traced with.  There the compiler fuses the formula anyway.
     if torch.compiler.is_compiling():
         return s * (ds - (ds * s).sum(-1, keepdim=True))
     return aten._softmax_backward_data(ds, s, -1, ds.dtype)
 
 
 def relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
-    """dh, but 0 where hidden <= 0"""
-    # As for `softmax_grad`.
+    """dh, but 0 where hidden <= 0."""
+    # A formula for the compiler, for the reason given in `softmax_grad`.
     if torch.compiler.is_compiling():
         return torch.where(hidden <= 0, 0.0, dh)
     return aten.threshold_backward(dh, hidden, 0)
@@ -64,9 +64,11 @@ def relu_grad(dh: Tensor, hidden: Tensor) -> Tensor:
 def batch_norm(
     layer: Layer, x: Tensor, gamma: Tensor | None, beta: Tensor | None, give: bool = False
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The norm of x (N, C), its running statistics moved, and with `give` the batch's mean and one over its
-    deviation, where they are at hand."""
-    # The operator behind F.batch_norm gives the statistics too; of one image F.batch_norm says what is wrong.
+    """Batch norm of x (N, C), which updates the running statistics.
+
+    With `give` it also returns the batch's mean and 1 / deviation, or None if they were not computed.
+    """
+    # The operator behind F.batch_norm returns the statistics too.  For one image F.batch_norm has the error.
     give = give and layer.from_batch and x.shape[0] > 1
     own_mean, own_var, momentum = layer.running_mean, layer.running_var, layer.momentum
     settles = layer.moves and layer.settling and momentum is not None
@@ -91,7 +93,7 @@ def batch_norm(
     else:
         y = F.batch_norm(x, mean, var, gamma, beta, layer.training, momentum or 0.0, layer.eps)
         found = None
-    if layer.training and mean is not own_mean:  # statistics of another type: move the copy
+    if layer.training and mean is not own_mean:  # the statistics had another type and a copy was updated
         own_mean.copy_(mean)
         own_var.copy_(var)
     return y, found
@@ -108,13 +110,13 @@ class CamTerms(NamedTuple):
     """beta = first mean_l T / L + S mean_l dU + dg / L, for the gradients dU and dg of the class score."""
 
     first: Tensor  # (N, C)
-    spatial: Tensor | None = None  # (N, L): T; None: beta takes `first` as it is
+    spatial: Tensor | None = None  # (N, L): T; None: the first term of beta is `first`
     grad_map: Tensor | None = None  # (N, L): dU
     grad_mean: Tensor | None = None  # (N, C): dg
 
 
 def cam_weights(terms: CamTerms, s: Tensor | None, positions: int) -> Tensor:
-    """beta (N, C) from its terms and S (N, C), which is only asked for where there is a dU."""
+    """beta (N, C) from its terms and S (N, C); S is needed only with a dU."""
     beta, spatial, grad_map, grad_mean = terms
     if spatial is not None:
         beta = beta * (spatial.mean(-1, keepdim=True) / positions)
@@ -122,16 +124,16 @@ def cam_weights(terms: CamTerms, s: Tensor | None, positions: int) -> Tensor:
         assert s is not None
         beta = torch.addcmul(beta, s, grad_map.mean(-1, keepdim=True))
     if grad_mean is not None:
-        # Not alpha=: the compiler drops it from a product that it adds (torch 2.11 and 2.14).
+        # Not alpha=: torch.compile drops it when it fuses this add (torch 2.11 and 2.14).
         beta = beta + grad_mean / positions
     return beta
 
 
 class Entropy(NamedTuple):
-    """The cross entropy of each image and the seeds of both gradients; an ignored image has none of them."""
+    """The cross entropy of each image and the seeds of both gradients; all are 0 for an ignored image."""
 
     losses: Tensor  # (N,)
-    share: Tensor | None  # (N,): what an image counts in a mean, 0 for an ignored one; None: all alike
+    share: Tensor | None  # (N,): the weight of an image in a mean, 0 if ignored; None: equal weights
     score: Tensor  # (N, K): d y / d logits of the class score that Grad-CAM explains
     grad: Tensor  # (N, K): d mean(loss) / d logits
 
@@ -144,12 +146,15 @@ class Guided(NamedTuple):
     losses: Tensor  # (N,)
     grad_logits: Tensor  # (N, C): de
     guidance: Tensor  # (): its mean or sum over the batch
-    loss: Tensor  # (): the cross entropy plus the weighted guidance; the guidance where there is no entropy
+    loss: Tensor  # (): cross entropy plus weighted guidance; the guidance alone without a cross entropy
 
 
 def scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
-    """Each tensor times the scalar: the small ones in one launch, which gives a large one few programs (17 us
-    for two of 1 MB on an H100)."""
+    """Each tensor times the scalar.
+
+    The small ones share one launch.  That launch gives a large tensor too few programs (17 us for two of
+    1 MB on an H100), so a large one has its own.
+    """
     given = [x for x in tensors if x is not None]
     if torch.compiler.is_compiling():
         found = iter(torch._foreach_mul(given, scale) if given else ())
@@ -165,10 +170,10 @@ def scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
 def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
     """rows @ matrix, for (N, R, K) and (N, K, M).
 
-    Rows times a matrix, as torch on a CPU is much slower with a matrix times columns.  Compiled by baddbmm,
-    as Inductor turns a CPU's bmm of one row into a loop that walks down the columns; of one image alone loops
-    are faster.  For a GPU Inductor would write A in float32 for a call of baddbmm: there a sum takes the
-    conversion in."""
+    On a CPU torch is much slower with a matrix times columns than with rows times a matrix.  Inductor turns a
+    CPU's bmm of one row into a loop that walks down the columns, so compiled code uses baddbmm; for one image
+    a loop is faster.  For a GPU Inductor would write A in float32 for baddbmm; a sum fuses the conversion.
+    """
     if not torch.compiler.is_compiling():
         return torch.bmm(rows, matrix)
     if rows.device.type != "cpu" or _one_image(rows):
@@ -177,13 +182,15 @@ def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def rows_times_by_sum(rows: Tensor, matrix: Tensor) -> Tensor:
-    """The same as a sum over K."""
+    """rows @ matrix as a product and a sum over K."""
     return (rows.unsqueeze(-1) * matrix.unsqueeze(1)).sum(2)
 
 
 def _one_image(x: Tensor) -> bool:
-    """Whether torch.compile is at work on a CPU for a batch of one.  Not torch.export, whose programs would
-    hold all that is to be summed; a batch of unknown size stays unknown."""
+    """Whether torch.compile compiles for a CPU and a batch that is known to be one.
+
+    False under torch.export: an exported program would store all products before it sums them.
+    """
     if not torch.compiler.is_dynamo_compiling() or x.device.type != "cpu":
         return False
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, as Dynamo has done
@@ -195,11 +202,11 @@ class Backend:
     """The stages in torch operations; `A` is (N, C, L), `s` and `v` are (N, C), `t` is (N, L)."""
 
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
-        """out[n, l] = sum_c weights[n, c] A[n, c, l]"""
+        """out[n, l] = sum_c weights[n, c] A[n, c, l]."""
         return rows_times(weights.unsqueeze(1), as_type(features, compute_dtype(features))).squeeze(1)
 
     def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """out[n, c] = scale * sum_l weights[n, l] A[n, c, l]; weights = 1 if None"""
+        """out[n, c] = scale * sum_l weights[n, l] A[n, c, l]; weights = 1 if None."""
         if weights is None:
             return features.sum(-1, dtype=compute_dtype(features)) * scale
         a = as_type(features, compute_dtype(features))
@@ -213,14 +220,17 @@ class Backend:
         mask: Tensor | None = None,
         relu: bool = False,
     ) -> list[Tensor]:
-        """Each of one or two (M, K) times (K, N), in the rows' type: with a bias (N,) and a ReLU, or 0 where
-        mask <= 0"""
+        """One or two `rows` (M, K), each times `matrix` (K, N), in the type of the rows.
+
+        A bias (N,) is added and a ReLU applied, or the result is set to 0 where mask (M, N) <= 0.
+        """
         x = rows[0]
         matrix, bias = as_types(x.dtype, matrix, bias)
         if len(rows) == 1 and _one_image(x) and matrix.shape[0] <= 256 and matrix.stride(0) == 1:
-            # A loop over short rows of W in memory, as those of fc2: 1 x 2048 x 14 x 14 takes 370 us so, with
-            # BLAS 396 (AMD EPYC, two threads: `pytest bench/ -k 1x2048x14x14-float32-nchw-fwd`). Longer rows
-            # Inductor does not read faster, and it may compute x anew for each.
+            # W has short rows in memory, as in fc2, and a loop over them is faster: 1 x 2048 x 14 x 14 takes
+            # 370 us, with BLAS 396 (AMD EPYC, two threads:
+            # `pytest bench/ -k 1x2048x14x14-float32-nchw-fwd`). For longer rows Inductor's loop is no faster
+            # and may compute x again for each row.
             y = (x.unsqueeze(2) * matrix).sum(1)
             out = [y if bias is None else y + bias]
         elif len(rows) == 1:
@@ -233,12 +243,15 @@ class Backend:
         return [torch.relu(x) for x in out] if relu else out
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether `product` is the backend's own for matrices of this type, and not torch's."""
+        """Whether the backend has its own `product` for this type; otherwise it uses torch's."""
         return False
 
     def batch_norm(self, x: Tensor, layer: Layer, follows: Layer | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """act(norm(x)) of x (N, C), for the ELU or ReLU that follows, if any, and what the way back needs;
-        running statistics move.  Autograd does not look into it."""
+        """act(norm(x)) of x (N, C), and the tensors that `batch_norm_grad` needs.
+
+        act is the ELU or ReLU in `follows`, if any.  Running statistics are updated.  Autograd does not
+        differentiate this.
+        """
         gamma, beta = as_types(x.dtype, layer.weight, layer.bias)
         y, statistics = batch_norm(layer, x, gamma, beta, give=True)
         saved: tuple[Tensor, ...] = () if statistics is None else statistics
@@ -254,7 +267,7 @@ class Backend:
         follows: Layer | None,
         saved: tuple[Tensor, ...],
     ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-        """dx of each of one or two dy (N, C), and d gamma and d beta (C,) of the last one"""
+        """dx for each of one or two dy (N, C), and d gamma and d beta (C,) for the last dy."""
         gamma, from_batch = as_types(x.dtype, layer.weight)[0], layer.from_batch
         if from_batch:
             mean, scale = saved[:2]
@@ -272,8 +285,8 @@ class Backend:
                 for v in rows
             ]  # fmt: skip
         affine = layer.weight is not None or layer.bias is not None
-        # Without a weight CUDA gives no bias gradient either.  Of a batch's own statistics torch's
-        # backward looks at no variance (but on CUDA asks for one).
+        # Without a weight CUDA returns no bias gradient either.  With the batch's own statistics torch's
+        # backward does not use the variance, but CUDA requires one.
         weight = torch.ones_like(mean) if affine and gamma is None else gamma
         pulled = [
             aten.native_batch_norm_backward(
@@ -296,10 +309,10 @@ class Backend:
     def layer_grads(
         self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """scale dy^T x and scale times the sum of dy over the batch, of each layer's dy (N, J), x (N, C)"""
+        """scale dy^T x and scale times the sum of dy over the batch, for each layer's dy (N, J), x (N, C)."""
         found = []
         for dy, x in factors:
-            # Of the two factors the narrower one is scaled.
+            # The narrower of the two factors is scaled.
             by_dy, bias = dy.shape[1] <= x.shape[1], dy.sum(0)
             if scale is not None:
                 narrower, bias = scaled([dy if by_dy else x, bias], scale)
@@ -310,45 +323,47 @@ class Backend:
     def channel_mlp(
         self, mean: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """relu(FC1(g)) (N, J) and e = FC2(relu(FC1(g))) (N, C) of g (N, C), in its type"""
+        """relu(FC1(g)) (N, J) and e = FC2(relu(FC1(g))) (N, C), in the type of g (N, C)."""
         (hidden,) = self.product([mean], fc1_weight.t(), fc1_bias, relu=True)
         (logits,) = self.product([hidden], fc2_weight.t(), fc2_bias)
         return hidden, logits
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """S (N, C)"""
+        """S = softmax(e) (N, C)."""
         return torch.softmax(logits, -1)
 
     def softmax_grad(
         self, ds: Tensor, s: Tensor, extra: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
-        """de (N, C) of dS for S = softmax(e), plus scale times `extra`"""
+        """de (N, C) from dS for S = softmax(e), plus scale times `extra`."""
         de = softmax_grad(ds, s)
         if extra is None:
             return de
         return de + (extra if scale is None else extra * scale)
 
     def multiply(self, x: Tensor, y: Tensor, kappa: int) -> Tensor:
-        """kappa x y, all (N, C)"""
+        """kappa x y, all (N, C)."""
         return x * y if kappa == 1 else x * y * kappa
 
     def spatial_attention(
         self, features: Tensor, s: Tensor, norm: str, kappa: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """T, kappa T (empty for kappa = 1) and sum(U) for U = channel_sum(A, s)"""
+        """T, kappa T (empty for kappa = 1) and sum(U) for U = channel_sum(A, s)."""
         t, total = spatial_norm(self.channel_sum(features, s), norm)
         return t, t.new_empty(0) if kappa == 1 else t * kappa, total
 
     def attended(
         self, features: Tensor, s: Tensor, norm: str, pool_type: str, kappa: int = 1
     ) -> tuple[Tensor, ...]:
-        """A pooled under kappa T: (pooled, argmax, T, kappa T, sum(U)); for "max", A at the argmax before
-        T"""
+        """A pooled under kappa T: (pooled, argmax, T, kappa T, sum(U)).
+
+        For "max", `pooled` is A at the argmax, not multiplied by kappa T.
+        """
         t, weights, total = self.spatial_attention(features, s, norm, kappa)
         return *self.pool(features, t if kappa == 1 else weights, s, pool_type), t, weights, total
 
     def pool(self, features: Tensor, t: Tensor | None, s: Tensor, pool_type: str) -> tuple[Tensor, Tensor]:
-        """The attended mean, A at the attended maximum, or D; and the argmax, empty but for "max" """
+        """The attended mean, A at the attended maximum, or D; and the argmax, empty except for "max"."""
         if pool_type == "max":
             return self.max_pool(features, t)
         index = torch.empty(0, dtype=torch.int64, device=features.device)
@@ -366,8 +381,10 @@ class Backend:
         total: Tensor,
         norm: str,
     ) -> list[tuple[Tensor, Tensor]]:
-        """dU (N, L) and ds = spatial_sum(A, dU) (N, C) of one gradient v (N, C), or of two that share their
-        reads of A, for dT = scale channel_sum(A, v) + extra; only one alone may have an extra"""
+        """dU (N, L) and ds = spatial_sum(A, dU) (N, C), for dT = scale channel_sum(A, v) + extra.
+
+        `grads` holds one gradient v (N, C), or two that share their reads of A.  `extra` needs a single v.
+        """
         a = as_type(features, compute_dtype(features))
         dt = scale * rows_times(torch.stack(list(grads), 1), a)
         dt = dt if extra is None else dt + extra.unsqueeze(1)
@@ -384,40 +401,43 @@ class Backend:
         total: Tensor,
         norm: str,
     ) -> Tensor:
-        """dU for dT = scale channel_sum(A, v) + extra"""
+        """dU for dT = scale channel_sum(A, v) + extra."""
         return self.spatial_norm_grad(self.channel_sum(features, v), scale, extra, t, total, norm)
 
     def spatial_norm_grad(
         self, dt: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
     ) -> Tensor:
-        """dU for dT = scale dt + extra; dt may be (N, L), or (N, P, L) in P parts"""
+        """dU for dT = scale dt + extra; dt is (N, L), or (N, P, L) in P parts."""
         if dt.dim() == 3:
             dt = dt.sum(1)
         dt = dt if scale == 1 else dt * scale
         return spatial_norm_grad(dt if extra is None else dt + extra, t, total, norm)
 
     def max_pool(self, features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A at the position of max_l t_l A_cl (N, C), and that position; ties go to the first"""
+        """A at the position of max_l t_l A_cl (N, C), and that position; ties go to the first."""
         dtype = compute_dtype(features)
         d = features if t is None else features.detach() * t.detach().unsqueeze(1)
         index = d.max(-1).indices
         return features.gather(2, index.unsqueeze(-1)).squeeze(-1).to(dtype), index
 
     def position_scatter(self, values: Tensor, index: Tensor, positions: int) -> Tensor:
-        """out[n, l] = sum over c with index[n, c] = l of values[n, c]"""
+        """out[n, l] = sum over c with index[n, c] = l of values[n, c]."""
         out = values.new_zeros(values.shape[0], positions)
         if values.device.type == "cpu":
             return out.scatter_add(1, index, values)
-        # scatter_add adds with atomics on a GPU; index_put sorts and gives the same bits every run.
+        # On a GPU scatter_add uses atomics; index_put sorts and gives the same bits every run.
         rows = torch.arange(values.shape[0], device=values.device).unsqueeze(-1)
         return out.index_put((rows, index), values, accumulate=True)
 
     def hadamard(self, features: Tensor, t: Tensor | None, s: Tensor, for_flatten: bool) -> Tensor:
-        """D = A * t, or A * s without t.  For a flattening classifier D is NCL-contiguous and as
-        precise as the small tensors; otherwise it has A's layout and type."""
+        """D = A * t, or A * s without t.
+
+        With `for_flatten` D is NCL-contiguous and has the type of the small tensors.  Otherwise it has the
+        layout and type of A.
+        """
         d = features * (s.unsqueeze(2) if t is None else t.unsqueeze(1))
-        # Only where it changes something: torch 2.11's compiler drops the gradient of an autograd
-        # Function's output that a no-op .contiguous() or .to() returned.
+        # Only if it changes something: torch 2.11's compiler drops the gradient of an autograd Function's
+        # output after a .contiguous() or .to() that does nothing.
         if for_flatten:
             return d if d.is_contiguous() else d.contiguous()
         return as_type(d, features.dtype)
@@ -433,8 +453,10 @@ class Backend:
         divergence: str,
         weight: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C): weight times its gradient,
-        for constant beta, plus what dS brings, if given"""
+        """beta and S (N, C), the guidance loss of each image (N,), and de (N, C).
+
+        de is weight times the gradient of that loss for constant beta, plus the part that a given dS adds.
+        """
         log_s = torch.log_softmax(logits, -1)
         s = log_s.exp()
         beta = cam_weights(terms, s, positions)
@@ -456,9 +478,12 @@ class Backend:
         share: Tensor | None,
         losses: Tensor | None,
     ) -> Guided:
-        """`guidance` reduced over the images that count by `share` (all: None), de being the weighted
-        gradient of that, plus what dS brings; and the mean of the cross entropies `losses` (N,) plus the
-        weighted guidance"""
+        """`guidance`, reduced over the images, and the whole loss.
+
+        `share` (N,) says which images count; None: all.  de is the gradient of the weighted and reduced
+        guidance, plus the part that a given dS adds.  The whole loss is the mean of the cross entropies
+        `losses` (N,) plus the weighted guidance.
+        """
         batch = max(logits.shape[0], 1)
         if share is None:
             each = weight / batch if mean else weight
@@ -471,7 +496,7 @@ class Backend:
                 logits, terms, None, positions, cam_norm, temperature, divergence, weight
             )
             counts = share if mean else (share > 0).to(share.dtype)
-            # A product would keep what is not finite of an ignored image.
+            # Not a product with 0, which would keep an ignored image's infinities and NaN.
             per_image = torch.where(share > 0, per_image, 0.0)
             de = torch.where((share > 0).unsqueeze(-1), de * counts.unsqueeze(-1), 0.0)
             de = de if ds is None else de + softmax_grad(ds, s)
@@ -484,8 +509,10 @@ class Backend:
     def cross_entropy(
         self, logits: Tensor, target: Tensor, smoothing: float, cam_class: str, ignore_index: int | None
     ) -> Entropy:
-        """The loss of each image for labels (N,) or probabilities (N, K), which need not sum to one, and both
-        seeds; autograd does not look into it"""
+        """The loss of each image for labels (N,) or probabilities (N, K), and the seeds of both gradients.
+
+        Probabilities need not sum to one.  Autograd does not differentiate this.
+        """
         hard = not target.is_floating_point()
         share = counts = None
         if hard and ignore_index is not None:
@@ -509,8 +536,7 @@ class Backend:
     def class_scores(
         self, logits: Tensor, target: Tensor, cam_class: str, ignore_index: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """d y / d logits (N, K) of the class score, 0 for an ignored image, and each image's share as in
-        `Entropy`; None where all count alike"""
+        """d y / d logits (N, K) of the class score, 0 for an ignored image, and `Entropy.share`."""
         share = None
         if ignore_index is not None and not target.is_floating_point():
             counts = target != ignore_index
@@ -522,13 +548,13 @@ class Backend:
     def parameter_grads(
         self, factors: Sequence[tuple[Tensor, Tensor]], vectors: Sequence[Tensor], scale: Tensor | None
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """`layer_grads` of the factors, and the vectors, both times the scale"""
+        """`layer_grads` of the factors, and the vectors, both times the scale."""
         return self.layer_grads(factors, scale), list(vectors) if scale is None else scaled(vectors, scale)
 
     def grad_cam_means(
         self, features: Tensor, grad: Tensor, t: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """mean_l G t (N, C), sum_l G A (N, C), sum_c G A (N, L)"""
+        """mean_l G t (N, C), sum_l G A (N, C), sum_c G A (N, L)."""
         dtype = compute_dtype(features)
         a, g = features.to(dtype), grad.to(dtype)
         product = a * g
@@ -547,8 +573,11 @@ class Backend:
         grad_mean: Tensor | None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """dA = scale (first-term + s (x) du + dg/L (x) 1), where the first term is x (x) t / L of an average,
-        x (N, C) at the argmax, or G (x) t of a dense `first` G (N, C, L)"""
+        """dA = scale (first-term + s (x) du + dg/L (x) 1).
+
+        The first term is x (x) t / L for average pooling, x (x) t at the argmax for max pooling, and G t for
+        a dense G (N, C, L).  `first` is x (N, C) or G.
+        """
         if scale is not None:
             first, du, grad_mean = scaled([first, du, grad_mean], scale)
         positions = features.shape[2]
@@ -557,11 +586,11 @@ class Backend:
             first, t = (first / positions, None) if t is None else (first, t / positions)
         # Computed in the memory order of A, so that dA has its layout.
         channels_last = features.stride(1) == 1 and features.shape[2] > 1
-        c, l = (1, 2) if channels_last else (2, 1)  # where to insert the other's axis
+        c, l = (1, 2) if channels_last else (2, 1)  # where the axes of l and of c are inserted
         eager_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
         if eager_cpu and pool_type == "avg" and t is not None and du is not None:
-            # One product that writes dA once, as Inductor makes of the multiply-adds below; on a GPU it
-            # could be rounded to TF32.
+            # One matrix product writes dA once.  Compiled, Inductor fuses the multiply-adds below instead.
+            # On a GPU the product could be rounded to TF32.
             left = torch.stack([first, s, constant], -1)
             right = torch.stack([t, du, torch.ones_like(du)], -1)
             if channels_last:
@@ -580,13 +609,13 @@ class Backend:
             da = constant.unsqueeze(c) + x
         else:
             da = torch.addcmul(constant.unsqueeze(c), x, t.unsqueeze(l))
-            del x  # so that no third map is held
+            del x  # so that only two maps are in memory
         if du is not None:
             da = torch.addcmul(da, s.unsqueeze(c), du.unsqueeze(l))
         da = as_type(da, features.dtype)
         dense = features.transpose(1, 2).shape if channels_last else features.shape
         if da.shape != dense:
-            da = da.expand(dense).contiguous()  # a hook may change it in place
+            da = da.expand(dense).contiguous()  # no broadcast view: a hook may change dA in place
         return da.transpose(1, 2) if channels_last else da
 
 

@@ -1,1 +1,1 @@
-"""The classifier's scores and their gradients: known layers in closed form, any other module by autograd."""
+"""The classifier's scores and their gradients: in closed form for known layers, by autograd for others."""

@@ -1,5 +1,4 @@
-"""Which classifiers are known: a chain of Linear, BatchNorm1d, ELU, ReLU, Dropout and Identity, read layer by
-layer."""
+"""Known classifiers, read layer by layer: a chain of Linear, BatchNorm1d, ELU, ReLU, Dropout and Identity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +10,16 @@ from ggam_fast.norm import SettlingBatchNorm1d
 
 
 def modules_of(classifier: nn.Module) -> list[nn.Module]:
-    """The layers of an nn.Sequential, else the classifier as one layer."""
-    # A subclass without a forward of its own, such as FSDP makes, runs its layers too.
+    """The layers of an nn.Sequential; any other classifier is one layer."""
+    # A subclass with nn.Sequential's forward, such as FSDP makes, counts as an nn.Sequential.
     own_forward = type(classifier).forward is not nn.Sequential.forward
     if isinstance(classifier, nn.Sequential) and not own_forward and len(classifier) > 0:
-        return list(classifier)  # with all occurrences of a layer
+        return list(classifier)  # a layer that occurs twice is listed twice
     return [classifier]
 
 
 def known_modules(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | None:
-    """The layers in order, dropout before the last one; None if any has no closed form here."""
+    """The layers in order, with dropout before the last one, or None if one is not known."""
     *body, last = modules_of(classifier)
     modules = [*body, drop, last]
     known = all(type(m) in _READERS and not hooked(m) for m in modules)
@@ -28,20 +27,20 @@ def known_modules(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | 
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether the module must be called as a module, for its hooks or a forward of its own to run."""
+    """Whether the module has hooks or its own `forward` attribute, which run only if it is called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks,
              module._backward_hooks, module._backward_pre_hooks)  # fmt: skip
     return any(hooks) or "forward" in vars(module)
 
 
 def known_layers(classifier: nn.Module, drop: nn.Dropout) -> list[Layer] | None:
-    """`known_modules`, read."""
+    """The layers of `known_modules`, or None."""
     modules = known_modules(classifier, drop)
     return None if modules is None else [read(m) for m in modules]
 
 
 def read(module: nn.Module) -> Layer:
-    """What the layer computes with, as it is now."""
+    """The module's present tensors, numbers and mode."""
     return _READERS[type(module)](module)
 
 

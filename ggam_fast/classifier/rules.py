@@ -1,7 +1,7 @@
-"""The known layers in closed form: scores, v = d y / d pooled, and the parameters' gradients as factors.
+"""The known layers in closed form: scores, v = d y / d pooled, and factors of the parameters' gradients.
 
-Each layer's way back is written out; for code that autograd goes through again in torch operations, else in
-the backend's.
+The backward of each layer is written out.  It uses torch operations if autograd must differentiate it again,
+otherwise the backend's.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,23 @@ from ggam_fast.precision import as_types
 
 
 class LayerGradient(NamedTuple):
-    """The gradients of a layer's weight and bias: for dy (N, J) and x (N, C) dy^T x and the sum of dy over
-    the batch, which the caller has yet to take; or, of a batch norm, the two themselves."""
+    """The gradients of a layer's weight and bias, as factors or themselves.
+
+    A linear layer holds dy (N, J) and x (N, C); the gradients are dy^T x and the sum of dy over the batch.
+    A batch norm holds the two gradients.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
     left: Tensor  # dy | d weight
     right: Tensor  # x | d bias
-    product: bool
+    product: bool  # whether the gradients are still to be computed from dy and x
 
 
 Pullback = Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], list[LayerGradient]]]
-"""From gradients of the output to those of the input; with gradients disabled also to the parameters', for
-the last of them."""
+"""Maps gradients of the output to gradients of the input.
+
+With autograd disabled it also returns the parameters' gradients, for the last of the given gradients."""
 
 
 class Scores(NamedTuple):
@@ -42,7 +46,7 @@ class Scores(NamedTuple):
 
 
 def run(layers: Sequence[Layer], x: Tensor, backend: str) -> Tensor:
-    """The layers' output, in the type of x whatever the parameters' type."""
+    """The layers' output, in the type of x even if the parameters have another type."""
     return _forward(layers, x, backend)[0]
 
 
@@ -53,8 +57,10 @@ def scores(
     backend: str,
     given: list[tuple[Tensor, ...]] | None = None,
 ) -> Scores:
-    """Run each layer once (batch statistics move once, one dropout mask) and remember its pullback.  The
-    input of each linear layer and batch norm is added to `given`, with what a norm normalised with."""
+    """Run each layer once (one update of running statistics, one dropout mask) and keep its pullback.
+
+    The input of each linear layer and batch norm is appended to `given`, and the statistics that a norm used.
+    """
     y, pullbacks = _forward(layers, x, backend, given)
 
     def pull_back(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
@@ -82,7 +88,7 @@ def _forward(
     while at < len(layers):
         layer, at = layers[at], at + 1
         if layer.kind == BATCH_NORM and x.shape[0] and not torch.is_grad_enabled():
-            # A backend does the norm and what follows at once.
+            # The backend does the norm and a following activation together.
             follows = layers[at] if at < len(layers) and layers[at].kind in (ELU, RELU) else None
             at += follows is not None
             y, pull, saved = _norm_and_activation(layer, follows, x, stages)
@@ -131,7 +137,7 @@ def _relu(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tenso
 
 def _elu(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
     def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
-        if torch.is_grad_enabled():  # torch's own has no third derivative
+        if torch.is_grad_enabled():  # torch's ELU has no third derivative
             slope = (layer.alpha * x.clamp(max=0).exp()).masked_fill(x > 0, 1.0)
             return [v * slope for v in rows], []
         return [torch.ops.aten.elu_backward(v, layer.alpha, 1, 1, False, x) for v in rows], []
@@ -154,11 +160,11 @@ def _norm_and_activation(
 
 
 def _batch_norm(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
-    """In operations that autograd goes through, any number of times."""
+    """In operations that autograd can differentiate any number of times."""
     dtype = x.dtype
     gamma, beta = as_types(dtype, layer.weight, layer.bias)
     if x.shape[0] == 0:
-        # No statistics to take or to move; the parameters stay in the graph.
+        # An empty batch has no statistics, but its output must depend on the parameters in the graph.
         slope = torch.ones_like(x[:1]) if gamma is None else gamma
 
         def pull_nothing(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:

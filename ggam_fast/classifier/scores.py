@@ -1,6 +1,6 @@
 """Scores and v = d y / d pooled of any module, by autograd.
 
-v comes from `torch.autograd.grad`, which a compiled step can only trace with
+v comes from `torch.autograd.grad`.  torch.compile traces it only with
 `torch._dynamo.config.trace_autograd_ops = True`.
 """
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from .rules import LayerGradient, Scores
 
 _IN_PLACE = (
-    "classifier must not change its input in place, where Grad-CAM takes the gradient; "
+    "classifier must not change its input in place, because Grad-CAM takes the gradient there: "
     "give its first layer inplace=False"
 )
 
 
 def custom_scores(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
-    """`scores_by_autograd`, for which torch.compile breaks its graph unless it is told to trace autograd."""
+    """`scores_by_autograd`, with a graph break in torch.compile unless it may trace autograd."""
     if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.trace_autograd_ops:
         reason = "a custom classifier's Grad-CAM compiles with torch._dynamo.config.trace_autograd_ops = True"
         return torch._dynamo.disable(scores_by_autograd, reason=reason)(classifier, x, detach)
@@ -27,17 +27,17 @@ def custom_scores(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: boo
 
 
 def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
-    """The same for any module: its forward runs once, v is autograd's, and so are the parameters' gradients,
-    which are not given here.
+    """Scores and v of any module, whose forward runs once.
 
-    Raises ValueError if the module changes its input in place, where v would be another gradient; a
-    compiled step cannot look and does not.
+    Autograd computes v.  It also computes the parameters' gradients, so the pullback returns none.
+    Raises ValueError if the module changes its input in place, because v would then be a wrong gradient.
+    A compiled step does not check this.
     """
-    # Dynamo says the same of every compilation (torch 2.11).
+    # is_exporting() is also True in every compilation by Dynamo (torch 2.11).
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
-            "torch.export cannot trace a custom classifier's class-score gradient, which is autograd's: "
-            "export the head without target, or with Linear, BatchNorm1d, ELU, ReLU and Dropout layers alone"
+            "torch.export cannot trace the class-score gradient of a custom classifier: export the head "
+            "without target, or with a classifier of Linear, BatchNorm1d, ELU, ReLU and Dropout layers"
         )
     needs_graph = torch.is_grad_enabled()
     eager = not torch.compiler.is_compiling()
@@ -61,7 +61,7 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
             raise ValueError(_IN_PLACE)
 
     def pull_one(seed: Tensor) -> Tensor:
-        # The module may work in float16, where the cross entropy's small gradients would vanish.
+        # The module may compute in float16, in which the cross entropy's small gradients would be zero.
         scale = power_of_two(seed.detach())
         with graph_allowed(), torch.enable_grad():
             (v,) = torch.autograd.grad(
@@ -80,7 +80,7 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The power of two below the largest |x|, (): dividing by it is exact.  1 for zeros and non-finite x."""
+    """The power of two at or below the largest |x|, (), an exact divisor.  1 for zeros or non-finite x."""
     largest = x.abs().amax() if x.numel() else x.new_ones(())
     exact = torch.exp2(torch.floor(torch.log2(largest)))
     return torch.where((largest > 0) & largest.isfinite(), exact, torch.ones_like(largest))

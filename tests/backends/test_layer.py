@@ -1,4 +1,4 @@
-"""When a batch norm normalises with the batch, and when it moves its statistics."""
+"""When a batch norm normalises with the batch, and when it updates its running statistics."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Backends by name, for eager code and for what looks into operations."""
+"""Backends by name, for eager code and for tracers and transforms."""
 
 from collections.abc import Callable
 

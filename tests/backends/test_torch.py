@@ -1,4 +1,4 @@
-"""What the torch backend does in more than one way: the same numbers in each."""
+"""The torch backend's alternative code paths give the same numbers."""
 
 import pytest
 import torch

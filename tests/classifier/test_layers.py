@@ -1,4 +1,4 @@
-"""Which layers a classifier is seen to have, as they are now."""
+"""The layers that are read from a classifier, in their present state."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Memory layouts: no copy of the features, gradients in their layout, every input format."""
+"""Memory layouts: features are not copied, gradients have their layout, and every input format works."""
 
 from typing import Any
 

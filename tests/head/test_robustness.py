@@ -1,4 +1,4 @@
-"""Reproducible, independent of the batch, nothing left behind: hooks, frozen parts, empty batches, NaN."""
+"""Results are reproducible and independent of the batch, with hooks, frozen parts, empty batches and NaN."""
 
 import copy
 from typing import Any

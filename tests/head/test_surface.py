@@ -1,4 +1,4 @@
-"""What a head gives and takes: ranges, pre_logits, reset, devices and types."""
+"""The inputs and outputs of a head: ranges, pre_logits, reset, devices and types."""
 
 import copy
 from typing import Any

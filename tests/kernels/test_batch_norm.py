@@ -1,4 +1,4 @@
-"""Batch norm with its activation against float64, the way back through both, and what moves with a step."""
+"""Batch norm with its activation against float64, the backward of both, and updates of running statistics."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The cross entropy kernel against torch's in float64, and what it does with labels that are none."""
+"""The cross entropy kernel against torch's in float64, and its results for labels out of range."""
 
 from typing import Any
 

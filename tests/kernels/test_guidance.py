@@ -1,4 +1,4 @@
-"""What the guidance kernel adds up over images: shares of a mean, images without one, the whole loss."""
+"""The guidance kernel's sums over images: weights in a mean, images that do not count, the whole loss."""
 
 import pytest
 import torch

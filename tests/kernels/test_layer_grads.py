@@ -1,4 +1,4 @@
-"""The vectors that the gradients of layers take along."""
+"""The kernel of the layers' gradients also scales vectors."""
 
 import pytest
 import torch

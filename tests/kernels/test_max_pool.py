@@ -1,4 +1,4 @@
-"""max_pool decides as torch does where it matters: ties, infinities and NaN, in any block of the map."""
+"""max_pool agrees with torch for ties, infinities and NaN, in any block of the map."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Addresses past 2^31 elements, as Python's integers compute them; nothing of that size is allocated."""
+"""Addresses past 2^31 elements agree with Python's integers.  No tensor of that size is allocated."""
 
 import numpy as np
 import pytest

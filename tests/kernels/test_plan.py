@@ -1,4 +1,4 @@
-"""Launch plans are integer functions: checked as such, every row of every table."""
+"""Launch plans, as integer functions, in every row of every table."""
 
 import pytest
 

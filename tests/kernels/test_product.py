@@ -1,5 +1,5 @@
-"""The small products against float64: sizes around tiles, sums over k that several programs share, and what
-comes with them."""
+"""The small products against float64: sizes around tiles, sums over k that several programs share, and edge
+cases such as NaN and empty input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The same bits every run, whatever batch an image is in, and nothing of one image in another."""
+"""An image has the same bits every run and in every batch, and does not affect other images."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The counters that the pass over the mean clears."""
+"""The pass that computes the mean clears the counters."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""One below, at and one above every row of the plan's tables, with more than one block the other way; and
-gradients of every layout and type, against float64 formulas."""
+"""Sizes at every limit in the plan's tables and one below and above it, with several blocks in the other
+dimension; gradients of every layout and type.  Both against float64 formulas."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How often the kernels read and write what has the size of A, and that they touch nothing else.
+"""How often the kernels read and write tensors of A's size, and that they touch no other memory.
 
 The figures are those of the table in `kernels/__init__.py` and of design section 3, counted element by
 element from the addresses of every load and store.

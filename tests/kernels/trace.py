@@ -1,4 +1,4 @@
-"""What the kernels touch: every address that their programs load and store, seen by Triton's interpreter."""
+"""Records every address that a kernel's programs load and store, in Triton's interpreter."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,5 +1,8 @@
-"""The stages as kernels.  A file holds a group of them: the method of the backend, then the stage with its
-memory and its launches.  `launch` allocates and launches, `register` makes operators, `record` replays."""
+"""The stages as Triton kernels.
+
+Each file holds a group of stages: first the backend's methods, then the functions that allocate and launch.
+`launch` has memory and launches, `register` makes operators, `record` replays.
+"""
 
 from ggam_fast.backends import registry
 
@@ -13,7 +16,7 @@ from .sums import Sums
 
 
 class TritonBackend(Sums, Pooling, Layers, Classifier, Guidance, FeaturesGrad):
-    """Small results are float32; none of them is differentiable by itself."""
+    """The stages as Triton kernels.  Small results are float32.  Autograd cannot differentiate the stages."""
 
 
 TRITON = TritonBackend(FUNCTIONS)

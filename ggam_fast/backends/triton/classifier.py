@@ -1,4 +1,4 @@
-"""Batch norm with what follows it, and the cross entropy with its seeds."""
+"""Batch norm with the activation after it, and the cross entropy with its gradients."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,15 @@ from ggam_fast.kernels import cross_entropy as cross_entropy_kernels  # isort: s
 
 _FIXED, _CUMULATIVE, _SETTLING = range(3)
 _NONE, _RELU, _ELU = range(3)
-# The check of labels, whatever Triton's own setting is.
+# Check labels in the kernel even if Triton's own debug setting is off.
 _ASSERTS = {"debug": True}
 
 
 class Classifier(KernelBackend):
-    """The stages of this file in float32, torch's in other types.  A batch norm is no operator, which would
-    hide that its running statistics move."""
+    """The stages of this file for float32; torch's for other types.
+
+    Batch norm is not an operator: an operator would hide that it changes the running statistics.
+    """
 
     def batch_norm(self, x: Tensor, layer: Layer, follows: Layer | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         if _in_torch(x, layer):
@@ -66,8 +68,11 @@ class Classifier(KernelBackend):
 
 
 def _in_torch(x: Tensor, layer: Layer) -> bool:
-    """Whether torch does it: compiled or under torch.func; for one image or another width, where torch says
-    what is wrong; and where a parameter has another type or is missing."""
+    """Whether torch does the batch norm.
+
+    It does so in compiled code and under torch.func, and if a parameter is missing or has another type.  For
+    one image or a wrong width torch raises the error.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -91,8 +96,7 @@ def _in_kernel(logits: Tensor, target: Tensor) -> bool:
 
 
 def batch_norm(x: Tensor, layer: Layer, follows: Layer | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """act(norm(x)), and the mean and one over the deviation that it was normalised with; running statistics
-    move."""
+    """act(norm(x)), and the mean and 1 / deviation that were used.  Running statistics are updated."""
     act, alpha = _activation(follows)
     from_batch, moves = layer.from_batch, layer.moves
     batch, channels = x.shape
@@ -123,7 +127,7 @@ def batch_norm_grad(
     follows: Layer | None,
     saved: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """dx of each of one or two dy, and d gamma and d beta of the last one, which are neighbours in memory"""
+    """dx for each of one or two dy; d gamma and d beta for the last dy, side by side in memory."""
     act, alpha = _activation(follows)
     from_batch = layer.from_batch
     batch, channels = x.shape
@@ -142,7 +146,7 @@ def batch_norm_grad(
 
 
 def _activation(follows: Layer | None) -> tuple[int, float]:
-    """Which one follows, and alpha."""
+    """The kernel's constant for the activation, and its alpha."""
     if follows is None:
         return _NONE, 1.0
     return _ELU if follows.kind == ELU else _RELU, float(follows.alpha)
@@ -162,8 +166,10 @@ def cross_entropy(
     with_score: bool,
     with_total: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(losses, d loss, d score, share, total): see `Entropy`; the total is their mean plus the weighted
-    guidance.  What is not asked for is empty."""
+    """(losses, d loss, d score, share, total), see `Entropy`; total is mean loss plus weighted guidance.
+
+    Results that are not requested are empty.
+    """
     batch, classes = logits.shape
     block, num_warps = plan.cross_entropy(classes)
     hard = not target.is_floating_point()
@@ -194,7 +200,7 @@ def whole_loss(
     weight: float,
     ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The mean of the cross entropies plus the weighted guidance (), and d loss / d logits"""
+    """The mean of the cross entropies plus the weighted guidance, (), and d loss / d logits."""
     _, grad, _, _, total = cross_entropy(
         logits, target, guidance, smoothing, weight, False, ignore_index is not None, ignore_index or 0, True,
         False, True,
@@ -205,7 +211,7 @@ def whole_loss(
 def whole_loss_grad(
     scale: Tensor, grad: Tensor, weight: float, with_guidance: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the logits and of the guidance, for a gradient `scale` of the loss"""
+    """The gradients of the logits and of the guidance; `scale` is the gradient of the loss."""
     of_logits = empty(grad.shape, grad)
     of_guidance = empty((), grad) if with_guidance else None
     launch(

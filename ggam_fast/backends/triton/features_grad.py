@@ -24,7 +24,7 @@ class FeaturesGrad(KernelBackend):
         grad_mean: Tensor | None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        # Compiled, an outer product that Inductor writes where it is used.
+        # In compiled code Inductor fuses torch's outer products into the code that uses dA.
         if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag and pool_type == "avg":
             return super().features_grad(features, pool_type, first, index, t, du, s, grad_mean, scale)
         return self.run.features_grad(features, POOL[pool_type], first, index, t, du, s, grad_mean, scale)
@@ -42,7 +42,7 @@ def features_grad(
     grad_mean: Tensor | None,
     scale: Tensor | None,
 ) -> Tensor:
-    """dA in the layout and type of A, which is not read; see `Backend.features_grad`"""
+    """dA in the layout and type of A, without reading A; see `Backend.features_grad`."""
     out = like_layout(features, features.dtype)
     batch, channels, positions = out.shape
     if runs(batch):

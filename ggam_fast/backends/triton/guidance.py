@@ -1,4 +1,4 @@
-"""S = softmax(e) and back through it; beta, the guidance loss and its gradient."""
+"""S = softmax(e) and its gradient; beta, the guidance loss and its gradient."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ggam_fast.kernels import softmax as softmax_kernels  # isort: skip
 
 
 class Guidance(KernelBackend):
-    """The stages of this file, where one program holds a row; torch's where it does not."""
+    """The stages of this file if one program can hold a row, else torch's."""
 
     def softmax(self, logits: Tensor) -> Tensor:
         if not _holds(logits):
@@ -71,7 +71,7 @@ class Guidance(KernelBackend):
 
 
 def _holds(rows: Tensor) -> bool:
-    """Whether one program holds a row."""
+    """Whether one program can hold a row."""
     return plan.channels_block(rows.shape[1]) is not None and rows.dtype == torch.float32
 
 
@@ -83,7 +83,7 @@ def _channels(channels: int) -> dict[str, int]:
 
 @operator
 def softmax(logits: Tensor) -> Tensor:
-    """S (N, C)"""
+    """S = softmax(e) (N, C)."""
     batch, channels = logits.shape
     sizes = _channels(channels)
     s = small(batch, channels, logits)
@@ -94,7 +94,7 @@ def softmax(logits: Tensor) -> Tensor:
 
 @operator
 def softmax_grad(ds: Tensor, s: Tensor, extra: Tensor | None, scale: Tensor | None) -> Tensor:
-    """de (N, C), plus scale times extra"""
+    """de (N, C), plus scale times `extra`."""
     batch, channels = ds.shape
     sizes = _channels(channels)
     de = small(batch, channels, ds)
@@ -123,8 +123,11 @@ def guidance(
     share: Tensor | None,
     losses: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`Guided`.  Without shares nothing is reduced: the last two are empty, and de is of each image.  Without
-    cross entropies the last one is empty."""
+    """The fields of `Guided`.
+
+    Without shares nothing is reduced: the last two are empty, and de is the gradient of each image's loss.
+    Without cross entropies the last one is empty.
+    """
     batch, channels = logits.shape
     sizes = _channels(channels)
     beta, s, de = (

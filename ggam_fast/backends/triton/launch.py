@@ -1,12 +1,11 @@
-"""Memory for a stage and launches of its kernels; or notes of both.
+"""Allocates the memory of a stage and launches its kernels, or notes both for a recording.
 
 `kernel[grid](...)` binds and specialises all arguments and asks the driver about every pointer: 12 us, and 4
-us for each pointer, on the machine of `dev/h100.md`.  Here a kernel's compiled form is remembered
-with what Triton specialised it for; launched as in Triton's tutorial on fused softmax, it takes addresses.
+us for each pointer, on the machine of `dev/h100.md`.  This file keeps a kernel's compiled form by what Triton
+specialised it for.  Launched as in Triton's tutorial on fused softmax, that form takes addresses.
 
-`Recorder` runs the closed form on tensors that have a shape but no memory.  It notes every launch, and
-refuses every other operation on a tensor but allocating one and viewing one: what it accepts is a list of
-launches and nothing else (`record` makes tapes of it).
+`Recorder` runs the closed form on tensors that have a shape but no memory, and notes every launch.  It allows
+only launches, allocations and views.  `record` makes tapes of the launches.
 """
 
 import threading
@@ -29,15 +28,15 @@ from ggam_fast.kernels import plan  # noqa: E402  (needs the line above in a bar
 NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
 CAM_NORM = {"sigmoid": 0, "softmax": 1, "standardized": 2}
-# Multiply-adds round once, whatever Triton's default is: 3.9 warns that it will change.
+# Multiply-adds round once.  Triton 3.9 warns that its default will change.
 FP_FUSION = {"enable_fp_fusion": True}
 
 
 class _Thread(threading.local):
     recorder: "Recorder | None" = None
-    """What notes this thread's launches instead of launching them."""
+    """The recorder that notes this thread's launches instead of launching them."""
     faked = False
-    """Whether a stage is asked for its outputs alone, by an operator's fake."""
+    """Whether a stage only allocates its outputs, for an operator's fake."""
 
 
 thread = _Thread()
@@ -45,7 +44,7 @@ thread = _Thread()
 
 @contextmanager
 def faked() -> Iterator[None]:
-    """Stages make their outputs and launch nothing."""
+    """A context in which stages allocate their outputs and launch nothing."""
     before, thread.faked = thread.faked, True
     try:
         yield
@@ -54,21 +53,21 @@ def faked() -> Iterator[None]:
 
 
 def runs(size: Any) -> bool:
-    """Whether there is something to launch for; a fake does not look at the size, which may be a symbol."""
+    """Whether to launch for this size.  A fake does not read the size, which may be a symbol."""
     return not thread.faked and size > 0
 
 
-# ---- memory: what a launch does not need is None.  Triton compiles it away, and asks the driver about every
-# pointer it is given (4 us each on the machine of `dev/h100.md`).
+# ---- memory: a pointer that a launch does not need is None.  Triton compiles None away, and it asks the
+# driver about every other pointer (4 us each on the machine of `dev/h100.md`).
 
 
 def native(features: Tensor) -> Tensor:
-    """Features with one dense inner dimension; strides are read here, as Inductor may change them."""
+    """Features with one dense inner dimension.  Inductor may change strides, so they are checked here."""
     return features if 1 in (features.stride(1), features.stride(2)) else features.contiguous()
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """All that the operators allocate comes from here."""
+    """An empty tensor.  The operators allocate all tensors here."""
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
@@ -83,7 +82,7 @@ def per_image(batch: int, like: Tensor) -> Tensor:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """The same in dense memory; None stays."""
+    """x in dense memory; None stays None."""
     return None if x is None else x.contiguous()
 
 
@@ -94,7 +93,7 @@ def pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
 
 
 def partial_sums(features: Tensor, rows: int) -> Tensor:
-    """Room for what `channel_sum` leaves to add up for R rows of weights: (N, R, P, L)."""
+    """Memory for the partial sums of `channel_sum` with R rows of weights: (N, R, P, L)."""
     return empty(
         plan.partial_sums(features.shape, features.stride(), features.element_size(), rows), features
     )
@@ -115,10 +114,11 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
 
 
 def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, **constants: Any) -> None:
-    """`kernel[(programs,)](*arguments, **constants)` on the device of the first argument, a tensor: tensors
-    and numbers in the kernel's order, then its compile-time constants and launch options by name.
+    """Launch `kernel[(programs,)](*arguments, **constants)` on the device of the first argument, a tensor.
 
-    Raises what Triton raises: for a tensor that is not on the GPU, for a kernel that does not compile.
+    `arguments` are tensors and numbers in the kernel's order.  `constants` are its compile-time constants and
+    launch options.  Triton raises an error for a tensor that is not on the GPU and for a kernel that does not
+    compile.
     """
     if thread.recorder is not None:
         thread.recorder.launch(kernel, programs, arguments, constants)
@@ -129,7 +129,7 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
         if not remembers(kernel):
             kernel[(programs,)](*arguments, **constants)
             return
-        # As a key a JITFunction would be hashed in Python, under its lock.
+        # The key has the kernel's id, because a JITFunction hashes itself in Python, under its lock.
         key: list[Any] = [id(kernel), *options(), *constants, *constants.values()]
         values: list[Any] = []
         for x in arguments:
@@ -148,7 +148,7 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
             if serve_all_alike([compiled], arguments):
                 if len(_compiled) >= _MOST:
                     _compiled.clear()
-                # With the kernel, whose id must not become another's.
+                # Keep the kernel alive, so that no other kernel gets its id.
                 _compiled[found] = compiled, trailing(kernel, len(arguments), constants), kernel
             return
         compiled, rest, _ = known
@@ -156,7 +156,7 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
 
 
 class Work(NamedTuple):
-    """A launch to come."""
+    """A launch that has not been made yet."""
 
     kernel: Any
     programs: int
@@ -165,19 +165,21 @@ class Work(NamedTuple):
 
 
 def launch_all(*works: Work) -> None:
-    """Launch one after another."""
+    """Launch the given works one after another."""
     for kernel, programs, arguments, constants in works:
         launch(kernel, programs, *arguments, **constants)
 
 
 def clearing() -> tuple[Tensor | None, Any]:
-    """For a launch that can clear counters: which, and how many."""
+    """(counters, how many) that a launch has to clear."""
     return (None, 0) if thread.recorder is None else thread.recorder.clearing()
 
 
 def remembers(kernel: Any) -> bool:
-    """Whether a compiled form can be kept: not in Triton's interpreter; and on AMD Triton specialises for a
-    tensor's size in memory too."""
+    """Whether a compiled form can be kept.
+
+    Triton's interpreter has none, and for AMD Triton also specialises for a tensor's size in memory.
+    """
     return isinstance(kernel, triton.JITFunction) and torch.version.hip is None
 
 
@@ -192,20 +194,23 @@ def options() -> tuple[Any, ...]:
 
 
 def trailing(kernel: Any, count: int, constants: dict[str, Any]) -> tuple[Any, ...]:
-    """The values of the kernel's parameters behind the first `count`, which are compile-time constants."""
+    """The values of the kernel's parameters after the first `count`; these are compile-time constants."""
     return tuple(constants[name] for name in kernel.arg_names[count:])
 
 
 def serve_all_alike(compiled: Sequence[Any], arguments: Sequence[Any]) -> bool:
-    """Whether these forms serve all arguments of these kinds.  Not what is still being compiled, or what a
-    hook of Triton's returns instead; nor with memory of the host, which has to be pinned each time."""
+    """Whether these compiled forms can take addresses, for all arguments of these kinds.
+
+    A form that is still being compiled cannot, nor can a replacement from a Triton hook.  Host memory is also
+    excluded, because it has to be pinned each time.
+    """
     on_gpu = all(x.is_cuda for x in arguments if isinstance(x, Tensor))
     return on_gpu and all(isinstance(form, triton.compiler.CompiledKernel) for form in compiled)
 
 
 @lru_cache(1 << 12)
 def kind(x: int) -> tuple[bool, bool, bool]:
-    """What of a number Triton compiles into a kernel."""
+    """The properties of a number for which Triton specialises a kernel."""
     return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
 
 
@@ -216,14 +221,14 @@ _EMPTY = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_lik
 
 
 class NotRecordable(Exception):
-    """The step does more than launch kernels."""
+    """Raised if a step does more than launch kernels."""
 
 
 class Number(float):
-    """A number that each replay is given anew; it goes into launches as it is."""
+    """A number that changes from replay to replay.  It may be passed to launches, but not computed with."""
 
     def _refuse(self, *_: Any) -> Any:
-        raise NotRecordable("arithmetic with a number that each replay is given")
+        raise NotRecordable("arithmetic with a number that changes from replay to replay")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __pow__ = __neg__ = _refuse
@@ -231,7 +236,7 @@ class Number(float):
 
 
 class Memory:
-    """What one storage of the recording is."""
+    """One storage of a recording."""
 
     def __init__(self, tensor: Tensor, fill: float | None = None):
         self.tensor, self.fill = tensor, fill  # the tensor keeps its storage, and so its key, alive
@@ -239,17 +244,17 @@ class Memory:
 
 
 class Note(NamedTuple):
-    """One launch, as it was asked for."""
+    """One noted launch."""
 
     kernel: Any
     programs: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    rest: tuple[Any, ...] | None  # what a compiled form takes behind the arguments; None: none can be kept
+    rest: tuple[Any, ...] | None  # a compiled form's values after the arguments; None: none can be kept
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the launches of the closed form; see above."""
+    """Notes the launches of the closed form (see the top of this file)."""
 
     notes_launches = True
 
@@ -257,10 +262,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.memory: dict[int, Memory] = {}
         self.notes: list[Note] = []
-        self.passes = 0  # that were taken
-        self.parts: dict[int, tuple[int, int]] = {}  # storages that lie in another, and where
+        self.passes = 0  # number of calls of `take`
+        self.parts: dict[int, tuple[int, int]] = {}  # storages inside another one: (that one, offset)
         with _disable_current_modes():
-            self.counters = torch.empty(1, dtype=torch.int32, device="meta")  # all of a pass, as one
+            self.counters = torch.empty(1, dtype=torch.int32, device="meta")  # all counters of a pass
         self.count = Number(0)
         self._before: Any = None
 
@@ -278,7 +283,7 @@ class Recorder(TorchDispatchMode):
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
     def like_each(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One for each; the same for the same."""
+        """`like` of each tensor; a tensor that occurs twice has one stand-in."""
         twins = {id(x): x for x in tensors}
         made = {key: self.like(x) for key, x in twins.items()}
         return [made[id(x)] for x in tensors]
@@ -301,8 +306,7 @@ class Recorder(TorchDispatchMode):
         return notes
 
     def together(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor of all these (each dense and float32) in their order, each at whole blocks of 16
-        bytes."""
+        """One tensor that holds all of these (dense, float32) in order, each at a multiple of 16 bytes."""
         at = 0
         with _disable_current_modes():
             sizes = [(x.numel() + 3) // 4 * 4 for x in tensors]
@@ -310,7 +314,7 @@ class Recorder(TorchDispatchMode):
             for x, size in zip(tensors, sizes, strict=True):
                 begin = _key(whole), 4 * (at - int(x.storage_offset()))
                 if not x.is_contiguous() or self.parts.setdefault(_key(x), begin) != begin:
-                    raise NotRecordable("a part that is not whole, or not behind its neighbour")
+                    raise NotRecordable("a part that is not contiguous, or does not follow the one before it")
                 if self.memory[_key(x)].fill is not None:
                     raise NotRecordable("a part that no launch writes")
                 at += size
@@ -318,7 +322,7 @@ class Recorder(TorchDispatchMode):
         return whole
 
     def clearing(self) -> tuple[Tensor | None, Any]:
-        """For a launch that can clear counters: those of all that follow, if it is the first one."""
+        """(counters, how many) that a launch has to clear: the first one clears all counters of the pass."""
         return (None, 0) if self.notes or self.passes else (self.counters, self.count)
 
     def __torch_dispatch__(
@@ -336,5 +340,5 @@ class Recorder(TorchDispatchMode):
 
 
 def _key(x: Tensor) -> int:
-    """Which storage it is in, as long as the storage lives."""
+    """A key of the tensor's storage, valid while the storage lives."""
     return x.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""The classifier's and the channel MLP's layers: products and their weights' gradients."""
+"""The linear layers of classifier and channel MLP: products and the gradients of their weights."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from ggam_fast.kernels import product as product_kernels  # isort: skip
 
 
 class Layers(KernelBackend):
-    """The stages of this file in float32, torch's in other types."""
+    """The stages of this file for float32; torch's for other types."""
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         return dtype == torch.float32
@@ -71,8 +71,8 @@ def _float32(factors: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _joined(vectors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Each two of up to four neighbouring vectors as one (2, C); None if they are not that."""
-    if torch.compiler.is_compiling():  # which knows no storages
+    """Up to four vectors joined in pairs (2, C), or None if the vectors of a pair are not side by side."""
+    if torch.compiler.is_compiling():  # a compiler cannot see storages
         return None if vectors else []
     pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
     for x, y in pairs:
@@ -85,7 +85,7 @@ def _joined(vectors: Sequence[Tensor]) -> list[Tensor] | None:
 
 def _dot_options(x: Tensor) -> dict[str, str | int]:
     if torch.version.hip is not None or x.device.type not in ("cuda", "cpu", "meta"):
-        return {"PRECISION": "ieee"}  # AMD's matrix units multiply float32 as it is; others know no maxnreg
+        return {"PRECISION": "ieee"}  # AMD's matrix units multiply full float32; maxnreg is NVIDIA's
     return {"PRECISION": "tf32x3", "maxnreg": 255}  # without a limit Triton 3.9 spills at 168 registers
 
 
@@ -93,10 +93,10 @@ def _dot_options(x: Tensor) -> dict[str, str | int]:
 def product(
     x: Tensor, x_1: Tensor | None, matrix: Tensor, bias: Tensor | None, mask: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of one or two x (M, K) and a matrix (K, N): x w + bias, with a ReLU or 0 where mask <= 0"""
+    """x w + bias for one or two x (M, K) and a matrix w (K, N), with a ReLU, or 0 where mask <= 0."""
     (m, k), (inner, n) = x.shape, matrix.shape
     if k != inner:
-        raise RuntimeError(f"a layer takes {inner} features; got {k}, of shape {tuple(x.shape)}")
+        raise RuntimeError(f"a layer takes {inner} features; got {k} in shape {tuple(x.shape)}")
     if matrix.device != x.device or (bias is not None and bias.device != x.device):
         raise RuntimeError(
             f"a layer's parameters must be on its input's device, {x.device}; got {matrix.device}"
@@ -111,7 +111,7 @@ def product(
     count = len(rows)
     # Split-k needs a barrier that orders global stores; AMD's does not.
     may_split = torch.version.hip is None and x.device.type in ("cuda", "cpu", "meta")
-    # A recording holds launches alone.
+    # A recording needs a kernel: it cannot hold torch's product.
     cut = plan.product(count * m, n, k, bias is not None, may_split, thread.recorder is not None)
     if cut is None:
         with full_precision(x):
@@ -151,8 +151,10 @@ def layer_grads(
     vector_1: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """scale dy^T x and scale times the sum of dy over the batch, of up to four layers, and scale times one or
-    two vectors; empty without"""
+    """scale dy^T x and scale times the sum of dy over the batch for up to four layers.
+
+    Also scale times one or two vectors.  Results for absent layers and vectors are empty.
+    """
     given = [(dy, x), (dy_1, x_1), (dy_2, x_2), (dy_3, x_3)]
     batch = dy.shape[0]
     dot = _dot_options(dy)
@@ -171,13 +173,13 @@ def layer_grads(
     cut, tiles, scale = plan.LAYER_GRADS, 0, contiguous(scale)
     pointers: list[Tensor | None] = []
     sizes: list[int] = []
-    wide_j = wide_c = True  # whether rows of the gradients begin at whole blocks of 16 bytes
+    wide_j = wide_c = True  # whether rows of the gradients begin at multiples of 16 bytes
     for i, (left, right) in enumerate(given):
         if left is None or right is None:
             continue
         weight, bias = out[2 * i : 2 * i + 2]
         j, c = weight.shape
-        # A layer of no inputs has no tile, but a bias.
+        # A layer without inputs has no tiles, but it has a bias gradient.
         if (j * c * batch > plan.LARGEST_PRODUCT and thread.recorder is None) or c == 0:
             with full_precision(right):
                 ((found, sums),) = TORCH.layer_grads([(left, right)], scale)

@@ -1,4 +1,4 @@
-"""The other poolings of A: its attended maxima, the attended map, and a dense gradient's means."""
+"""The other poolings of A: attended maxima and the attended map, and Grad-CAM's means of a dense gradient."""
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Pooling(KernelBackend):
 
 @operator
 def max_pooled(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`max_pool`"""
+    """The operator of `max_pool`."""
     batch, channels, _ = features.shape
     peak, index = small(batch, channels, features), empty((batch, channels), features, torch.int64)
     if runs(batch):
@@ -57,7 +57,7 @@ def max_pooled(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @operator
 def attended_map(features: Tensor, t: Tensor | None, s: Tensor, scale: float, for_flatten: bool) -> Tensor:
-    """`hadamard`"""
+    """The operator of `hadamard`."""
     out = map_like(features, for_flatten)
     if runs(features.shape[0]):
         launch_all(hadamard(native(features), t, s, scale, out))
@@ -65,14 +65,14 @@ def attended_map(features: Tensor, t: Tensor | None, s: Tensor, scale: float, fo
 
 
 def map_like(features: Tensor, for_flatten: bool) -> Tensor:
-    """Room for D: in A's layout and type, or for a flattening classifier dense and in float32."""
+    """Memory for D: in A's layout and type, or with `for_flatten` dense and float32."""
     if for_flatten:
         return empty(features.shape, features)
     return like_layout(features, features.dtype)
 
 
 def max_pool(features: Tensor, t: Tensor | None, peak: Tensor, index: Tensor) -> Work:
-    """A at the position of max_l t_l A_cl, and that position, of `native` features"""
+    """A at the position of max_l t_l A_cl, and that position, for `native` features."""
     batch, channels, positions = features.shape
     cut = plan.tile(channels, positions, plan.memory_order(features.stride()))
     arguments = (features, None if t is None else t.contiguous(), peak, index, features.stride(0))
@@ -83,7 +83,7 @@ def max_pool(features: Tensor, t: Tensor | None, peak: Tensor, index: Tensor) ->
 
 
 def hadamard(features: Tensor, t: Tensor | None, s: Tensor, scale: float, out: Tensor) -> Work:
-    """out = scale A * t, or scale A * s without t, of `native` features"""
+    """out = scale A * t, or scale A * s without t, for `native` features."""
     batch, channels, positions = features.shape
     cut = plan.tile(channels, positions, plan.memory_order(features.stride()))
     programs = batch * plan.blocks(channels, cut.block_c) * plan.blocks(positions, cut.block_l)
@@ -98,7 +98,7 @@ def hadamard(features: Tensor, t: Tensor | None, s: Tensor, scale: float, out: T
 
 @operator
 def position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
-    """out[n, l] = sum over c with index[n, c] = l of values[n, c]"""
+    """out[n, l] = sum over c with index[n, c] = l of values[n, c]."""
     batch, channels = values.shape
     out = small(batch, positions, values)
     if runs(batch):
@@ -113,7 +113,7 @@ def position_scatter(values: Tensor, index: Tensor, positions: int) -> Tensor:
 
 @operator
 def grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """mean_l G t (N, C), sum_l G A (N, C), sum_c G A in parts (N, P, L)"""
+    """mean_l G t (N, C), sum_l G A (N, C), sum_c G A in parts (N, P, L)."""
     batch, channels, positions = features.shape
     parts = plan.blocks(channels, plan.MEANS_TILE.block_c)
     partials = empty((batch, parts, positions), features)

@@ -5,8 +5,8 @@ launches name their tensors by slot and offset:
 
     environment = [kept, scratch, constants, counters, *inputs, *outputs]        addresses and numbers
 
-What a launch of another tape reads (the backward's) lies in `kept`, all else that is neither input nor
-output in `scratch`.  Both are allocated anew for each replay, so replays may be nested and interleaved.
+`kept` holds the forward's results that the backward reads.  `scratch` holds every other tensor that is
+neither input nor output.  Each replay allocates both, so replays may be nested and interleaved.
 """
 
 import copy
@@ -23,11 +23,11 @@ from . import launch as launching
 from .launch import Memory, Note, NotRecordable, Number, Recorder
 
 KEPT, SCRATCH, CONSTANTS, COUNTERS, FIRST = range(5)
-_ALIGNMENT = 256  # bytes: of every tensor in an arena
+_ALIGNMENT = 256  # bytes, for every tensor in an arena
 
 
 class Launch:
-    """A launch whose dynamic values are looked up in an environment."""
+    """A launch that looks up its changing values in an environment."""
 
     def __init__(self, note: Note, place: Callable[[Any], tuple[int, int]]):
         self.kernel, self.programs, self.constants = note.kernel, note.programs, note.constants
@@ -45,7 +45,7 @@ class Launch:
         self.count = len(note.arguments)
 
     def first(self, environment: Sequence[Any], tensors: Sequence[Any]) -> Any:
-        """With tensors, through Triton, which compiles; the compiled form."""
+        """Launch through Triton, which takes tensors and compiles.  Returns the compiled form."""
         arguments = self.values[: self.count]
         for i, slot, offset in self.dynamic:
             dtype = self.types.get(i)
@@ -53,16 +53,18 @@ class Launch:
         return self.kernel[(self.programs,)](*arguments, **self.constants)
 
     def keep(self, compiled: Any) -> None:
-        """From now on `run` takes addresses."""
+        """Keep the compiled form, so that `run` takes addresses."""
         assert self.rest is not None
-        # Assigned, not added to: another thread may do the same.
+        # Assign a new list: another thread may do the same at the same time.
         self.values = [*self.values[: self.count], *self.rest]
         self.function, self.packed = compiled.function, compiled.packed_metadata
         self.run = compiled.run
 
     def written(self, index: int, names: dict[str, Any]) -> str:
-        """The launch as a line of Python, of an environment's `e0`, `e1`, ...; what it calls goes into
-        `names`."""
+        """The launch as a line of Python that uses the environment as `e0`, `e1`, ...
+
+        The objects that the line calls are added to `names`.
+        """
         inner = _Inner(self.run, self.function, self.packed, self.values)
         names |= {f"call{index}": inner.call, f"middle{index}": inner.middle}
         values = [repr(x) for x in self.values]
@@ -75,8 +77,10 @@ class Launch:
 
 
 class _Inner:
-    """The call that Triton's launcher ends in, which takes half the time of the launcher; the launcher
-    itself where it has memory to allocate, or ends in a call of another form."""
+    """The call inside Triton's launcher, which takes half the time of the launcher.
+
+    If the launcher has memory to allocate, or its call has another form, this is the launcher itself.
+    """
 
     def __init__(self, run: Any, function: Any, packed: Any, values: list[Any]):
         self.call, self.packs = run, False
@@ -104,21 +108,21 @@ def _arena(
 
 
 def _at(tensor: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """One element of this type, `offset` bytes behind the tensor's first."""
+    """One element of type `dtype`, `offset` bytes after the tensor's first byte."""
     start = tensor.storage_offset() * tensor.element_size() + offset
     out = torch.empty(0, dtype=dtype, device=tensor.device)
     return out.set_(tensor.untyped_storage(), start // out.element_size(), (1,), (1,))
 
 
 class Tape:
-    """Launches in order, and how much memory each arena of a replay needs."""
+    """Launches in order, and the size of each arena of a replay."""
 
     def __init__(self, launches: list[Launch], scratch: int, counters: int, device: torch.device):
         self.launches, self.device = launches, device
         self._scratch = _arena(scratch, torch.uint8, device)
         self._counters = _arena(counters, torch.int32, device, torch.zeros)
         self.compiled = not launches
-        """Whether a replay takes addresses; else it goes through Triton, as a first one does."""
+        """Whether a replay uses addresses.  The first replay goes through Triton instead."""
         self._launch_all: Callable[[int, tuple[Any, ...]], None] | None = None
 
     def play(
@@ -130,8 +134,10 @@ class Tape:
         addresses: Sequence[int],
         numbers: Sequence[float],
     ) -> None:
-        """Launch all on the current stream of the device; `addresses` are those of the inputs and outputs
-        in their order, and `numbers` follow them."""
+        """Launch everything on the current stream of the device.
+
+        `addresses` are those of the inputs and then the outputs.
+        """
         scratch = None if self._scratch is None else self._scratch()
         counters = None if self._counters is None else self._counters()
         environment = (
@@ -140,7 +146,7 @@ class Tape:
             0 if constants is None else constants.data_ptr(),
             0 if counters is None else counters.data_ptr(),
             *addresses,
-            *map(float, numbers),  # Triton would compile an int for its value
+            *map(float, numbers),  # Triton specialises for the value of an int
         )
         if not self.compiled or _hooked():
             arenas = (kept, scratch, constants, counters)
@@ -167,7 +173,7 @@ class Tape:
         self._launch_all(stream, environment)
 
     def _written(self, size: int) -> Callable[[int, tuple[Any, ...]], None]:
-        """All launches as one function without a loop: this is what a replay spends its time on."""
+        """All launches as one function without a loop.  A replay spends most of its time in it."""
         names: dict[str, Any] = {}
         lines = [launch.written(i, names) for i, launch in enumerate(self.launches)]
         unpacked = "".join(f"e{i}, " for i in range(size))
@@ -181,12 +187,12 @@ _runtime = triton.knobs.runtime
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to see every launch, with its arguments."""
+    """Whether a profiler has to see every launch and its arguments."""
     return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
 
 
 class Pass(NamedTuple):
-    """What was noted of one direction: its launches, what it is given, what it makes."""
+    """The notes of a forward or a backward: launches, inputs, numbers and outputs."""
 
     notes: Sequence[Note]
     inputs: Sequence[Tensor]
@@ -195,10 +201,10 @@ class Pass(NamedTuple):
 
 
 class Recording:
-    """The tapes of a forward and, where there is one, its backward.
+    """The tapes of a forward and of its backward, if there is one.
 
-    `saved` says what the backward is given beside its own inputs: tensors of the forward, counted through its
-    inputs and then its outputs.
+    `saved` lists the forward's tensors that the backward also needs, as indices into the forward's inputs
+    followed by its outputs.
     """
 
     def __init__(self, recorder: Recorder, passes: Sequence[Pass], device: torch.device):
@@ -246,7 +252,7 @@ class Recording:
                     placed[key] = here[key] = CONSTANTS, sizes[CONSTANTS]
                     self._filled.append((sizes[CONSTANTS], memory))
                     sizes[CONSTANTS] += _rounded(memory.bytes)
-            if cleared:  # by the first launch: as good as scratch
+            if cleared:  # the first launch clears them, so they need no memory of their own
                 begin = SCRATCH, scratch
                 here |= {k: (SCRATCH, scratch + o) for k, (s, o) in here.items() if s == COUNTERS}
                 here[_key(recorder.counters)] = begin
@@ -257,23 +263,23 @@ class Recording:
             tapes.append(Tape(launches, scratch, 0 if cleared else counters, device))
         self.forward, self.backward = tapes[0], tapes[1] if len(tapes) > 1 else None
         self.constant: Sequence[int] = ()  # outputs without a gradient
-        self.again: Any = None  # the backward through autograd, where a replay will not do
+        self.again: Any = None  # the backward by autograd, for cases that cannot be replayed
         self._constant_bytes = sizes[CONSTANTS]
         self.kept = _arena(sizes[KEPT], torch.uint8, device)
-        """Makes the memory that lives from a forward to its backward; None if there is none."""
+        """Allocates the memory that is kept from a forward to its backward; None if there is none."""
         self.outputs = [_Blank(x, recorder.memory.get(_key(x)), device) for x in _some(forward.outputs)]
         wholes = {whole for whole, _ in recorder.parts.values()}
         for blank, x in zip(self.outputs, _some(forward.outputs), strict=True):
             if blank.fill is None and _key(x) not in touched[0] and _key(x) not in wholes:
                 raise NotRecordable("an output that no launch writes")
         self._constants: Tensor | None = None
-        # Of the backward, whose outputs after the first (dA) are the parameters' gradients.
+        # The backward's first output is dA, and the others are the parameters' gradients.
         da, *grads = passes[1].outputs if len(passes) > 1 else [None]
         self.da = None if da is None else _Blank(da, None, device)
         self.gradients = _Gradients(_some(grads), device)
 
     def constants(self) -> Tensor | None:
-        """Read by launches, never written; filled once."""
+        """Memory that launches only read.  It is filled once."""
         if self._constants is None and self._constant_bytes:
             on_gpu = self.device.type == "cuda"
             capturing = on_gpu and torch.cuda.is_current_stream_capturing()
@@ -282,7 +288,7 @@ class Recording:
                 part = constants[offset : offset + memory.bytes].view(memory.tensor.dtype)
                 assert memory.fill is not None
                 part.fill_(memory.fill)
-            if capturing:  # a graph's memory is the graph's alone
+            if capturing:  # memory allocated during a capture belongs to that graph
                 return constants
             if on_gpu:
                 torch.cuda.current_stream(self.device).synchronize()  # once; other streams will read it
@@ -291,7 +297,7 @@ class Recording:
 
 
 class _Blank:
-    """How to make an output before a replay fills it."""
+    """Allocates an output, which a replay then fills."""
 
     def __init__(self, x: Tensor, memory: Memory | None, device: torch.device):
         self.shape = x.shape
@@ -306,7 +312,7 @@ class _Blank:
 
 
 class _Gradients:
-    """Gradients as views of one tensor, in which the neighbours of a storage stay neighbours."""
+    """Gradients as views of one tensor.  Gradients that share a storage stay side by side."""
 
     def __init__(self, outputs: list[Tensor], device: torch.device):
         groups: dict[int, list[int]] = {}
@@ -329,7 +335,7 @@ class _Gradients:
         self._flat = partial(torch.empty, sum(x.numel() for x in self._templates), device=device)
 
     def make(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Where each storage begins, and each gradient."""
+        """A view at the beginning of each storage, and the gradients."""
         if not self._where:
             return [], []
         parts = torch._C._nn.unflatten_dense_tensors(self._flat(), self._templates)
@@ -357,7 +363,7 @@ def _touched(p: Pass) -> set[int]:
 
 
 def _counted(note: Note, recorder: Recorder, counters: int) -> Note:
-    """The note with how many counters it has to clear, if any."""
+    """The note, with the number of counters that its launch has to clear."""
     arguments = [counters if x is recorder.count else x for x in note.arguments]
     if not counters:
         arguments = [None if x is recorder.counters else x for x in arguments]

@@ -1,11 +1,11 @@
-"""Stages as functions and as `torch.library` operators: `ggam_fast::...`, one for each stage.
+"""Each stage as a function and as a `torch.library` operator `ggam_fast::...`.
 
 A stage is written once, as a typed function that allocates its outputs and launches the kernels that fill
-them.  Its signature is the operator's schema.  Its fake, for `torch.compile` and `torch.export`, is the
-function itself with launches left out.  Autograd lives outside, in `ggam_fast.autograd`.
+them.  Its signature is the operator's schema.  The operator's fake, for `torch.compile` and `torch.export`,
+is the same function without launches.  Autograd is in `ggam_fast.autograd`.
 
-Eager code calls the functions.  What looks into operations (a compiler, a dispatch mode, a transform of
-`torch.func`) must see operators: see `registry.get_backend`.
+Eager code calls the functions.  A compiler, a dispatch mode or a transform of `torch.func` must see
+operators; `registry.get_backend` decides which is used.
 """
 
 import inspect
@@ -25,18 +25,18 @@ OPERATORS: dict[str, Callable[..., Any]] = {}
 FUNCTIONS = SimpleNamespace()
 """The stages by name, as functions."""
 STAGES = SimpleNamespace()
-"""The same as operators."""
+"""The stages by name, as operators."""
 
 
 class KernelBackend(Backend):
-    """Stages that call `run`: `FUNCTIONS` or `STAGES`."""
+    """A backend whose methods call the stages in `run`: `FUNCTIONS` or `STAGES`."""
 
     def __init__(self, run: Any):
         self.run = run
 
 
 def operator(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """Register the stage under its name."""
+    """Register the stage as a function and as an operator, under its name."""
 
     def fake(*arguments: Any) -> Any:
         with faked():
@@ -51,7 +51,7 @@ def operator(stage: Callable[..., Any]) -> Callable[..., Any]:
 def define(
     typed: Callable[..., Any], returns: Any, run: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register `run` and its fake with the name and the parameters of `typed`."""
+    """Register `run` and its fake as an operator with the name and the parameters of `typed`."""
     name, hints = typed.__name__, typing.get_type_hints(typed)
     parameters = [p.replace(annotation=hints[p.name]) for p in inspect.signature(typed).parameters.values()]
 

@@ -1,4 +1,4 @@
-"""The passes that add up A, and the spatial norm between them."""
+"""The passes that sum over A, and the spatial norm between them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -83,7 +83,7 @@ class Sums(KernelBackend):
 
 @operator
 def spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
-    """scale * spatial_sum(A, w), or the sum"""
+    """scale * spatial_sum(A, w); weights = 1 if None."""
     out = small(features.shape[0], features.shape[1], features)
     if runs(features.shape[0]):
         features = native(features)
@@ -97,7 +97,7 @@ def spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Tenso
 
 @operator
 def channel_sum(features: Tensor, weights: Tensor) -> Tensor:
-    """channel_sum(A, w)"""
+    """channel_sum(A, w)."""
     batch, _, positions = features.shape
     out = small(batch, positions, features)
     if runs(batch):
@@ -107,7 +107,7 @@ def channel_sum(features: Tensor, weights: Tensor) -> Tensor:
             per_image(batch, features),
         )
         launch_all(
-            # Not torch.sum, whose order of addition may depend on the batch.
+            # Not torch.sum: its order of addition may depend on the batch.
             _channel_sums(features, [weights.contiguous()], partials),
             _normalise(partials, NORM["none"], 1, out, out, total),
         )
@@ -116,7 +116,7 @@ def channel_sum(features: Tensor, weights: Tensor) -> Tensor:
 
 @operator
 def spatial_attention(features: Tensor, s: Tensor, norm: int, kappa: int) -> tuple[Tensor, Tensor, Tensor]:
-    """T, kappa T and sum(U) for U = channel_sum(A, s)"""
+    """T, kappa T and sum(U) for U = channel_sum(A, s)."""
     batch, _, positions = features.shape
     t, total = small(batch, positions, features), per_image(batch, features)
     weights = per_image(0, features) if kappa == 1 else small(batch, positions, features)
@@ -134,7 +134,7 @@ def spatial_attention(features: Tensor, s: Tensor, norm: int, kappa: int) -> tup
 def spatial_norm_grad(
     partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
-    """dU of dT = scale sum_p partials (N, P, L) + extra"""
+    """dU for dT = scale sum_p partials (N, P, L) + extra."""
     out = small(t.shape[0], t.shape[1], t)
     if runs(t.shape[0]):
         parts = partials.contiguous().unsqueeze(1)
@@ -146,7 +146,7 @@ def spatial_norm_grad(
 def spatial_attention_grad(
     features: Tensor, v: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
-    """dU for dT = scale channel_sum(A, v) + extra"""
+    """dU for dT = scale channel_sum(A, v) + extra."""
     out = small(t.shape[0], t.shape[1], t)
     if runs(t.shape[0]):
         features = native(features)
@@ -162,7 +162,7 @@ def spatial_attention_grad(
 def attended(
     features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool, kappa: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """T = norm(channel_sum(A, s)) and A pooled under kappa T: (out, index, T, kappa T, total)"""
+    """T = norm(channel_sum(A, s)) and A pooled under kappa T: (out, index, T, kappa T, total)."""
     batch, channels, positions = features.shape
     dense = pool == POOL["flatten"]
     out = map_like(features, for_flatten) if dense else small(batch, channels, features)
@@ -170,7 +170,7 @@ def attended(
     t, total = small(batch, positions, features), per_image(batch, features)
     weights = per_image(0, features) if kappa == 1 else small(batch, positions, features)
     if runs(batch):
-        features = native(features)  # copied once, if it must be
+        features = native(features)  # at most one copy, for both passes
         partials = partial_sums(features, 1)
         multiplied = t if kappa == 1 else weights
         if pool == POOL["avg"]:
@@ -198,7 +198,7 @@ def attention_backward(
     total: Tensor,
     norm: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dU (N, L) and ds (N, C) of v, which may have an extra if it is alone, and of v_1; empty without"""
+    """dU (N, L) and ds (N, C) for v and for v_1 (empty if it is None).  `extra` needs a v alone."""
     batch, channels, positions = features.shape
     second = 0 if v_1 is None else batch
     du, ds = small(batch, positions, features), small(batch, channels, features)
@@ -219,11 +219,11 @@ def attention_backward(
     return du, ds, du_1, ds_1
 
 
-# ---- each a launch; features are `native`, weights dense
+# ---- each function returns one launch; features are `native`, weights dense
 
 
 def _channel_sums(features: Tensor, weights: Sequence[Tensor], partials: Tensor) -> Work:
-    """channel_sum(A, w) for each of one or two w, in parts: (N, R, P, L)"""
+    """channel_sum(A, w) for one or two w, in parts (N, R, P, L)."""
     batch, channels, positions = features.shape
     order = plan.memory_order(features.stride())
     cut = plan.channel_sum(channels, positions, features.element_size(), order)
@@ -242,7 +242,7 @@ def _spatial_sums(
     out: Sequence[Tensor],
     clear: tuple[Any, Any] = (None, 0),
 ) -> Work:
-    """out = spatial_sum(A, w) for each of one or two w; without any, the sum, and counters that it clears"""
+    """out = spatial_sum(A, w) for one or two w.  Without w, the sum; that launch can clear counters."""
     batch, channels, positions = features.shape
     order = plan.memory_order(features.stride())
     cut = plan.spatial_sum(channels, positions, features.element_size(), order, len(weights))
@@ -257,7 +257,7 @@ def _spatial_sums(
 def _normalise(
     partials: Tensor, norm: int, kappa: int, attention: Tensor, weights: Tensor, total: Tensor
 ) -> Work:
-    """T, kappa T (but for kappa = 1) and sum(U) of U (N, 1, P, L) in parts"""
+    """T, kappa T (unless kappa = 1) and sum(U) from U in parts (N, 1, P, L)."""
     batch, _, parts, positions = partials.shape
     block_l, num_warps = plan.norm_block(positions)
     arguments = (partials, attention, None if kappa == 1 else weights, total, parts, float(kappa))
@@ -275,7 +275,7 @@ def _normalise_grads(
     norm: int,
     grads: Sequence[Tensor],
 ) -> Work:
-    """dU of each of the R dT (N, R, P, L) in parts"""
+    """dU for each of the R dT, which are in parts (N, R, P, L)."""
     batch, rows, parts, positions = partials.shape
     block_l, num_warps = plan.norm_block(positions)
     extra = None if extra is None else extra.contiguous()

@@ -1,4 +1,4 @@
-"""Features in every layout and at odd sizes, and how results are compared, for the tests of the stages.
+"""Features in every layout and of odd sizes, and comparisons of results, for the tests of the stages.
 
 On a GPU the compiled kernels run; elsewhere Triton's interpreter runs the same code, program by program.
 """

@@ -1,4 +1,4 @@
-"""A kernel's compiled form is used again for the same kinds of arguments, and for no others."""
+"""A kernel's compiled form is used again for arguments of the same kinds, and only for those."""
 
 import os
 import subprocess

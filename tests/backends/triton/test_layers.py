@@ -1,4 +1,4 @@
-"""Small products and their gradients as stages; `tests/kernels/test_product.py` has all their sizes."""
+"""Small products and their gradients as stages.  `tests/kernels/test_product.py` tests all sizes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a recorder notes and refuses, where a replay's memory lies, and what its launches are given."""
+"""What a recorder notes and refuses, where the memory of a replay is, and the arguments of its launches."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every stage as an operator."""
+"""Every stage is registered as an operator."""
 
 from typing import Any
 

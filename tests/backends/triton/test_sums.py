@@ -1,4 +1,4 @@
-"""The passes that add up A, against float64 formulas on the same (upcast) inputs."""
+"""The passes that sum over A, against float64 formulas on the same (upcast) inputs."""
 
 import zlib
 

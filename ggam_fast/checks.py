@@ -140,12 +140,19 @@ def _floating(argument: str, value: object, names: str) -> None:
         raise TypeError(f"{argument} must be a floating-point tensor {names}; got {got}")
 
 
-def small(argument: str, value: Tensor, shape: tuple[int, ...], names: str) -> Tensor:
-    """Return the float tensor `value` if it has `shape`, else raise an error that names `names`."""
+def small(argument: str, value: Tensor, shape: tuple[int, ...], names: str, device: torch.device) -> Tensor:
+    """Return the float tensor `value` if it has this shape and device; the error names the shape `names`."""
     _floating(argument, value, names)
     if tuple(value.shape) != shape:
         raise ValueError(f"{argument} must be {names} = {shape}; got {tuple(value.shape)}")
+    on_device(argument, value, device)
     return value
+
+
+def on_device(argument: str, value: Tensor, device: torch.device) -> None:
+    """Raise unless the tensor is where the features are."""
+    if value.device != device:
+        raise ValueError(f"{argument} must be on the device of the features, {device}; got {value.device}")
 
 
 def matrix(argument: str, value: Tensor, names: str) -> Tensor:
@@ -174,8 +181,14 @@ def scores(logits: Tensor, batch: int, num_classes: int) -> None:
         )
 
 
-def target(value: Tensor, batch: int, num_classes: int, ignore_index: int | None = None) -> Tensor:
-    """Check class indices (N,) or class probabilities (N, K) and return them.
+def target(
+    value: Tensor,
+    batch: int,
+    num_classes: int,
+    ignore_index: int | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Check class indices (N,) or class probabilities (N, K) on `device` and return them.
 
     An index must be in [0, K) or equal `ignore_index`.  On the CPU a wrong index raises ValueError at once.
     On CUDA and in a compiled function an assertion finds it, without a synchronisation.
@@ -184,6 +197,8 @@ def target(value: Tensor, batch: int, num_classes: int, ignore_index: int | None
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a tensor; got {type(value).__name__}")
+    if device is not None:
+        on_device("target", value, device)
     if value.is_floating_point():
         if tuple(value.shape) != (batch, num_classes):
             raise ValueError(

@@ -40,7 +40,7 @@ class GradCamMeans(NamedTuple):
 
 
 def _weights(argument: str, value: Tensor, shape: tuple[int, ...], names: str, like: Tensor) -> Tensor:
-    return checks.small(argument, value, shape, names).to(precision.compute_dtype(like))
+    return checks.small(argument, value, shape, names, like.device).to(precision.compute_dtype(like))
 
 
 def channel_sum(
@@ -90,10 +90,10 @@ def _mlp(
     hidden = checks.matrix("fc1_weight", fc1_weight, "(C/r, C)").shape[0]
     if hidden == 0:
         raise ValueError(f"fc1_weight must have at least one row; got shape {tuple(fc1_weight.shape)}")
-    checks.small("fc1_weight", fc1_weight, (hidden, channels), "(C/r, C)")
-    checks.small("fc1_bias", fc1_bias, (hidden,), "(C/r,)")
-    checks.small("fc2_weight", fc2_weight, (channels, hidden), "(C, C/r)")
-    checks.small("fc2_bias", fc2_bias, (channels,), "(C,)")
+    checks.small("fc1_weight", fc1_weight, (hidden, channels), "(C/r, C)", x.device)
+    checks.small("fc1_bias", fc1_bias, (hidden,), "(C/r,)", x.device)
+    checks.small("fc2_weight", fc2_weight, (channels, hidden), "(C, C/r)", x.device)
+    checks.small("fc2_bias", fc2_bias, (channels,), "(C,)", x.device)
     return ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
@@ -169,11 +169,13 @@ def grad_cam_weights(
     mlp = _mlp(x, options, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     batch, channels, positions = x.shape
     if pool_type == "":
-        checks.small("grad_attended", grad_attended, tuple(features.shape), "the map's shape")
+        checks.small(
+            "grad_attended", grad_attended, tuple(features.shape), "the map's shape", features.device
+        )
         v = checks.feature_map(grad_attended, input_fmt).features
     elif pool_type == "flatten":
         width = (batch, channels * positions)
-        v = checks.small("grad_attended", grad_attended, width, "(N, C*L)").view(x.shape)
+        v = checks.small("grad_attended", grad_attended, width, "(N, C*L)", features.device).view(x.shape)
     else:
         v = _weights("grad_attended", grad_attended, (batch, channels), "(N, C)", x)
     resolved = checks.backend(backend, x)
@@ -198,7 +200,7 @@ def grad_cam_means(
     cam_weights are then Grad-CAM's channel means of G. Both results are detached.
     """
     x, shape = checks.feature_map(features, input_fmt)
-    checks.small("grad", grad, tuple(features.shape), "the shape of features")
+    checks.small("grad", grad, tuple(features.shape), "the shape of features", features.device)
     g = checks.feature_map(grad, input_fmt).features
     t = None
     if spatial_attention is not None:
@@ -271,7 +273,9 @@ def guidance_loss(
     before its logarithm. The head uses the logits of S and needs no clamp.
     """
     checks.matrix("channel_attention", channel_attention, "(N, C)")
-    checks.small("cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)")
+    checks.small(
+        "cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)", channel_attention.device
+    )
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)
     reduction = checks.reduction("reduction", reduction, divergence)

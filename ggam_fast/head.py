@@ -118,7 +118,7 @@ class GGAMHead(GGAMHeadBase):
         second_order = target is not None and not self.cam_detach and torch.is_grad_enabled()
 
         if target is not None:
-            target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
+            target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
         layers = known_layers(self.classifier, self.drop)
         if not pre_logits and self._compiles_whole(x, mlp, options, layers, target, backend):
             assert compiled is not None
@@ -156,7 +156,7 @@ class GGAMHead(GGAMHeadBase):
         """Raise an error if features and target do not fit the head or each other."""
         x = self._inputs(features)[0]
         if target is not None:
-            checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
+            checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
 
     def _loss_terms(self, guidance_weight: float = 1.0, label_smoothing: float = 0.0) -> LossTerms:
         return LossTerms(
@@ -180,7 +180,7 @@ class GGAMHead(GGAMHeadBase):
             if replayed is not None:
                 return replayed
         x, spatial_shape, mlp, options, backend = self._inputs(features)
-        target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
+        target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
 
         layers = known_layers(self.classifier, self.drop)
         if self._compiles_whole(x, mlp, options, layers, target, backend):

@@ -51,7 +51,7 @@ class GGAMLoss(nn.Module):
             if replayed is not None:
                 return replayed
         logits = logits.to(compute_dtype(logits))
-        target = checks.target(target, logits.shape[0], logits.shape[1], self.ignore_index)
+        target = checks.target(target, logits.shape[0], logits.shape[1], self.ignore_index, logits.device)
         loss = cross_entropy(logits, target, self.label_smoothing, self.ignore_index)
         return loss if guidance is None else loss + self.guidance_weight * guidance
 

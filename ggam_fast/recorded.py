@@ -625,7 +625,7 @@ def loss(
     call = Call(key, given, addresses, [], 0)
 
     def valid() -> None:
-        checks.target(target, logits.shape[0], logits.shape[1], ignore_index)
+        checks.target(target, logits.shape[0], logits.shape[1], ignore_index, logits.device)
 
     recording = _recording(call, valid, lambda: _record_loss(call, weight, smoothing, ignore_index))
     if recording is None:

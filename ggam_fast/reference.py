@@ -24,7 +24,7 @@ class GGAMHeadReference(GGAMHeadBase):
         if target is None:
             attended = self.attend(a)[0]
             return self.classify(attended, spatial_shape, pre_logits)
-        target = checks.target(target, a.shape[0], self.num_classes, self.ignore_index)
+        target = checks.target(target, a.shape[0], self.num_classes, self.ignore_index, a.device)
         counts = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
         if self.ignore_index is not None and not target.is_floating_point():
             counts = target != self.ignore_index

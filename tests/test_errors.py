@@ -342,3 +342,20 @@ def test_wrapped_channel_layer() -> None:
     head.fc1 = nn.Sequential(head.fc1)  # type: ignore[assignment]
     with pytest.raises(TypeError, match="got Sequential with a forward of its own"):
         head(torch.rand(2, 32, 3, 3))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_tensors_of_another_device(backend: str) -> None:
+    """A kernel would take their addresses."""
+    x, target = torch.rand(2, 8, 3, 3), torch.tensor([0, 1])
+    head = GGAMHead(8, 4, rd_channels=2, backend=backend)
+    for call, argument in (
+        (lambda: head(x, target.to("meta")), "target"),
+        (lambda: functional.fused_ggam_loss(head, x, target.to("meta")), "target"),
+        (lambda: GGAMLoss()(head(x), target.to("meta")), "target"),
+        (lambda: functional.channel_sum(x, torch.rand(2, 8, device="meta")), "channel_weights"),
+        (lambda: functional.spatial_sum(x, torch.rand(2, 3, 3, device="meta")), "spatial_weights"),
+        (lambda: functional.grad_cam_means(x, x.to("meta")), "grad"),
+    ):
+        with pytest.raises(ValueError, match=f"{argument} must be on the device of the features, cpu"):
+            call()

@@ -1,7 +1,6 @@
 """The training loop, each option seen to do what it says."""
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from ggam_fast.training.config.options import OptimConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run.loop import Trainer, _schedule
 from ggam_fast.training.run.train import train
+from tests.training.runs import numbers, said
 
 
 def test_cosine_falls_from_the_highest_rate_to_nothing():
@@ -112,17 +112,6 @@ def test_one_cycle_of_any_length(steps):
         optimizer.step()
         schedule.step()
     assert 0 < min(rates) <= max(rates) <= 0.1
-
-
-def said(report) -> str:
-    return report.console.file.getvalue()
-
-
-def numbers(folder) -> dict:
-    results = json.loads((folder / "metrics.json").read_text())
-    for epoch in results["epochs"]:
-        del epoch["images_per_second"]
-    return {"test": results["test"], "epochs": results["epochs"]}
 
 
 @pytest.mark.slow

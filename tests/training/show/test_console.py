@@ -7,10 +7,7 @@ import torch
 
 from ggam_fast.training.measure.classification import classification_metrics
 from ggam_fast.training.show import console
-
-
-def said(report) -> str:
-    return report.console.file.getvalue()
+from tests.training.runs import said
 
 
 def test_square_brackets_are_text(report):

@@ -9,6 +9,7 @@ import pytest
 from ggam_fast.training.run.train import train
 from ggam_fast.training.show.page import page
 from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run
+from tests.training.runs import said
 
 
 class Page(HTMLParser):
@@ -40,7 +41,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(trained, photos, report, 
     assert shown.tags.count("img") == 1 + 6
     found = json.loads((out / "evaluation.json").read_text())
     assert found["localisation"] == {}
-    assert "says nothing of where objects are" in report.console.file.getvalue()
+    assert "says nothing of where objects are" in said(report)
     assert f"{100 * found['classification']['accuracy']:.1f} %" in shown.text
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "evaluation.html"}
 

@@ -19,6 +19,7 @@ from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.run.train import train
 from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run, more_metrics, spread
 from tests.training import trees
+from tests.training.runs import said
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
         for kind in ("insertion", "deletion"):
             curve = torch.tensor(both[kind]["curve"])
             assert both[kind]["area"] == pytest.approx(torch.trapezoid(curve).item() / 3, abs=1e-5)
-    assert "localisation against boxes and parts" in report.console.file.getvalue()
+    assert "localisation against boxes and parts" in said(report)
 
 
 def test_top5_and_calibration_of_known_logits():

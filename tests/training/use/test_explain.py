@@ -14,6 +14,7 @@ from ggam_fast.training.run.train import train
 from ggam_fast.training.use import explain as explanation
 from ggam_fast.training.use.explain import ExplainConfig, explain, figure_names, look
 from tests.training.conftest import write_image
+from tests.training.runs import said
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_one_figure_an_image_and_two_runs_side_by_side(run, unguided, photos, re
     # Both runs are asked about the class that the first one predicts.
     assert all(seen[0].of == seen[1].of == seen[0].probabilities.argmax() for _, seen, _ in drawn)
     assert any(not seen[0].grad_cam.allclose(seen[1].grad_cam) for _, seen, _ in drawn)
-    assert report.console.file.getvalue().count("no guidance: ") == 3
+    assert said(report).count("no guidance: ") == 3
 
 
 def test_a_class_can_be_asked_for(run, photos, report, tmp_path, monkeypatch):

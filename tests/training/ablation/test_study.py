@@ -107,7 +107,7 @@ def test_bad_choices_are_named(study, report, change, message):
 def test_a_folder_of_something_else_is_left_alone(study, report):
     study.study.out.mkdir()
     (study.study.out / "thesis.txt").write_text("mine")
-    with pytest.raises(TrainError, match="something else"):
+    with pytest.raises(TrainError, match="it holds other files"):
         ablate(study, report, "")
     assert [path.name for path in study.study.out.iterdir()] == ["thesis.txt"]
 

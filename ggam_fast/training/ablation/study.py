@@ -57,9 +57,9 @@ class StudyConfig:
         "spatial",
         "channel_spatial",
     )
-    """Attentions in the paper's table, one row each."""
+    """Attentions to compare. Each is a row of the paper's table."""
     spatial_norm: Literal["softmax", "sum", "sigmoid"] = "softmax"
-    """How the channel sum is normalized to the spatial attention."""
+    """Norm of the channel sum. The result is the spatial attention."""
     pool_type: Literal["avg", "max", "flatten"] = "avg"
     """How the attended map reaches the classifier."""
     attention_scale: Literal["unit_mean", "printed"] = "unit_mean"

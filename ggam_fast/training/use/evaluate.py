@@ -116,7 +116,9 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
     images = run_images(checkpoint, config.data, config.root, config.cache_dir)
     theirs = checkpoint.description["data"] if config.data is None else {}
     if config.split not in images.splits:
-        raise TrainError(f"--split {config.split}: {images.name} has {', '.join(images.splits)}")
+        raise TrainError(
+            f"--split must be one of {', '.join(images.splits)} for {images.name}; got {config.split}"
+        )
     images = readable(
         images,
         model.backbone.image_size,

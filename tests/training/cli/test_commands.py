@@ -92,9 +92,9 @@ def test_options_of_another_run_are_refused(tiny_config, report, capsys):
     out = str(tiny_config.run.out)
     capsys.readouterr()
     assert main(["train", "--resume", out, "--epochs", "9"]) == 2
-    assert "--epochs is 4 there" in capsys.readouterr().err
+    assert "there --epochs is 4" in capsys.readouterr().err
     assert main(["train", "--resume", out + "-not"]) == 2
-    assert "no run of ggam-fast train there" in capsys.readouterr().err
+    assert "--resume must name the folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(trained, photos, tmp_path, cap
         assert not out.exists()
         return error
 
-    assert "--split holdout: photos has train, test" in refused(trained, "--split", "holdout")
+    assert "--split must be one of train, test for photos; got holdout" in refused(
+        trained, "--split", "holdout"
+    )
     assert "--examples must be 0 or more; got -1" in refused(trained, "--examples", "-1")
     assert "no checkpoint at" in refused(tmp_path / "nowhere")
     assert "find any class folder" in refused(trained, "--data", "folder", "--root", tmp_path / "cache")

@@ -93,7 +93,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 def explain(arguments: Sequence[str]) -> int:
     """Draw where a trained classifier looks, one figure for each image.
 
-    A figure shows the image, spatial attention, Grad-CAM and the five likeliest classes, for one or two runs.
+    It shows the image, spatial attention, Grad-CAM and the five likeliest classes of one or two runs.
 
         ggam-fast explain photo.jpg --run runs/photos
         ggam-fast explain photos/*.jpg --run runs/guided --compare runs/unguided --out figures

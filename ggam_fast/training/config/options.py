@@ -93,7 +93,7 @@ class HeadConfig:
 
     @classmethod
     def from_preset(cls, name: Literal["paper", "release"]) -> HeadConfig:
-        """The options of `ggam_fast.presets.PAPER` or `.RELEASE`, with torch's default eps of a batch norm."""
+        """The options of `ggam_fast.presets.PAPER` or `.RELEASE`, with torch's default eps for batch norm."""
         source = {"paper": presets.PAPER, "release": presets.RELEASE}[name]
         return cls(preset=name, **{"norm_eps": BEFORE["norm_eps"], **source})
 

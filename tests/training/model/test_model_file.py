@@ -131,5 +131,5 @@ def test_weights_of_another_program_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(TrainError, match="not written by ggam_fast"):
+    with pytest.raises(TrainError, match="must be a checkpoint written by ggam_fast"):
         load_checkpoint(tmp_path)

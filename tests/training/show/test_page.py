@@ -41,7 +41,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(trained, photos, report, 
     assert shown.tags.count("img") == 1 + 6
     found = json.loads((out / "evaluation.json").read_text())
     assert found["localisation"] == {}
-    assert "says nothing of where objects are" in said(report)
+    assert "has no annotations of objects" in said(report)
     assert f"{100 * found['classification']['accuracy']:.1f} %" in shown.text
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "evaluation.html"}
 

@@ -17,6 +17,6 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", no_compiler)
     step = compile_or_eager(module, module, lambda f: f(torch.ones(2, 3)))
     assert step is module
-    assert caplog.messages == ["running eagerly, torch.compile failed: No working C++ compiler found"]
+    assert caplog.messages == ["running eagerly because torch.compile failed: No working C++ compiler found"]
     assert module.num_batches_tracked == 0
     assert module.running_mean.eq(0).all()

@@ -48,7 +48,7 @@ def test_what_a_killed_run_was_writing_goes(tiny_config, report):
 def test_one_run_at_a_time_in_a_folder(tiny_config, report):
     with (
         output_folder(tiny_config.run.out, "photos"),
-        pytest.raises(TrainError, match="another run is writing"),
+        pytest.raises(TrainError, match="another run is writing to it"),
     ):
         train(tiny_config, report)
     train(tiny_config, report)

@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_draws_nothing(run, unguided, photos, tmp_path
     assert "bad.jpg: not an image file" in refused(good, bad, "--run", run)
     assert "gone.jpg: no such file" in refused(good, tmp_path / "gone.jpg", "--run", run)
     assert "red: " in refused(photos / "red", "--run", run)
-    assert "give one or more image files" in refused("--run", run)
+    assert "needs one or more image files" in refused("--run", run)
     assert "--class-name must be one of blue, green, red; got pink" in refused(
         good, "--run", run, "--class-name", "pink"
     )
@@ -127,7 +127,7 @@ def test_small_images_and_other_classes_are_refused(tiny_config, run, photos, re
     (photos / "red").rename(photos / "rouge")
     other = replace(tiny_config, run=replace(tiny_config.run, out=tmp_path / "other"))
     train(other, report)
-    with pytest.raises(TrainError, match="must be of the same classes"):
+    with pytest.raises(TrainError, match="must have the same classes"):
         explain(ExplainConfig((photos / "blue" / "0.png",), run, other.run.out))
     with pytest.raises(TrainError, match=r"0.png \(28 x 20\) is smaller than the crop of 64 x 64"):
         explanation.read(photos / "blue" / "0.png", 64)

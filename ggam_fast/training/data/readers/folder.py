@@ -77,8 +77,8 @@ def _stratified(root: Path) -> ImageSet:
     files = [Path(path) for path, _ in images.samples]
     note = (
         "without train/ and test/ folders, a fifth of every class is held out at random for testing. Every "
-        "run holds out the same images unless files are added or removed. If groups of your images look alike, "
-        "split them by group"
+        "run holds out the same images unless files are added or removed. If groups of your images look "
+        "alike, split them by group"
     )
     notes = [note, *_left_out([root])]
     return _folder_set(root, files, images.targets, images.classes, splits, notes)

@@ -1,4 +1,4 @@
-"""The targets of the suite, and how far each result file is from them."""
+"""The targets of the suite, and whether each result file meets them."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ OURS = (
 
 
 def judged(results: Results) -> Iterator[str]:
-    """One line for each target that the file has records for: its worst case, and whether that is met."""
+    """A line for each target for which the file has records: its worst case, and whether that is met."""
     yield from _gpu(results) if results.on_gpu else _cpu(results)
 
 

@@ -42,5 +42,5 @@ def test_a_missing_or_broken_result_is_refused() -> None:
 
 def test_a_reference_that_is_off_itself_judges_nobody() -> None:
     exact = {"logits": torch.ones(4, 3)}
-    with pytest.raises(Refused, match="too far to judge by"):
+    with pytest.raises(Refused, match="too far to judge others"):
         parity.check("peer", exact, exact, {"logits": 2 * exact["logits"]}, torch.float32)

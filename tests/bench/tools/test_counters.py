@@ -1,4 +1,4 @@
-"""ncu's output, as far as it can be read without a GPU."""
+"""The parser of ncu's output, which needs no GPU."""
 
 import pytest
 

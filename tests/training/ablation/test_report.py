@@ -1,4 +1,4 @@
-"""The report of an ablation says what its cells hold."""
+"""The report of an ablation has the numbers of its cells."""
 
 import json
 from dataclasses import replace

@@ -47,7 +47,7 @@ def test_it_goes_on_where_it_was_interrupted(study, report, monkeypatch):
     monkeypatch.setattr(ablation, "run_cell", run_cell)
     assert ablate(study, report, "the command")
     after = cells(study)
-    # Four attentions, two lambdas, and the better of them for the channel attention; two seeds each.
+    # Four attentions, two lambdas, and the better lambda for the channel attention, with two seeds each.
     assert len(after) == 2 * (4 + 2 + 1)
     assert before.items() <= after.items()
     text = (study.study.out / "report.md").read_text()
@@ -55,7 +55,7 @@ def test_it_goes_on_where_it_was_interrupted(study, report, monkeypatch):
     assert "the command" in text
     for name in ("report.json", "table.png", "sweep.png", "beta.png", "side_by_side.jpg"):
         assert (study.study.out / name).stat().st_size
-    # One more seed adds its cells and leaves the others.
+    # One more seed adds its cells and does not train the others again.
     assert ablate(
         replace(study, study=replace(study.study, seeds=(0, 1, 2), attentions=("none",))), report, ""
     )

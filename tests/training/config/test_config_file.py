@@ -1,4 +1,4 @@
-"""Option files: what is written is read back, and a bad file is one line."""
+"""What an option file holds is read back. A bad file gives a message of one line."""
 
 import pytest
 

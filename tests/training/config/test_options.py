@@ -1,4 +1,4 @@
-"""Options out of range are named."""
+"""A message names the option that is out of range."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A saved classifier gives the same bits, and any other file is refused in one line."""
+"""A saved classifier gives the same bits. Any other file is refused in one line."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ def classifier(head: HeadConfig) -> GGAMClassifier:
     torch.manual_seed(0)
     backbone = create_backbone("test_resnet", pretrained=False, image_size=64)
     model = GGAMClassifier(backbone, create_head(backbone, 3, head))
-    model.train()(IMAGES)  # moves the statistics of batch norm off their initial values
+    model.train()(IMAGES)  # changes the statistics of batch norm
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The training loop, each option seen to do what it says."""
+"""Each option of the training loop does what its help says."""
 
 import copy
 from dataclasses import replace
@@ -62,7 +62,7 @@ def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
     fit = fitted(new_head(), maps(4), accumulate=3)
     assert fit.steps == 2
     assert all(p.grad is None for p in fit.trained.parameters())
-    # Of as many batches as it has: one batch alone is a step like any other.
+    # An epoch of a single batch, with accumulate above 1, takes one ordinary step.
     alone = fitted(new_head(), maps(16), accumulate=4)
     for ours, theirs in zip(
         alone.trained.parameters(), fitted(new_head(), maps(16)).trained.parameters(), strict=True

@@ -29,7 +29,7 @@ def test_training_takes_the_fused_loss(tiny_config, report, monkeypatch, finetun
 
 
 def test_run_learns_and_leaves_all_its_results(tiny_config, report):
-    # At the default rate 24 steps change little: what it then answers is chance.
+    # At the default rate, 24 steps change little and the predictions stay random.
     tiny_config = with_(tiny_config, lr=3e-3)
     outcome = train(tiny_config, report)
     out = tiny_config.run.out

@@ -13,7 +13,7 @@ from tests.training.runs import said
 
 
 class Page(HTMLParser):
-    """What an HTML page shows and refers to."""
+    """Collects the text of an HTML page and the addresses in it."""
 
     def __init__(self, text):
         super().__init__()
@@ -37,7 +37,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(trained, photos, report, 
     assert all(reference.startswith("data:image/jpeg;base64,") for reference in shown.references)
     assert not {"script", "link", "iframe"} & set(shown.tags)
     assert not re.search(r"https?:|url\(|@import", text)
-    # One picture of the curves, and every test image.
+    # The page has one picture of the curves and one of every test image.
     assert shown.tags.count("img") == 1 + 6
     found = json.loads((out / "evaluation.json").read_text())
     assert found["localisation"] == {}
@@ -57,7 +57,7 @@ def test_names_are_text(photos, tiny_config, report, tmp_path):
 
 
 def results(classes: int) -> dict:
-    """What evaluation.json holds of a run that has looked at no image, and three kinds of guesses."""
+    """The content of evaluation.json for a run without heat maps, with three kinds of predictions."""
     confusion = [[0] * classes for _ in range(classes)]
     confusion[3][7], confusion[8][2], confusion[5][5] = 4, 9, 20
     shares = dict.fromkeys(("accuracy", "majority", "top5", "balanced_accuracy", "macro_f1"), 0.25)

@@ -1,4 +1,4 @@
-"""`ggam-fast evaluate` measures what it says, against a plain loop."""
+"""The numbers of `ggam-fast evaluate` equal those of a plain loop."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
         *("attention", "Grad-CAM, label", "Grad-CAM, guess"),
         *("centre Gaussian", "uniform map"),
     }
-    # The shares inside boxes, of maps made one image at a time, of the class that the name says.
+    # The shares inside boxes are those of maps made for one image at a time, for the class in the name.
     for name, classes_of in (("Grad-CAM, label", labels), ("Grad-CAM, guess", logits.argmax(1))):
         shares = []
         for row, of in zip(rows.tolist(), classes_of, strict=True):
@@ -58,7 +58,7 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
             area = placed(images, [row], transform, 64).areas
             shares.append(energy(enlarged(heat, (64, 64)), area).item())
         assert found["localisation"][name]["energy"] == pytest.approx(sum(shares) / len(shares), rel=1e-3)
-    assert not labels.equal(logits.argmax(1))  # else the two could not be told apart
+    assert not labels.equal(logits.argmax(1))  # otherwise the test could not tell the two apart
     for name in ("attention", "Grad-CAM, label", "centre Gaussian"):
         assert set(found["localisation"][name]) == {
             *("pointing", "pointing_15px", "energy", "max_box_acc_v2", "parts"),
@@ -68,7 +68,7 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
     assert set(maps) == {"Grad-CAM, guess", "attention", "random order"}
     whole = logits.softmax(1).amax(1).mean().item()
     for both in maps.values():
-        # The whole image is where insertion ends and deletion begins.
+        # Insertion ends and deletion begins with the whole image.
         assert both["insertion"]["curve"][-1] == pytest.approx(whole, abs=1e-5)
         assert both["deletion"]["curve"][0] == pytest.approx(whole, abs=1e-5)
         for kind in ("insertion", "deletion"):

@@ -1,4 +1,4 @@
-"""`ggam-fast explain` draws what the classifier computes, and all of its images or none."""
+"""`ggam-fast explain` draws what the classifier computes, for all images or for none."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def test_what_is_drawn_is_what_the_classifier_computes(run, photos):
         logits = checkpoint.model(inputs)[0]
     torch.testing.assert_close(seen.probabilities, logits.softmax(0))
     assert seen.of == logits.argmax()
-    # Grad-CAM by autograd: relu of the channels weighted by the mean derivative of the logit.
+    # By autograd, Grad-CAM is relu of the channels weighted by the mean derivative of the logit.
     asked = 1
     features = features.clone().requires_grad_()
     checkpoint.model.head(features)[0, asked].backward()
@@ -67,10 +67,10 @@ def test_one_figure_an_image_and_two_runs_side_by_side(run, unguided, photos, re
     paths = explain(config)
     assert [path.name for path in paths] == ["red-0.png.png", "blue-0.png.png", "1.png"]
     sizes = {Image.open(path).size for path in paths}
-    # The image, two maps of each run, and the bars.
+    # The figure has the image, two maps of each run, and the bars.
     assert sizes == {(round(100 * (2.5 * 5 + 3.6)), 310)}
     assert [labels for _, _, labels in drawn] == [["guidance 0.001", "no guidance"]] * 3
-    # Both runs are asked about the class that the first one predicts.
+    # Both runs show the class that the first one predicts.
     assert all(seen[0].of == seen[1].of == seen[0].probabilities.argmax() for _, seen, _ in drawn)
     assert any(not seen[0].grad_cam.allclose(seen[1].grad_cam) for _, seen, _ in drawn)
     assert said(report).count("no guidance: ") == 3

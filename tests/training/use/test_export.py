@@ -1,4 +1,4 @@
-"""Exported files give what the eager classifier gives, for any batch, without this package."""
+"""Exported files give the results of the eager classifier for any batch, without this package."""
 
 import importlib.util
 import json

@@ -26,7 +26,7 @@ def test_cub(tmp_path):
     assert found.part_names == ("beak", "left eye")
     assert found.parts[5].tolist() == [[5, 6.5, 1], [0, 0, 0]]
     assert images.read(0).size == (28, 20)
-    # The root may be the folder itself, and parts may be missing.
+    # --root may be the folder itself, and parts may be missing.
     shutil.rmtree(tmp_path / "CUB_200_2011" / "parts")
     assert read_images("cub", tmp_path / "CUB_200_2011", tmp_path).annotations.kinds() == ("boxes",)
 

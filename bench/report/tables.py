@@ -21,7 +21,7 @@ HOST = {  # name in the file of `bench.host`: the call, and the name of its peer
     "forward": ("eager inference: `head(x)` of one image, without gradients", "eager_forward"),
     "fused_compiled": ("compiled step: `fused_ggam_loss`, backward", "compiled"),
 }
-PEERS = {  # column: its providers; the fastest is shown
+PEERS = {  # column: its providers, of which the fastest is shown
     "eager": ("eager",),
     "compiled": COMPILED_REFERENCE,
     "closed form": ("compiled_closed_form",),

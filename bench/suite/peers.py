@@ -2,10 +2,10 @@
 
     eager                     the paper's method, with Grad-CAM by a second backward pass
                               (`ggam_fast.reference`)
-    compiled                  `eager` under torch.compile, mode "default" compiled_max_autotune     `eager`
-    under torch.compile, mode "max-autotune-no-cudagraphs" compiled_reduce_overhead  `eager` under
-    torch.compile, mode "reduce-overhead": CUDA graphs that first copy A
-                              into their own buffer; the "graph" timings of the two above have no such copy
+    compiled                  `eager` under torch.compile, mode "default"
+    compiled_max_autotune     `eager` under torch.compile, mode "max-autotune-no-cudagraphs"
+    compiled_reduce_overhead  `eager` under torch.compile, mode "reduce-overhead": CUDA graphs that first
+                              copy A into their own buffer; the "graph" timings of the two above do not
     compiled_closed_form      `fused` with the stages in plain torch (backend="torch") under torch.compile
     fused                     this library: `fused_ggam_loss` for the step, the head for the rest
     fused_modular             the head, then `GGAMLoss`

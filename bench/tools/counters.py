@@ -51,7 +51,7 @@ def parse(text: str) -> list[Kernel]:
     reader = csv.DictReader(lines)
     missing = {"Kernel Name", READ, WRITTEN, TIME} - set(reader.fieldnames or ())
     if missing:
-        raise ValueError(f"ncu's table must have more columns; it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"ncu's table must have all needed columns; it lacks {', '.join(sorted(missing))}")
     found = [row for row in reader if row["ID"]]  # the line of units has no ID
 
     def number(row: dict[str, str], column: str) -> float:

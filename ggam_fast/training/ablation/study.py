@@ -84,7 +84,7 @@ class StudyConfig:
     pictures: bool = True
     """Draw photographs too. Turn this off if their licence forbids passing them on."""
     device: str = "auto"
-    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU if there is none."""
     compile: bool = True
     """Compile the training step with torch.compile."""
 

@@ -1,8 +1,8 @@
 """Insertion and deletion: do the hottest pixels of a heat map matter to the classifier?
 
 Petsiuk et al., RISE (arXiv 1806.07421). Pixels are taken in the order of the map, the hottest first. Deletion
-blanks them in the image. A good map makes the class's probability fall soon. Insertion uncovers them in a
-blurred image. A good map makes the probability rise soon. Both are compared with pixels in random order.
+blanks them in the image. A good map makes the class's probability fall early. Insertion uncovers them in a
+blurred image. A good map makes the probability rise early. Both are compared with pixels in random order.
 """
 
 from __future__ import annotations

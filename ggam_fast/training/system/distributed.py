@@ -26,7 +26,7 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes reach this point."""
         if self.size > 1:
             dist.barrier()
 

@@ -48,16 +48,16 @@ class EvaluateConfig:
     run: tyro.conf.Positional[Path] = tyro.MISSING
     """Folder of a run, or a checkpoint in it."""
     data: DataName | None = None
-    """Name of the data set. By default that of the run."""
+    """Name of the data set. The default is the run's own data set."""
     root: Path | None = None
-    """Folder of the data set. By default that of the run."""
+    """Folder of the data set. The default is the folder that the run used."""
     split: str = "test"
     """Split to evaluate."""
     weights: Literal["last", "best"] = "last"
-    """Classifier of the run. best is that of the epoch with the best validation accuracy. Without a
-    validation split it is that of the least training loss."""
+    """Classifier of the run. best has the best validation accuracy of all epochs. Without a validation
+    split, it has the least training loss."""
     out: Path | None = None
-    """Folder for evaluation.json and evaluation.html. By default that of the run."""
+    """Folder for evaluation.json and evaluation.html. The default is the run's own folder."""
     faithfulness: int = 32
     """Number of images for insertion and deletion curves, spread over the split. 0 draws no curves."""
     steps: int = 16

@@ -15,7 +15,10 @@ from ggam_fast.training.errors import TrainError
 
 
 class Reader(NamedTuple):
-    """`read(root, cache)` reads the set, `holds` says what --root must hold, `annotations` names its own."""
+    """How a data set is read and what it has.
+
+    `read(root, cache)` reads it. `holds` says what --root must hold. `annotations` names its annotations.
+    """
 
     read: Callable[[Path, Path], ImageSet]
     holds: str

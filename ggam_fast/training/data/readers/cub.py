@@ -30,7 +30,7 @@ def read(root: Path, cache: Path) -> ImageSet:
     for name, table in zip(_FILES[1:], (label, None, train, boxes), strict=True):
         if table is not None and set(table) != set(ids):
             raise TrainError(
-                f"{base / name} must have a line for each image in images.txt; the numbers differ"
+                f"{base / name} must have a line for each image in images.txt; it lacks some or has others"
             )
     order = sorted(classes)
     position = {str(number): n for n, number in enumerate(order)}

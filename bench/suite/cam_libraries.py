@@ -15,7 +15,7 @@ Beta = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Model(nn.Module):
-    """A layer whose output the libraries watch, then the head."""
+    """A module with a layer whose output the libraries watch, and the head after it."""
 
     def __init__(self, head: nn.Module, positions_axis: int | tuple[int, int]):
         super().__init__()

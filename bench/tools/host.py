@@ -183,7 +183,7 @@ def measured(case: Case, compiled: bool, rounds: int) -> dict[str, float]:
 
 
 def report(found: Mapping[str, float]) -> Iterator[str]:
-    """The lines of the table, then the targets."""
+    """The lines of the table, and then those of the targets."""
     yield "| call | us until it returns |\n| --- | --- |"
     yield from (f"| {name} | {value:.0f} |" for name, value in found.items() if name != "launches")
     yield ""

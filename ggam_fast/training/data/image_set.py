@@ -240,7 +240,7 @@ def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform
 
 
 def workers(config: DataConfig, device: torch.device) -> int:
-    """Number of decoding processes. On the CPU it is 0: there decoding is a small share of the work."""
+    """Number of decoding processes. It is 0 on the CPU, where decoding is a small share of the work."""
     if config.workers is not None:
         return config.workers
     return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)

@@ -1,6 +1,6 @@
-"""Published measures of whether a heat map lies on the object, and what chance reaches in them.
+"""Published measures of whether a heat map lies on the object, and the values that chance reaches.
 
-All coordinates are pixels of the same H x W picture. `geometry` brings annotations there.
+All coordinates are pixels of the same H x W picture. `geometry` converts annotations to them.
 
 * Heat maps: (N, H, W), not negative.
 * Masks: (N, H, W) bool.

@@ -59,9 +59,9 @@ class EvaluateConfig:
     out: Path | None = None
     """Folder for evaluation.json and evaluation.html. The default is the run's own folder."""
     faithfulness: int = 32
-    """Number of images for insertion and deletion curves, spread over the split. 0 draws no curves."""
+    """Images for insertion and deletion curves. They are spread over the split. 0 draws no curves."""
     steps: int = 16
-    """Number of points of the insertion and deletion curves, after the first point."""
+    """Points of the insertion and deletion curves. The first point is not counted."""
     thresholds: int = 100
     """Number of thresholds of MaxBoxAccV2."""
     examples: int = 12

@@ -1,4 +1,4 @@
-"""What an option file holds is read back. A bad file gives a message of one line."""
+"""Options are read back as they were written. A bad file gives an error of one line."""
 
 import pytest
 

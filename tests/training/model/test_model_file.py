@@ -1,4 +1,4 @@
-"""A saved classifier gives the same bits. Any other file is refused in one line."""
+"""A saved classifier gives the same bits. Any other file gives an error of one line."""
 
 import json
 from dataclasses import replace

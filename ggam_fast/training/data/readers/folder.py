@@ -20,8 +20,8 @@ _SPLIT_SEED = 0
 def read(root: Path, cache: Path) -> ImageSet:
     """A folder of class folders, or one that holds train/ and at least one of test/, val/, valid/.
 
-    Without train/, a fifth of every class and at least one image is held out as the test split. Without
-    test/, the folder val/ or valid/ is the test split.
+    Without train/, a fifth of every class becomes the test split, with at least one image of each. With
+    train/ but without test/, the folder val/ or valid/ is the test split.
 
     Raises:
         TrainError: class folders are missing or empty, there is only one, or the splits' classes differ.

@@ -143,7 +143,7 @@ def test_every_fifth_training_image_stands_in_for_validation(study):
         (images.labels[train] == label).sum().item() // 5 for label in range(3)
     )
     assert set(held.splits["val"].tolist()) | set(held.splits["train"].tolist()) == set(train.tolist())
-    assert "held out" in held.notes[-1]
+    assert "validation split" in held.notes[-1]
 
 
 def test_the_command(run_command, photos, tmp_path):

@@ -1,7 +1,7 @@
 """Times a whole training step: backbone, head, loss, backward, optimizer.
 
 On a GPU the backbone is a ResNet-50 with random weights, on 32 images of 448 x 448, channels-last, under
-bfloat16 autocast.  On a CPU it is a ResNet-10 on small images, which tests the code and says little about
+bfloat16 autocast.  On a CPU it is a ResNet-10 on small images.  That tests the code and says little about
 speed.  Peak memory is that of the whole step.
 """
 
@@ -17,15 +17,15 @@ from bench.measure import environment, parity, records, side_by_side, timing
 from bench.measure.side_by_side import Timed, take
 from bench.suite.training_step import CPU, GPU, PROVIDERS, Setting, TrainingStep
 
-ALLOWED = 1e-2  # convolutions may use TF32, and another algorithm in each run
+ALLOWED = 1e-2  # convolutions may use TF32, and their algorithm may change between runs
 ENERGY_SECONDS = 3.0
-"""How long to run for one energy reading; the counter changes every 20 to 100 ms."""
+"""Seconds of one energy reading. The counter changes only every 20 to 100 ms."""
 
 
 def check(provider: str, setting: Setting) -> float:
     """The largest difference from the authors' loss and head gradients, in float32 on few images.
 
-    It is a share of the allowed difference; above 1, Refused is raised.  The plain head has no peer.
+    It is a share of the allowed difference.  Above 1, Refused is raised.  The plain head has no peer.
     """
     if provider == "linear":
         return 0.0
@@ -35,7 +35,7 @@ def check(provider: str, setting: Setting) -> float:
         found[name] = {"loss": one.loss(), **{n: p.grad for n, p in one.head.named_parameters()}}
     worst = max(parity.errors(found[ours], found["authors"]).values())
     if not worst <= ALLOWED:
-        raise parity.Refused(f"{ours} and authors are {worst:.1e} apart; allowed: {ALLOWED:.0e}")
+        raise parity.Refused(f"{ours} and authors must agree to {ALLOWED:.0e}; they differ by {worst:.1e}")
     return worst / ALLOWED
 
 
@@ -61,7 +61,7 @@ def _call(step: TrainingStep) -> timing.Call:
 
 @functools.lru_cache(maxsize=1)
 def timed(providers: tuple[str, ...], setting: Setting) -> dict[str, Timed[TrainingStep] | Exception]:
-    """The times of all providers, kept until the test of each has taken its own."""
+    """The times of all providers.  Each provider's test takes its own from here."""
     return side_by_side.timed(
         providers,
         build=lambda name: TrainingStep(name, setting, environment.device()),
@@ -86,7 +86,7 @@ def bench_e2e(
     peak = timing.peak_bytes(_call(step)) / 2**20
     energy = energy_per_step(step)
     if energy is None:
-        leave_out("no energy counter")
+        leave_out("energy: this GPU has no energy counter")
     with step.autocast():
         h, w = step.backbone(step.images).shape[2:]
     kind = "bfloat16" if setting.autocast else "float32"
@@ -98,7 +98,7 @@ def bench_e2e(
             None if energy is None else energy / setting.n,
         )
         for name, s in own.measured.spreads.items()
-        if name != "cold"  # there is one buffer of images, and a step is far larger than any cache
+        if name != "cold"  # one buffer of images suffices, because a step is far larger than any cache
     ]  # fmt: skip
     write(found)
     benchmark.group = f"e2e {setting.backbone} {setting.n}x3x{setting.size}x{setting.size}"

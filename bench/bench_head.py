@@ -1,10 +1,10 @@
 """Times attention, Grad-CAM weights and the guided step against every peer.
 
-    pytest bench/bench_head.py                    # on a GPU a selection, on a CPU small cases
-    pytest bench/bench_head.py --full             # on a GPU all cases
+    pytest bench/bench_head.py                    # a selection on a GPU, small cases on a CPU
+    pytest bench/bench_head.py --full             # all cases, on a GPU only
     pytest bench/bench_head.py -k "2048x14x14 and step"
 
-pytest-benchmark's table shows whole calls by the clock.  The result file has the reported times.
+pytest-benchmark's table shows whole calls by the clock.  The times to report are in the result file.
 """
 
 import functools
@@ -34,13 +34,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.lru_cache(maxsize=1)
 def workload(case: Case) -> Workload:
-    """The workload of a case, kept for its next provider."""
+    """The workload of a case.  It is kept for the next provider of the case."""
     return Workload(case, environment.device())
 
 
 @functools.lru_cache(maxsize=1)
 def timed(case: Case, run: str, providers: tuple[str, ...]) -> dict[str, Timed[Peer] | Exception]:
-    """The times of all providers, kept until the test of each has taken its own."""
+    """The times of all providers.  Each provider's test takes its own from here."""
     return workload(case).timed(run, providers)
 
 

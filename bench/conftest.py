@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, the result file, the time budget, the list of what was not measured."""
+"""What the benchmarks share: options, the result file, the time budget, the list of what was left out."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 from bench.measure import environment, records, timing
 from bench.suite.cases import CPU_LEFT_OUT
 
-BUDGET_ON_GPU = 440.0  # seconds; no test starts later, so a run ends within nine minutes
+BUDGET_ON_GPU = 440.0  # seconds; no test starts after them, so a run ends within nine minutes
 _LEFT_OUT = pytest.StashKey[list[str]]()
 _STARTED = time.monotonic()
 
@@ -25,7 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=records.RESULTS,
         help="folder of the CSV files (default: bench/results)",
     )
-    group.addoption("--budget", type=float, help="seconds after which no test starts (default: 440 on a GPU)")
+    group.addoption(
+        "--budget", type=float, help="no test starts after so many seconds (default: 440 on a GPU)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """One process, also where PYTEST_ADDOPTS asks for several: a timing needs the machine to itself."""
+    """Run in one process, whatever PYTEST_ADDOPTS says, because a timing needs the whole machine."""
     if config.pluginmanager.hasplugin("xdist"):
         config.option.numprocesses = 0
 
@@ -53,9 +55,9 @@ def _within_budget(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def _as_the_rows_say() -> Iterator[None]:
-    """Settings that the records rely on.
+    """Settings that all records need.
 
-    Grad-CAM by autograd can be compiled, a missing CUDA graph is an error, and float32 is not TF32.
+    Grad-CAM by autograd can then be compiled, a missing CUDA graph is an error, and float32 is not TF32.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -72,9 +74,9 @@ def copy_bandwidth() -> float:
 
 @pytest.fixture
 def beside(request: pytest.FixtureRequest) -> list[Any]:
-    """The parameters of the tests to time in turns with this one.
+    """The parameters of the tests that are timed in turns with this one.
 
-    On a CPU these are all selected tests of its file, on a GPU its own.
+    On a CPU these are all selected tests of its file.  On a GPU it is this test alone.
     """
     items = [request.node] if torch.cuda.is_available() else request.session.items
     mine = [item for item in items if item.path == request.path]
@@ -118,4 +120,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.line(line)
     path = records.path_for(environment.current(), config.getoption("--results"))
     terminalreporter.section("results")
-    terminalreporter.line(f"{path.name}; for floor and speed-ups run python -m bench.report")
+    terminalreporter.line(f"wrote {path.name}; python -m bench.report prints floors and speed-ups")

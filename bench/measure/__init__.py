@@ -1,1 +1,1 @@
-"""How a call is timed, checked and recorded: nothing here knows what is timed."""
+"""Time, check and record a call.  No module here knows what is timed."""

@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the code: device, clocks, driver, versions, commit."""
+"""What a measurement depends on besides the case: device, clocks, driver, versions, commit."""
 
 import ctypes
 import functools
@@ -29,7 +29,7 @@ class Environment(NamedTuple):
     sm_mhz: int | None
     memory_mhz: int | None
     threads: int
-    load: float  # one-minute load average; above `threads`, other processes were running
+    load: float  # one-minute load average; if it is above `threads`, other processes were running
 
 
 def device() -> torch.device:
@@ -40,18 +40,18 @@ def device() -> torch.device:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory.
 
-    By default it returns blocks of some MB to the system and asks for them again, at one page fault for
-    every 4 kB.  Which calls pay for that depends on what else the process holds.
+    By default it returns blocks of some MB to the system and then asks for them again.  That costs a page
+    fault for every 4 kB.  Which calls pay for it depends on what else the process holds.
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
-    with suppress(AttributeError):  # another C library
+    with suppress(AttributeError):  # this is another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_max, 0)
 
 
 def current() -> Environment:
-    """The environment now, with the clocks of this moment."""
+    """The environment and the clocks at this moment."""
     commit, dirty = source()
     on_gpu = torch.cuda.is_available()
     clocks = _clocks() if on_gpu else (None, None)
@@ -67,9 +67,9 @@ def current() -> Environment:
 
 @functools.cache
 def source() -> tuple[str, int | None]:
-    """The commit, and 1 if anything but results differs from it.
+    """The commit, and 1 if any file but results differs from it, else 0.
 
-    The variable BENCH_COMMIT names the commit of a copy that has no history, or the history of another.
+    The variable BENCH_COMMIT overrides the commit, for a copy without its own history.
     """
 
     if "BENCH_COMMIT" in os.environ:
@@ -81,7 +81,7 @@ def source() -> tuple[str, int | None]:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        # Not what a measurement itself writes.
+        # Files that a measurement writes do not count.
         changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/performance.md")
         return commit, int(bool(changes))
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""The check before every record: a provider is timed only if it computes what the reference computes.
+"""The check before every record.  A provider is timed only if its results are those of the reference.
 
 The exact results come from the reference in float64, on the same inputs and parameters.  The error of an
 output or gradient is ||found - exact|| / ||exact||.  The allowed error is twice that of the eager reference
@@ -13,9 +13,10 @@ Outputs = dict[str, Tensor]
 
 LEAST = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CEILING = 0.3
-"""The largest error of the eager reference; beyond it, the reference cannot judge others."""
+"""The largest allowed error of the eager reference.  Beyond it, the reference cannot judge others."""
 
-# Zero up to rounding, or a difference of nearly equal numbers: compared with the largest result.
+# These are zero up to rounding, or differences of nearly equal numbers, so they are compared with the largest
+# result.
 CANCELLING = ("guidance_loss", "classifier.0.bias", "classifier.1.bias")
 
 
@@ -24,7 +25,7 @@ class Refused(AssertionError):
 
 
 def error(found: Tensor, exact: Tensor, scale: float = 0.0) -> float:
-    """||found - exact|| / max(||exact||, scale); infinite for a wrong shape or a value that is not finite."""
+    """||found - exact|| / max(||exact||, scale), or infinity if a shape is wrong or a value is not finite."""
     if found.shape != exact.shape:
         return float("inf")
     difference = float((found.detach().double() - exact.double()).norm())
@@ -33,7 +34,7 @@ def error(found: Tensor, exact: Tensor, scale: float = 0.0) -> float:
 
 
 def errors(found: Outputs, exact: Outputs) -> dict[str, float]:
-    """The error of each result by name; `found` must have the names of `exact`."""
+    """The error of each result by name.  `found` must have the names of `exact`."""
     if found.keys() != exact.keys():
         raise Refused(f"got the results {', '.join(found)}; expected {', '.join(exact)}")
     largest = max(float(x.double().norm()) for x in exact.values())
@@ -41,14 +42,16 @@ def errors(found: Outputs, exact: Outputs) -> dict[str, float]:
 
 
 def check(provider: str, found: Outputs, exact: Outputs, eager: Outputs, dtype: torch.dtype) -> float:
-    """The largest error as a share of the allowed error; raises Refused if it is above 1."""
+    """The largest error as a share of the allowed error.  Above 1, Refused is raised."""
     yardstick = errors(eager, exact)
     eps = torch.finfo(dtype).eps
     worst = 0.0
     for name, value in errors(found, exact).items():
         allowed = max(2 * yardstick[name] + 2 * eps, LEAST[dtype])
         if yardstick[name] > CEILING:
-            raise Refused(f"the eager reference is {yardstick[name]:.1e} off in {name}: too far to judge by")
+            raise Refused(
+                f"the eager reference is {yardstick[name]:.1e} off in {name}, too far to judge others"
+            )
         if not value <= allowed:
             raise Refused(f"{provider} is {value:.1e} off in {name}; allowed: {allowed:.1e}")
         worst = max(worst, value / allowed)

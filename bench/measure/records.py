@@ -1,4 +1,4 @@
-"""Measurements as lines of a CSV file.  Files are only appended to, by whole lines."""
+"""Measurements as lines of a CSV file.  Files only grow, by whole lines."""
 
 import csv
 import fcntl
@@ -14,7 +14,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 class Record(NamedTuple):
-    """One measurement: the columns, in order.  Times are in microseconds.  An empty cell was not measured."""
+    """One measurement, with the columns in order.  Times are in microseconds.  None means not measured."""
 
     op: str
     provider: str
@@ -36,7 +36,9 @@ class Record(NamedTuple):
     peak_mib: float | None
     launches: int | None
     environment: Environment
-    gradients_mib: float | None = None  # of A and the parameters; every step's peak holds them
+    gradients_mib: float | None = (
+        None  # gradients of A and the parameters; they are part of every step's peak
+    )
     parity: float | None = None  # the largest error as a share of the allowed error
     images_per_s: float | None = None
     joules_per_image: float | None = None
@@ -79,7 +81,7 @@ def path_for(environment: Environment, folder: Path = RESULTS) -> Path:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Add whole lines in one write under a lock: no other process sees half a line."""
+    """Add whole lines in one write under a lock, so no other process sees half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = "".join(_line(values(record)) for record in records)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -88,7 +90,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
         header = _line(COLUMNS)
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, len(header), 0).decode() != header:
-            raise ValueError(f"{path} has other columns than these records: move it away, or delete it")
+            raise ValueError(f"{path} has other columns than these records; move it away or delete it")
         os.write(descriptor, (body if size else header + body).encode())
     finally:
         os.close(descriptor)
@@ -99,5 +101,5 @@ def read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
-            raise ValueError(f"{path} is not a result file: its columns are {reader.fieldnames}")
+            raise ValueError(f"{path} is not a result file; its columns are {reader.fieldnames}")
         return list(reader)

@@ -1,11 +1,11 @@
-"""The least time a pass can take: the bytes that no implementation avoids, over the copy bandwidth.
+"""The least time of a pass: the bytes that every implementation must move, over the copy bandwidth.
 
-    step             read A for the forward, once more for beta and backward, write dA    3 bytes(A)
-    beta, fwd_beta   read A for the forward, once more for beta                           2 bytes(A)
+    step             read A for the forward, again for beta and backward, write dA        3 bytes(A)
+    beta, fwd_beta   read A for the forward, again for beta                               2 bytes(A)
     fwd              read A                                                               1 bytes(A)
     copy             read A, write A                                                      2 bytes(A)
 
-The three stages of `fwd` each look at all of A.  They count as one read, because an image's map can stay in
+Each of the three stages of `fwd` reads all of A.  They count as one read, because an image's map can stay in
 a cache between them.  Parameters and tensors of shape (N, C) or (N, L) are not counted.
 """
 
@@ -18,7 +18,7 @@ def floor_bytes(feature_bytes: int, run: str) -> int:
 
 
 def floor_seconds(feature_bytes: int, run: str, copy_bandwidth: float) -> float:
-    """`floor_bytes` at `copy_bandwidth` bytes a second; read and written bytes both count."""
+    """Seconds for `floor_bytes` at `copy_bandwidth` bytes a second, read and written bytes together."""
     if not copy_bandwidth > 0:
         raise ValueError(f"copy_bandwidth must be positive; got {copy_bandwidth!r}")
     return floor_bytes(feature_bytes, run) / copy_bandwidth

@@ -1,4 +1,4 @@
-"""Build all providers of a case, check all, then time them together."""
+"""Build all providers of a case, check them, then time them together."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def timed(
     check: Callable[[str, T], float],
     measure: Callable[[dict[str, T]], Mapping[str, Measured]],
 ) -> dict[str, Timed[T] | Exception]:
-    """Each provider's times, or the error that kept it from being timed."""
+    """Each provider's times, or the error that prevented them."""
     found: dict[str, Timed[T] | Exception] = {}
     built: dict[str, T] = {}
     shares: dict[str, float] = {}
@@ -41,7 +41,7 @@ def timed(
 
 
 def take(found: dict[str, Timed[T] | Exception], provider: str) -> Timed[T]:
-    """Remove a provider from `found` and return its times; raises the error that kept it from being timed."""
+    """Remove a provider from `found` and return its times, or raise the error that prevented them."""
     own = found.pop(provider)
     if isinstance(own, Exception):
         raise own

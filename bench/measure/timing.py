@@ -1,12 +1,12 @@
-"""How long a call takes, the memory it needs and the kernels it launches.
+"""Measure how long a call takes, how much memory it needs and how many kernels it launches.
 
-    hot     one input buffer again and again
+    hot     every call has the same input buffer
     cold    inputs rotate among buffers that together are larger than L2, so A comes from memory
-    graph   the same rotation captured as one CUDA graph and replayed: no launch gaps, cold L2
+    graph   the same rotation in replays of one CUDA graph, without launch gaps
     host    time until the call returns; the device is idle before it
 
-On a GPU, CUDA events around each call give the times; `host` uses the CPU's clock.  On a CPU there is only
-`hot`, by the CPU's clock.  Calls that are compared take turns.
+On a GPU, CUDA events around each call give the times, except for `host`, which takes the CPU's clock.  On a
+CPU there is only `hot`, by the CPU's clock.  Calls that are compared take turns.
 """
 
 import gc
@@ -22,7 +22,7 @@ Call = Callable[[int], Any]
 """`call(i)` runs once on input i."""
 
 BUDGET = 0.25  # seconds for one kind of timing, without the warm-up
-ROUNDS = (10, 200)  # at least, at most
+ROUNDS = (10, 200)  # least and largest number of calls
 CPU_BUDGET, CPU_BLOCK = 3.0, 0.1  # seconds for each call, seconds of one turn
 CPU_TURNS = (10, 30)
 CACHE_MULTIPLE, MOST_BUFFERS = 3, 256
@@ -53,7 +53,7 @@ def spread(samples: list[float]) -> Spread:
 def buffers_for(bytes_each: int) -> int:
     """How many inputs to rotate among so that none is still in L2 at its next turn.
 
-    At most MOST_BUFFERS, so the inputs of a single small image may still be in L2.
+    The number is at most MOST_BUFFERS, so the inputs of a single small image may still be in L2.
     """
     if not torch.cuda.is_available():
         return 1
@@ -62,13 +62,13 @@ def buffers_for(bytes_each: int) -> int:
 
 
 def rounds_for(seconds: float, budget: float = BUDGET, bounds: tuple[int, int] | None = None) -> int:
-    """How many calls of that length fit in the budget, within the bounds (default: ROUNDS)."""
+    """How many calls of that length fit into the budget, between the bounds (default: ROUNDS)."""
     least, most = bounds or ROUNDS
     return int(min(max(budget / max(seconds, 1e-9), least), most))
 
 
 def host_times(call: Call, rounds: int, synchronize: bool, buffers: int = 1) -> list[float]:
-    """Seconds until the call returns; with `synchronize` the device is idle before each call."""
+    """Seconds until the call returns.  With `synchronize`, the device is idle before each call."""
     found = []
     for i in range(rounds):
         if synchronize:
@@ -82,8 +82,8 @@ def host_times(call: Call, rounds: int, synchronize: bool, buffers: int = 1) -> 
 def in_turns(calls: Sequence[Call]) -> list[Spread]:
     """`hot` on a CPU, in blocks of CPU_BLOCK seconds.
 
-    A shared CPU changes its pace from second to second; in turns, all calls are affected alike.  The first
-    call of a block is not counted, because the caches hold the data of other calls.
+    A shared CPU changes its speed from second to second.  Calls take turns, so this affects all alike.  The
+    first call of a block is not counted, because the caches then hold the data of other calls.
     """
     gc.collect()
     once = [min(host_times(call, 6, False)) for call in calls]
@@ -125,7 +125,7 @@ def capture(call: Call, buffers: int) -> torch.cuda.CUDAGraph:
 
 
 def graph_times(call: Call, buffers: int) -> list[float]:
-    """Seconds a call in replays of `capture`."""
+    """Seconds for each call, in replays of `capture`."""
     graph = capture(call, buffers)
     graph.replay()
     torch.cuda.synchronize()
@@ -134,7 +134,7 @@ def graph_times(call: Call, buffers: int) -> list[float]:
 
 
 def measure(calls: Mapping[str, Call], buffers: int, captured: Container[str] = ()) -> dict[str, Measured]:
-    """How long each call takes; calls named in `captured` are timed as CUDA graphs too."""
+    """How long each call takes.  Calls named in `captured` are also timed as CUDA graphs."""
     if not torch.cuda.is_available():
         spreads = in_turns(list(calls.values()))
         return {name: Measured({"hot": own}, []) for name, own in zip(calls, spreads, strict=True)}
@@ -188,7 +188,7 @@ def peak_bytes(call: Call) -> int:
 
 
 def launches(call: Call) -> int | None:
-    """How many kernels, copies and fills one call puts on the GPU; None without a GPU."""
+    """How many kernels, copies and fills one call puts on the GPU, or None without a GPU."""
     return len(on_gpu(lambda: call(0))) if torch.cuda.is_available() else None
 
 
@@ -204,7 +204,7 @@ def on_gpu(call: Callable[[], Any]) -> list[Any]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy; read and written bytes both count."""
+    """Bytes a second of a large copy, read and written bytes together."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Counts, on a CPU, the kernels that torch's own operations would launch on a GPU."""
+"""Count on a CPU the kernels that torch's own operations would launch on a GPU."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 def torch_launches(call: Callable[[], Any]) -> int:
     """How many kernels, copies and fills torch's operations in one call would launch on a GPU.
 
-    An operation with its own kernel in torch's dispatcher is one launch, whatever it calls in turn: `softmax`
-    is one (`_softmax`), `mean` is one, `clone` is one (`copy_`).  Reading a value back (`item`) is one copy.
-    Operations that only make or describe a tensor are not counted: views, `detach`, `empty` and its like,
+    An operation that has its own kernel in torch's dispatcher is one launch, whatever it calls: `softmax` is
+    one (`_softmax`), `mean` is one, `clone` is one (`copy_`).  `item`, which reads a value, is one copy.
+    Operations that only make or describe a tensor do not count: views, `detach`, `empty` and similar ones,
     `resize_`, `set_`.
     """
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
@@ -40,5 +40,6 @@ def _launches_itself(name: str) -> bool:
     if is_view or name.startswith(_NO_LAUNCH):
         return False
     names = [f"{name}.{s.overload_name}" if s.overload_name else name for s in overloads]
-    # An operation with a kernel for the CPU also has one for a GPU; only the CPU's can always be looked up.
+    # An operation with a kernel for the CPU also has one for a GPU.  Only that of the CPU can always be
+    # looked up.
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU") for full in names)

@@ -1,1 +1,1 @@
-"""What the result files say: tables, pictures, and how far the targets are."""
+"""Tables, pictures and targets from result files."""

@@ -1,8 +1,8 @@
 """Writes the tables and pictures of docs/performance.md from result files, and prints the targets.
 
 python -m bench.report           # from bench/results: records (*.csv) and host times (host.json)
-python -m bench.report FILE.csv ... --page OTHER.md --plots FOLDER    # from these, into another page
-python -m bench.report --check   # change nothing; say whether the page is up to date
+python -m bench.report FILE.csv ... --page OTHER.md --plots FOLDER    # these files into another page
+python -m bench.report --check   # change nothing, and say whether the page is up to date
 """
 
 import argparse
@@ -22,13 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option("files", nargs="*", type=Path, metavar="FILE", help="result files (default: all in bench/results)")
     option("--page", type=Path, default=PAGE, help="the page (default: docs/performance.md)")
     option("--plots", type=Path, default=PLOTS, help="folder of the pictures (default: bench/results/plots)")
-    option("--check", action="store_true", help="change nothing; exit with 1 if the page is stale")
+    option("--check", action="store_true", help="change nothing, and exit with 1 if the page is stale")
     chosen = parser.parse_args(arguments)
     if chosen.files and chosen.page.resolve() == PAGE:
-        parser.error("docs/performance.md shows all result files; choose another --page for some of them")
+        parser.error("docs/performance.md shows all result files; for some of them, choose another --page")
     files = chosen.files or result_files()
     if not files:
-        print(f"no result files in {records.RESULTS}: run pytest bench/ first", file=sys.stderr)
+        print(f"there are no result files in {records.RESULTS}; run pytest bench/ first", file=sys.stderr)
         return 2
     old = chosen.page.read_text()
     new = replaced(old, block(files))
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{chosen.page.name} {stale}")
         return int(new != old)
     chosen.page.write_text(new)
-    from bench.report import plots  # matplotlib takes a second to import
+    from bench.report import plots  # the import of matplotlib takes a second
 
     for path in files:
         if path.suffix != ".csv":

@@ -11,7 +11,7 @@ PAGE = ROOT / "docs" / "performance.md"
 PLOTS = records.RESULTS / "plots"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SOURCE = (
-    '`pip install -e ".[test,bench]" && pytest bench/` times the head and its peers; each is first checked\n'
+    '`pip install -e ".[test,bench]" && pytest bench/` times the head and its peers. Each is first checked\n'
     "against the reference. `python -m bench.report` writes these tables from\n"
     "[bench/results](../bench/results/README.md)."
 )
@@ -26,7 +26,7 @@ def block(files: Sequence[Path]) -> str:
 def replaced(text: str, new: str) -> str:
     """The text of a page with its block replaced by `new`."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the page must have one {BEGIN} and after it one {END}")
+        raise ValueError(f"the page must have one {BEGIN} and then one {END}")
     return text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :]
 
 

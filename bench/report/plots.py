@@ -29,7 +29,7 @@ STEP = ("fused", "fused_modular", "eager", *COMPILED)
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw the pictures that the file has records for; returns their paths."""
+    """Draw the pictures for which the file has records, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"time": _time, "speedup": _speedup, "memory": _memory}
     paths = []
@@ -84,7 +84,7 @@ def _time(results: Results) -> Any:
 
 
 def _best(results: Results, provider: str, case: Sized) -> float | None:
-    """Milliseconds, of a graph's replay if there is one."""
+    """Milliseconds of a graph's replay if it was measured, else of a call."""
     for timing in ("graph", results.timing):
         row = results.row(provider, "step", case, timing)
         if row:

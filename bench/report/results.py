@@ -1,4 +1,4 @@
-"""One result file: its newest records, by case and provider."""
+"""The newest records of one result file, by case and provider."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +26,11 @@ class Results:
 
     @property
     def timing(self) -> str:
-        """The timing that speed-ups compare: on a GPU, A comes from memory."""
+        """The timing for speed-ups.  On a GPU it is the one in which A comes from memory."""
         return "cold" if self.on_gpu else "hot"
 
     def cases(self, run: str, op: str = "ggam") -> list["Sized"]:
-        """The measured cases of a pass: maps in the order of the file, each by batch size."""
+        """The measured cases of a pass.  Maps keep the order of the file, each sorted by batch size."""
         found = [
             Sized(*(row[k] for k in Sized._fields))
             for row in self.records.values()
@@ -40,7 +40,7 @@ class Results:
         return sorted(dict.fromkeys(found), key=lambda c: (maps.index(c._replace(N="")), int(c.N)))
 
     def compared(self, run: str = "step") -> list["Sized"]:
-        """The cases that torch.compile was timed on too, or all cases if there is none."""
+        """The cases on which torch.compile was timed too, or all cases if there are none."""
         cases = self.cases(run)
         return [c for c in cases if self.time(COMPILED_REFERENCE, run, c, self.timing)] or cases
 
@@ -48,12 +48,12 @@ class Results:
         return self.records.get((op, provider, run, *case, timing))
 
     def time(self, providers: Sequence[str], run: str, case: "Sized", timing: str) -> "Time | None":
-        """The fastest of the providers."""
+        """The time of the fastest of the providers."""
         found = [(float(row["p50"]), p, row) for p in providers if (row := self.row(p, run, case, timing))]
         return Time(*min(found, key=lambda t: t[0])) if found else None
 
     def ours(self, run: str, case: "Sized", peer: str) -> "Time | None":
-        """The time of this library to compare a peer with: compiled if the peer is compiled."""
+        """The time of this library with which a peer is compared.  It is compiled if the peer is."""
         providers = FUSED_COMPILED if peer in COMPILED else ("fused",)
         return self.time(providers, run, case, self.timing)
 
@@ -66,7 +66,7 @@ class Results:
 
 
 class Sized(NamedTuple):
-    """A case in the text of the file."""
+    """A case, as text from the file."""
 
     N: str
     C: str

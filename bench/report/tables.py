@@ -15,13 +15,13 @@ WHOLE = {  # provider: its name in the table
     "fused_compiled": "this head, compiled",
     "authors": "the authors' way, with two backward passes",
 }
-HOST = {  # name in the file of `bench.host`: the call, and the name that it is compared with
+HOST = {  # name in the file of `bench.host`: the call, and the name of its peer
     "fused": ("eager step: `fused_ggam_loss`, backward", "eager"),
     "drop_in": ("eager step: `head(x, y)`, `GGAMLoss`, backward", "eager"),
     "forward": ("eager inference: `head(x)` of one image, without gradients", "eager_forward"),
     "fused_compiled": ("compiled step: `fused_ggam_loss`, backward", "compiled"),
 }
-PEERS = {  # column: its providers; the fastest is shown
+PEERS = {  # column: its providers, of which the fastest is shown
     "eager": ("eager",),
     "compiled": COMPILED_REFERENCE,
     "closed form": ("compiled_closed_form",),
@@ -29,7 +29,7 @@ PEERS = {  # column: its providers; the fastest is shown
 
 
 def markdown(files: Iterable[Path]) -> str:
-    """The block of `page`, from records (.csv) and the host's times (.json)."""
+    """The block of `page`, from files of records (.csv) and of the host's times (.json)."""
     paths = list(files)
     results = sorted(
         (Results(p) for p in paths if p.suffix == ".csv"), key=lambda r: (not r.on_gpu, r.path.name)
@@ -39,13 +39,13 @@ def markdown(files: Iterable[Path]) -> str:
     parts += [part for r in results for part in (_heading(r), *_tables(r))]
     if not any(r.on_gpu for r in results):
         parts.insert(0, "**No GPU has been measured yet.**")
-    return "\n\n".join(dict.fromkeys(parts))  # each legend once
+    return "\n\n".join(dict.fromkeys(parts))  # print each legend once
 
 
 def _heading(results: Results) -> str:
     measured = list(results.records.values())
     if results.on_gpu:
-        return f"**The head alone**, one step after another and as CUDA graphs. {_machine(measured)}:"
+        return f"**The head alone**, in separate calls and in CUDA graphs. {_machine(measured)}:"
     return f"**The head alone, on a CPU.** {_machine(measured)}:"
 
 
@@ -61,7 +61,7 @@ def _machine(measured: Sequence[dict[str, str]]) -> str:
 
 
 def _commits(measured: Sequence[dict[str, str]]) -> str:
-    """The commits of the records, the newest first."""
+    """The commits of the records, beginning with the newest."""
     by_time = sorted(measured, key=lambda row: row["utc"], reverse=True)
     changes = {"1": " with changes", "": " (changes unknown)"}
     counts = Counter(row["commit"] + changes.get(row["dirty"], "") for row in by_time)
@@ -74,18 +74,21 @@ def _tables(results: Results) -> Iterable[str]:
     if results.on_gpu:
         yield _gpu_table(results)
         yield (
-            "Median microseconds; A comes from memory. *graph* is a replay of a CUDA graph, without launch\n"
-            "gaps. The floor is 3 bytes(A) over the copy bandwidth of the same run; for a forward it is 1\n"
-            "bytes(A), with beta 2. *compiled* is the fastest mode of `torch.compile` that was measured for\n"
-            "the case, for this library too. Brackets say how many times faster this library is; compiled\n"
-            "peers are compared with this library compiled. Memory is the peak of *fused* in bytes(A),\n"
-            "beyond A, the parameters and their gradients. The file has more cases, without `torch.compile`."
+            "Times are medians in microseconds, and A comes from memory. *graph* is a replay of a CUDA\n"
+            "graph, which has no gaps between launches. The floor is a number of bytes divided by the copy\n"
+            "bandwidth of the same run: 3 bytes(A) for a guided step, 2 for a forward with beta, 1 for a\n"
+            "forward. *compiled* and *fused compiled* are the fastest measured mode of `torch.compile` for\n"
+            "the case. Brackets say how many times faster this library is. *compiled* and *closed form* are\n"
+            "compared with *fused compiled*, and *eager* with *fused*. Memory is the peak of *fused* beyond\n"
+            "A, the parameters and their gradients, in bytes(A). The result file also has cases without\n"
+            "`torch.compile`."
         )
     else:
         yield _cpu_table(results)
         yield (
-            "Median milliseconds. This library runs its torch backend here, and brackets say how many times\n"
-            "faster it is. A load above the number of threads means that other processes were running."
+            "Times are medians in milliseconds. On a CPU this library runs its torch backend. Brackets say\n"
+            "how many times faster it is. If the load is above the number of threads, other processes were\n"
+            "running."
         )
     pictures = {"time": "time against batch size", "speedup": "speed-ups", "memory": "memory"}
     links = (
@@ -166,7 +169,7 @@ def _beta_table(results: Results) -> str | None:
 
 
 def _whole_steps(results: Results) -> Iterable[str]:
-    """Training steps of a whole network with each head; on a GPU only, because a CPU times a tiny one."""
+    """Training steps of a whole network with each head.  On a CPU there are none, as its network is tiny."""
     found = [row for row in results.records.values() if row["pass"] == "e2e" and row["timing"] == "hot"]
     if not found or not results.on_gpu:
         return
@@ -186,7 +189,7 @@ def _whole_steps(results: Results) -> Iterable[str]:
         ))  # fmt: skip
     header = ("network", "head", "milliseconds", "images/s", "peak MiB", "joules an image")
     yield _table(header, lines)
-    yield "Brackets have the time divided by that of the network with pooling and a linear layer."
+    yield "Brackets show the time divided by the time of the network with pooling and a linear layer."
 
 
 def _host_times(path: Path) -> Iterable[str]:
@@ -194,13 +197,13 @@ def _host_times(path: Path) -> Iterable[str]:
     found = json.loads(path.read_text())
     versions = f"torch {found['torch']}, triton {found['triton']}, Python {found['python']}"
     if "gpu" in found:
-        how, machine = "time until a call returns", found["gpu"]
+        how, machine = "time until it returns", found["gpu"]
         note = "The GPU is idle before each call."
     else:
-        how, machine = "CPU time until a call returns, without a GPU", found["cpu"].split(", ")[0]
+        how, machine = "CPU time until it returns, without a GPU", found["cpu"].split(", ")[0]
         note = (
             "Launches of this library end in a stub of the driver, so the driver's own time is missing.\n"
-            "torch's operations run on one thread of the CPU, on maps so small that they compute little."
+            "torch's operations run on one thread of the CPU. The maps are tiny, so they compute little."
         )
     yield (
         f"**The host's time for a call**: {how} (`python -m bench.host --compile`).\n"
@@ -213,7 +216,7 @@ def _host_times(path: Path) -> Iterable[str]:
     ]
     yield _table(("", "this library", "reference"), lines)
     yield (
-        "Median microseconds of one run, after the first calls. Brackets say how many times faster this\n"
-        f"library is. {note}\n"
+        "Times are medians in microseconds over one run, without its first calls. Brackets say how many\n"
+        f"times faster this library is.\n{note}\n"
         f"An eager `fused_ggam_loss` and its backward make {found['launches']:.0f} launches."
     )

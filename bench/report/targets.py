@@ -1,4 +1,4 @@
-"""The targets of the suite, and how far each result file is from them."""
+"""The targets of the suite, and whether each result file meets them."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ OURS = (
 
 
 def judged(results: Results) -> Iterator[str]:
-    """One line for each target that the file has records for: its worst case, and whether that is met."""
+    """A line for each target for which the file has records: its worst case, and whether that is met."""
     yield from _gpu(results) if results.on_gpu else _cpu(results)
 
 
@@ -66,11 +66,11 @@ def _gpu(results: Results) -> Iterator[str]:
         for row in results.records.values()
         if row["pass"] == "e2e" and row["timing"] == "hot"
     }
-    for provider, name in (("fused", "whole step"), ("fused_compiled", "whole step, compiled head")):
+    for provider, name in (("fused", "whole step"), ("fused_compiled", "whole step with the compiled head")):
         if {"linear", provider, "authors"} <= whole.keys():
             plain, ours, authors = (float(whole[p]["p50"]) for p in ("linear", provider, "authors"))
             where = whole[provider]["op"]
-            yield from _line(f"{name} over the plain head's", [(ours / plain, where)], 1.03, True)
+            yield from _line(f"{name} over a step with the plain head", [(ours / plain, where)], 1.03, True)
             yield from _line(f"{name} against the authors' way", [(authors / ours, where)], 1.5, False)
 
 

@@ -1,1 +1,1 @@
-"""What is timed: cases, the providers that compete on them, their inputs and expected results."""
+"""What is timed: cases, the providers that compete on them, inputs and expected results."""

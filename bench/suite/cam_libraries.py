@@ -1,8 +1,8 @@
-"""Channel weights beta as three published Grad-CAM libraries compute them, from given features.
+"""Channel weights beta from given features, as three published Grad-CAM libraries compute them.
 
-The public call of each library also draws and resizes a map, so the functions below it are used.  Timed are
-the library's own forward pass, gradient of the class score, and mean over positions.  No parameter requires a
-gradient, and nothing is copied to the host.
+The public call of each library also draws and resizes a map, so the benchmark calls the functions below it.
+It times the library's own forward pass, the gradient of the class score and the mean over positions.  No
+parameter requires a gradient, and nothing is copied to the host.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Beta = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Model(nn.Module):
-    """A layer whose output the libraries watch, then the head."""
+    """A module with a layer whose output the libraries watch, and the head after it."""
 
     def __init__(self, head: nn.Module, positions_axis: int | tuple[int, int]):
         super().__init__()
@@ -27,7 +27,10 @@ class _Model(nn.Module):
 
 
 def build(library: str, head: nn.Module, tokens: bool) -> Beta:
-    """The named library's beta (N, C) for the scores of the target; ImportError if it is not installed."""
+    """The named library's beta (N, C) for the scores of the target.
+
+    Raises ImportError if the library is not installed.
+    """
     model = _Model(head.requires_grad_(False), 1 if tokens else (2, 3))
     return {"grad_cam": _grad_cam, "captum": _captum, "torchcam": _torchcam}[library](model)
 
@@ -65,10 +68,10 @@ def _torchcam(model: _Model) -> Beta:
 
     if model.positions_axis == 1:
         raise NotImplementedError(
-            "torchcam averages over the axes after the second: it cannot average tokens"
+            "torchcam averages over the axes after the second, so it cannot average tokens"
         )
     extractor = GradCAM(model, "features")
-    # torchcam takes Python numbers: fetched from the device once, not at every call.
+    # torchcam takes Python numbers.  They are copied from the device once, not at every call.
     classes: dict[int, list[int]] = {}
 
     def beta(x: Tensor, y: Tensor) -> Tensor:

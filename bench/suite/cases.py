@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """The inverse of `str`, as in "32x2048x14x14-bfloat16-nchw"; type and layout are optional."""
+        """The inverse of `str`, as in "32x2048x14x14-bfloat16-nchw".  Type and layout are optional."""
         size, *rest = text.split("-")
         parts = size.split("x")
         numbers = [int(x) for x in parts] if all(x.isdecimal() for x in parts) else []
@@ -55,7 +55,7 @@ class Case(NamedTuple):
         is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         if len(numbers) != 4 or len(rest) > 2 or not is_float or layout not in LAYOUTS:
             raise ValueError(
-                f"a case is NxCxHxW or NxCxHxW-TYPE-LAYOUT, with a layout from {LAYOUTS}; got {text!r}"
+                f"a case must be NxCxHxW or NxCxHxW-TYPE-LAYOUT, with a layout from {LAYOUTS}; got {text!r}"
             )
         return cls(*numbers, dtype, layout)
 
@@ -93,7 +93,7 @@ def gpu_cases(batches: tuple[int, ...] = BATCHES, dtypes: tuple[torch.dtype, ...
 
 
 def gpu_full() -> Iterator[Run]:
-    """Every case, pass and provider: some hours, most of them for the compiler."""
+    """Every case, pass and provider.  They take some hours, most of which the compiler takes."""
     for case in gpu_cases():
         for run in PASSES:
             yield from (Run(case, run, provider) for provider in providers(run))
@@ -102,9 +102,10 @@ def gpu_full() -> Iterator[Run]:
 
 
 def gpu_default() -> Iterator[Run]:
-    """A selection for nine minutes: the most important runs first, the compiler's longest search last.
+    """A selection for nine minutes.  The most important runs come first, the compiler's longest search last.
 
-    Runs beyond the time budget are skipped.  Compiled peers run on a few cases only; `--full` runs them all.
+    Runs beyond the time budget are skipped.  Compiled peers run on a few cases only.  `--full` runs all of
+    them.
     """
     bf16, fp32 = torch.bfloat16, torch.float32
     resnet = {n: Case(n, 2048, 14, 14) for n in (1, *BATCHES)}
@@ -139,7 +140,7 @@ def gpu_default() -> Iterator[Run]:
 
 
 def cpu_default() -> Iterator[Run]:
-    """Small maps in float32.  Few cases are compiled: a compilation takes half a minute on two cores."""
+    """Small maps in float32.  Few cases are compiled, because that takes half a minute on two cores."""
     f32 = torch.float32
     plain, compiled = ("eager", "fused"), ("compiled", "fused_compiled")
     efficientnet, resnet = Case(32, 1280, 7, 7, f32), Case(16, 2048, 14, 14, f32)
@@ -157,17 +158,17 @@ def cpu_default() -> Iterator[Run]:
 
 
 CPU_LEFT_OUT = (
-    "most compiled peers, which take half a minute each: two guided steps and two forwards are compiled",
-    "the paper's batch sizes, bfloat16 and tokens: too large for a CPU",
-    "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: the default there, or slower to build",
-    "compiled_closed_form: the same as fused_compiled on a CPU",
+    "most compiled peers: they take half a minute each, so only two guided steps and two forwards are timed",
+    "the paper's batch sizes, bfloat16 and tokens: they are too large for a CPU",
+    "torch.compile's max-autotune-no-cudagraphs and reduce-overhead: a CPU's default, or slower to build",
+    "compiled_closed_form: on a CPU it is the same as fused_compiled",
     "cold caches, CUDA graphs (with fused_graphed), host time and launches: a CPU times one warm buffer",
-    "energy: it is read from a GPU",
+    "energy: only a GPU has the counter",
 )
 
 
 def providers(run: str) -> tuple[str, ...]:
-    """The providers that take part in a pass."""
+    """The providers that compete in a pass."""
     left_out = {"step": CAM_LIBRARIES, "beta": ("memcpy", "fused_modular", GRAPHED)}
     without = left_out.get(run, (*CAM_LIBRARIES, "fused_modular", GRAPHED))
     return tuple(name for name in PROVIDERS if name not in without)

@@ -1,10 +1,11 @@
 """The providers.  Each is built the same way and called with (features, target).
 
-    eager                     the paper's method, Grad-CAM by a second backward pass (`ggam_fast.reference`)
-    compiled                  the same under torch.compile, mode "default"
-    compiled_max_autotune     mode "max-autotune-no-cudagraphs"
-    compiled_reduce_overhead  mode "reduce-overhead": CUDA graphs that first copy A into their own buffer;
-                              the "graph" timings of the two above are replays without that copy
+    eager                     the paper's method, with Grad-CAM by a second backward pass
+                              (`ggam_fast.reference`)
+    compiled                  `eager` under torch.compile, mode "default"
+    compiled_max_autotune     `eager` under torch.compile, mode "max-autotune-no-cudagraphs"
+    compiled_reduce_overhead  `eager` under torch.compile, mode "reduce-overhead": CUDA graphs that first
+                              copy A into their own buffer; the "graph" timings of the two above do not
     compiled_closed_form      `fused` with the stages in plain torch (backend="torch") under torch.compile
     fused                     this library: `fused_ggam_loss` for the step, the head for the rest
     fused_modular             the head, then `GGAMLoss`
@@ -13,10 +14,10 @@
     fused_reduce_overhead     `fused_compiled` in mode "reduce-overhead", with the copy of A
     fused_graphed             `fused_compiled` through torch.cuda.make_graphed_callables: two CUDA graphs, no
                               guards at a call, with the copy of A; only for the step
-    grad_cam, captum, torchcam   only beta, see `cam_libraries`
+    grad_cam, captum, torchcam   only beta; see `cam_libraries`
     memcpy                    a copy of A
 
-The reference and its parameters have A's type.  That moves half the bytes of autocast, which would keep
+The reference and its parameters have A's type.  That moves half as many bytes as autocast, which would keep
 products of shape (N, C, L) in float32.  The library keeps parameters and small tensors in float32 for every
 type of A.  To compile the reference, the caller sets `torch._dynamo.config.trace_autograd_ops`.
 """
@@ -49,7 +50,7 @@ MODES = {
 
 
 class Peer:
-    """`peer(x, y)` is timed; `peer.results(x, y)` is the same call with its outputs by name."""
+    """`peer(x, y)` is timed.  `peer.results(x, y)` is the same call and returns its outputs by name."""
 
     def __init__(self, call: Callable[[Tensor, Tensor], Any], name: str = "out", capturable: bool = True):
         self.call, self.name = call, name
@@ -114,12 +115,12 @@ class Graphed(nn.Module):
 
     def __init__(self, head: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()
-        self.head, self.loss_of = head, loss_of  # as a submodule: its parameters get gradients
+        self.head, self.loss_of = head, loss_of  # a submodule, so that its parameters get gradients
         self._captured = False
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         if not self._captured:
-            self._captured = True  # capturing calls this
+            self._captured = True  # the capture calls this method
             torch.cuda.make_graphed_callables(self, (x.detach().clone().requires_grad_(), y.clone()))
         return super().__call__(x, y)
 
@@ -130,8 +131,8 @@ class Graphed(nn.Module):
 def new_head(kind: type[GGAMHeadBase], case: Case, state: dict[str, Tensor] | None = None) -> Any:
     """A head for the case, in evaluation mode, with the `cam_norm` of the training command.
 
-    With that `cam_norm` the guidance depends visibly on beta, so that parity sees a wrong beta in the
-    gradients.
+    With that `cam_norm` the guidance depends strongly on beta, so a wrong beta shows in the gradients and
+    fails the parity check.
     """
     input_fmt = "NLC" if case.layout == "nlc" else "NCHW"
     head = kind(case.c, NUM_CLASSES, cam_norm="standardized", input_fmt=input_fmt)
@@ -152,7 +153,7 @@ def build(provider: str, run: str, case: Case, state: dict[str, Tensor], device:
     if provider == "compiled_closed_form":
         head.backend = "torch"
     if provider in CAM_LIBRARIES:
-        # Hooks and targets on the host cannot be captured, and a failed capture also breaks later calls.
+        # A graph cannot hold hooks and targets on the host, and a failed capture also breaks later calls.
         return Peer(
             cam_libraries.build(provider, head, case.layout == "nlc"), "cam_weights", capturable=False
         )
@@ -191,7 +192,7 @@ def _loss(provider: str, head: Any) -> Callable[[Tensor, Tensor], Tensor]:
 def _compiled(provider: str, call: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
     if provider not in MODES:
         return call
-    # Dynamo stops compiling a line of code after a few shapes, so its count starts anew.
+    # Dynamo stops compiling a function after a few shapes, so this resets its count.
     torch._dynamo.reset()
     return torch.compile(call, fullgraph=True, dynamic=False, mode=MODES[provider])
 

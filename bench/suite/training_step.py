@@ -1,9 +1,9 @@
 """A whole training step of a timm backbone with one of three heads, for `bench_e2e`.
 
-linear          global pooling, one linear layer and cross entropy, which GGAM replaces
+linear          global pooling, one linear layer and cross entropy; GGAM replaces these
 fused           this library's head and fused loss
-fused_compiled  the same inside torch.compile(fullgraph=True); the backbone is not compiled
-authors         the way of the authors' script.  A backward pass of the predicted scores through the whole
+fused_compiled  `fused` inside torch.compile(fullgraph=True); the backbone is not compiled
+authors         the method of the authors' script.  A backward pass of the predicted scores through the whole
                 backbone gives beta, and its gradients are dropped.  Then the loss goes back through the
                 backbone a second time.  Attention, classifier and guidance are those of the reference.
 """
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 
 
 AS_IN_THE_SCRIPT = {"cam_class": "predicted", "cam_at": "attended"}
-"""The class and place of Grad-CAM, the same for both heads."""
+"""The class and the place of Grad-CAM.  They are the same for both heads."""
 GPU = Setting("resnet50", 448, 32, torch.bfloat16)
 CPU = Setting("resnet10t", 64, 4, None)
 

@@ -1,4 +1,4 @@
-"""Inputs, parameters and expected results of one case, which all its providers share; its records."""
+"""Inputs, parameters, expected results and records of one case.  All its providers share them."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,12 +25,12 @@ class Workload:
         self.case, self.device = case, device
         torch.manual_seed(0)
         head = peers.new_head(GGAMHeadReference, case)
-        # Its own generator, because a CUDA graph under capture takes over the default one.
+        # It has its own generator, because a CUDA graph under capture takes over the default one.
         self.random = torch.Generator(device).manual_seed(0)
         self.state = {k: _rounded(v, case.dtype) for k, v in head.state_dict().items()}
         count = timing.buffers_for(case.bytes)
         self.features = [self._features() for _ in range(count)]
-        self.leaves = [x.detach().requires_grad_() for x in self.features]  # the same memory
+        self.leaves = [x.detach().requires_grad_() for x in self.features]  # shared memory
         self.target = torch.randint(peers.NUM_CLASSES, (case.n,), device=device, generator=self.random)
         self._expected: dict[str, tuple[Outputs, Outputs]] = {}
 
@@ -62,11 +62,11 @@ class Workload:
         return self._expected[run]
 
     def check(self, provider: str, run: str, peer: Peer) -> float:
-        """The larger error of two calls, as a share of the allowed error; raises Refused if it is above 1."""
+        """The larger error of two calls, as a share of the allowed error.  Above 1, Refused is raised."""
         if provider == "memcpy":
             found = peer(self.features[0], self.target)
             if not torch.equal(found, self.features[0]):
-                raise parity.Refused("memcpy did not copy")
+                raise parity.Refused("memcpy must copy A; its result differs from A")
             return 0.0
         exact, eager = self.expected(run)
         return max(
@@ -84,7 +84,7 @@ class Workload:
         return timing.measure(calls, len(self.features), captured)
 
     def timed(self, run: str, providers: Sequence[str]) -> dict[str, Timed[Peer] | Exception]:
-        """The providers of one pass side by side; memcpy is timed once for all passes."""
+        """The times of the providers of one pass, side by side.  memcpy is timed once for all passes."""
 
         def measure(peers: dict[str, Peer]) -> dict[str, timing.Measured]:
             known = {"memcpy": timing.Measured(self.memcpy, [])}
@@ -102,12 +102,13 @@ class Workload:
         return lambda i: peer(inputs[i], self.target)
 
     def records(self, provider: str, run: str, timed: Timed[Peer], bandwidth: float) -> list[Record]:
-        """One record for each kind of timing; memory and launches are counted here."""
+        """One record for each kind of timing.  Memory and launches are measured here."""
         peer = timed.peer
         run = "copy" if provider == "memcpy" else run
         memcpy = self.memcpy
         peer.release(self.inputs(peer)[0])
-        # A peer that replays its own CUDA graphs always holds their memory, so a call's peak says nothing.
+        # A peer that replays its own CUDA graphs always holds their memory, so the peak of a call means
+        # nothing.
         uncounted = provider == "memcpy" or peer.replays
         peak = None if uncounted else timing.peak_bytes(self.call(peer)) / 2**20
         gradients = peer.gradient_bytes(self.inputs(peer)[0]) / 2**20 or None
@@ -129,7 +130,7 @@ class Workload:
 def _ratios(
     kind: str, seconds: float, counted: int, memcpy: timing.Spread | None, least: float
 ) -> tuple[float | None, ...]:
-    """GB/s, times a copy of A, times the floor; None for the host's time."""
+    """GB/s, the ratio to a copy of A and the ratio to the floor.  For the host's time they are None."""
     if kind == "host":
         return None, None, None
     return counted / seconds / 1e9, seconds / memcpy.p50 if memcpy else None, seconds / least

@@ -1,1 +1,1 @@
-"""One command a file: `python -m bench.NAME` answers one question about the kernels or a step."""
+"""Commands, one in each file.  `python -m bench.NAME` answers one question about kernels or a step."""

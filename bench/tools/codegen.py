@@ -3,10 +3,10 @@
     python -m bench.codegen                   # a Markdown table for sm_90
     python -m bench.codegen --target sm_90 sm_80 sm_100 sm_120 gfx942 --write
 
-The launches are the library's own.  Its operators run on empty tensors, with a recorder in place of each
-kernel; so the code compiled here is the code for a GPU, with the same specialisation.  The first target gets
-all shapes.  Each other target gets the first two, which are ResNet-50's in both layouts, because one launch
-takes a second or two.  The command fails if any kernel spills.
+The launches are the library's own.  Its operators run on empty tensors, and a recorder stands in place of
+each kernel.  The code compiled here therefore is the code for a GPU, with the same specialisation.  The first
+target gets all shapes.  Each other target gets only the first two, because one launch takes a second or two.
+These are ResNet-50's map in both layouts.  The command fails if any kernel spills.
 """
 
 import argparse
@@ -66,20 +66,20 @@ class Launch(NamedTuple):
 
     @property
     def variant(self) -> str:
-        """Its flags, and those of its optional tensors that it is given."""
+        """The launch's flags, and the names of the optional tensors that it gets."""
         optional = set(re.findall(r"(\w+_ptr) is not None", self.kernel.src))
         names = zip(self.kernel.arg_names, self.arguments, strict=False)
         given = [n.removesuffix("_ptr") for n, v in names if n in optional and v is not None]
-        # C varies only for kernels of rows.
+        # C varies only for kernels that work on rows.
         flags = ("C", *_FLAGS) if self.keywords.get("L", 1) == 1 else _FLAGS
         return " ".join([*(f"{f}={self.keywords[f]:d}" for f in flags if f in self.keywords), *given])
 
 
 class Code(NamedTuple):
-    """The compiler's numbers for one launch on one target; widths are in bits."""
+    """The compiler's numbers for one launch on one target.  Widths are in bits."""
 
     registers: int
-    stack: int  # bytes of stack and local memory, which hold the spills
+    stack: int  # bytes of stack and local memory, which hold spills
     shared: int  # bytes
     loads: tuple[int, ...]
     stores: tuple[int, ...]
@@ -154,13 +154,13 @@ def inspect(launch: Launch, target: str, widths: bool = True) -> Code:
     return _nvidia(compiled.asm["cubin"], compiled.metadata.shared, widths)
 
 
-@cache  # the kernels of the layers do not depend on the type and layout of the features
+@cache  # kernels of the layers do not depend on the features' type and layout
 def _nvidia(code: bytes, shared: int, widths: bool) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(code)
         cubin.flush()
         usage = _binary("cuobjdump", "-res-usage", cubin.name)
-        # -ndf leaves out the slow dataflow analysis; it still takes 0.3 s for any kernel.
+        # -ndf leaves out the slow dataflow analysis.  Each kernel still takes 0.3 s.
         sass = _binary("nvdisasm", "-ndf", "-c", cubin.name) if widths else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     if found is None:
@@ -208,7 +208,7 @@ def table(
 ) -> Iterator[tuple[Launch, str, Code, str]]:
     """(launch, target, code, Markdown row) of all kernels, or of `kernels`, for every target, shape and type.
 
-    Equal code for several shapes or types is one row, the first.
+    If several shapes or types have equal code, only the first gets a row.
     """
     for target in targets:
         seen: set[tuple[Any, ...]] = set()
@@ -242,9 +242,9 @@ def main(arguments: list[str] | None = None) -> None:
     command = "python -m bench.codegen " + " ".join(sys.argv[1:])
     lines = [
         f"Compiled by triton {triton.__version__} with torch {torch.__version__}: `{command.strip()}`.",
-        "Nothing here was run or timed. Stack is the bytes of stack and local memory, which hold spills;",
-        "the command fails if it is not 0. Widths are in bits, for all global loads and stores,",
-        "small operands included.",
+        "Nothing here was run or timed. Stack is the bytes of stack and local memory, which hold spills.",
+        "The command fails if it is not 0. Widths are in bits. They cover all global loads and stores,",
+        "also those of small operands.",
         "",
         "| target | kernel | variant | features | type | registers | stack | shared | loads | stores |",
         "|---|---|---|---|---|---|---|---|---|---|",

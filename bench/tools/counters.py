@@ -32,7 +32,7 @@ RUNS = ("fwd", "step")
 
 
 class Kernel(NamedTuple):
-    """One launch: bytes read and written, and its time."""
+    """The bytes that one launch reads and writes, and its time."""
 
     name: str
     read: float
@@ -41,14 +41,17 @@ class Kernel(NamedTuple):
 
 
 def parse(text: str) -> list[Kernel]:
-    """The launches in the output of `ncu --csv --page raw --print-units base`: header, units, values."""
+    """The launches in the output of `ncu --csv --page raw --print-units base`.
+
+    That output is a header, a line of units and lines of values.
+    """
     lines = [line for line in text.splitlines() if line.startswith('"')]
     if not lines:
-        raise ValueError("ncu printed no table; expected lines of quoted CSV")
+        raise ValueError("ncu must print lines of quoted CSV; it printed no table")
     reader = csv.DictReader(lines)
     missing = {"Kernel Name", READ, WRITTEN, TIME} - set(reader.fieldnames or ())
     if missing:
-        raise ValueError(f"ncu's table has no column {', '.join(sorted(missing))}")
+        raise ValueError(f"ncu's table must have all needed columns; it lacks {', '.join(sorted(missing))}")
     found = [row for row in reader if row["ID"]]  # the line of units has no ID
 
     def number(row: dict[str, str], column: str) -> float:
@@ -72,7 +75,7 @@ def count(case: Case, run: str, limit: float) -> list[Kernel]:
 
 
 def table(case: Case, run: str, kernels: Iterable[Kernel]) -> Iterator[tuple[str, ...]]:
-    """A line for each launch, then their sum; bytes are divided by bytes(A)."""
+    """A line for each launch, and then their sum.  Bytes are divided by bytes(A)."""
     size = case.bytes
     kernels = list(kernels)
     total = Kernel("all", *(sum(k[i] for k in kernels) for i in (1, 2, 3)))
@@ -89,7 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one pass (default: 120)")
     chosen = parser.parse_args(arguments)
     if shutil.which("ncu") is None:
-        print("ncu is not installed (it comes with Nsight Compute): nothing was counted", file=sys.stderr)
+        print(
+            "nothing was counted, because ncu is not installed; it is a part of Nsight Compute",
+            file=sys.stderr,
+        )
         return 3
     failed = 0
     with open(chosen.out, "w", newline="") as file:

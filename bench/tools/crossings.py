@@ -1,20 +1,20 @@
-"""How often a guided step passes from one file of the package to another, as a debugger shows it.
+"""How often a guided step passes from one file of the package to another, as seen in a debugger.
 
     python -m bench.crossings
     python -m bench.crossings --files
 
 The tool lists the functions of ggam_fast that a step enters, in their order, forward and backward.  Two
-neighbours of the list in different files are one crossing.  Returns do not count, nor do calls outside the
-package (torch, Triton), nor the kernels.  At commit e3bd7a3 the drop-in step crossed its 12 files 154 times,
-and the fused step 116 times.
+neighbours of the list in different files are one crossing.  Returns do not count.  Calls outside the package
+(torch, Triton) and the kernels do not count either.  At commit e3bd7a3 the drop-in step crossed its 12 files
+154 times, and the fused step 116 times.
 
     recording    the first call with new shapes, types and options
     replayed     the third such call
     unrecorded   a call with the recorder switched off
 
-All run on the Triton backend; no GPU is needed (see `host`).  A step of another batch size runs first, so
-that what happens once in a process is not counted.  Generators are calls, and so are comprehensions before
-Python 3.12.
+All run on the Triton backend, and no GPU is needed (see `host`).  A step of another batch size runs first, so
+the work that happens once in a process does not count.  Generators count as calls.  Before Python 3.12,
+comprehensions do too.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Crossings(NamedTuple):
 
 
 def crossings(call: Callable[[], Any], package: Path = PACKAGE) -> Crossings:
-    """The crossings of one call; its backward runs in this thread too."""
+    """The crossings of one call.  Its backward also runs in this thread."""
     inside = f"{package}/"
     kernels = f"{package}/kernels/"
     entered: list[str] = []
@@ -84,7 +84,7 @@ def measured(case: Case, step: str) -> Iterator[tuple[str, Crossings]]:
 
 
 def judged(step: str, way: str, found: Crossings) -> str:
-    """One line: "met" or "MISSED", and what was found."""
+    """A line with "met" or "MISSED", and the number of crossings."""
     return verdict(
         f"{step}, {way}, crossings between {len(found.files)} files", found.times, LIMITS[way], digits=0
     )
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--files", action="store_true", help="also list the files")
     chosen = parser.parse_args(arguments)
     if checks.TRITON_INTERPRETED:
-        parser.error("TRITON_INTERPRET is set, and the interpreter records no steps; unset it")
+        parser.error("TRITON_INTERPRET must be unset, because the interpreter records no steps")
     with nullcontext() if torch.cuda.is_available() else host.without_kernels():
         for step in STEPS:
             for way, found in measured(chosen.case, step):

@@ -1,4 +1,4 @@
-"""Launches every kernel in all variants of the head, on small and uneven maps, for compute-sanitizer.
+"""Launches every kernel in all its variants, on small and uneven maps, for compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_kernel
 
@@ -20,12 +20,12 @@ from ggam_fast.backends.triton import TRITON, classifier, pooling
 from ggam_fast.backends.triton.launch import launch, thread
 
 MAPS = ((5, 130, 196), (7, 40, 35), (3, 257, 256))
-CLASSES = (200, 5000)  # a program holds all classes of an image; it sweeps over them
+CLASSES = (200, 5000)  # with 200, a program holds all classes of an image; with 5000, it loops over them
 ODD_WIDTH = 101  # channels of a batch norm
 
 
 class _Clearing:
-    """A recorder that launches at once and has counters to clear, as the recording of a step has."""
+    """A recorder that launches at once.  Like the recorder of a step, it has counters to clear."""
 
     def __init__(self, counters: Tensor) -> None:
         self.counters = counters
@@ -42,7 +42,7 @@ class _Clearing:
 
 
 def launch_all(a: Tensor, random: bool = False) -> None:
-    """Launch all kernels for features (N, C, L).  Other inputs are random, or unset memory by default."""
+    """Launch all kernels for features (N, C, L).  By default, other inputs are unset memory."""
     (n, c, l), stages = a.shape, TRITON
     new = torch.rand if random else torch.empty
     t, s, total = (new(size, device=a.device) for size in ((n, l), (n, c), (n,)))
@@ -83,7 +83,7 @@ def launch_all(a: Tensor, random: bool = False) -> None:
 
 
 def launch_channels(s: Tensor, t: Tensor, total: Tensor) -> None:
-    """Softmax over channels, and the guidance loss."""
+    """Launch the softmax over channels and the guidance loss."""
     l, stages, whole = t.shape[1], TRITON, CamTerms(s, t, t, s)
     stages.softmax(s)
     stages.softmax_grad(s, s)
@@ -95,7 +95,7 @@ def launch_channels(s: Tensor, t: Tensor, total: Tensor) -> None:
         norm = (cam_norm, 1.0, divergence)
         for terms in (whole, CamTerms(s)):
             stages.guidance(s, terms, None, l, *norm, 1.0)
-        # The fused loss passes cross entropies; the drop-in form passes no dS.
+        # The fused loss passes cross entropies, and the drop-in form passes no dS.
         for ds, losses in ((s, total), (None, None)):
             stages.guided_loss(s, whole, ds, l, *norm, 1.0, True, total, losses)
     for ds, losses in ((s, total), (None, None)):
@@ -104,7 +104,7 @@ def launch_channels(s: Tensor, t: Tensor, total: Tensor) -> None:
 
 
 def launch_batch_norms(x: Tensor, new: Callable[..., Tensor]) -> None:
-    """Batch norm of rows (N, C), its backward, and its parameters' gradients beside a layer's."""
+    """Launch batch norm of rows (N, C) and its backward, with gradients of its and a layer's parameters."""
     (n, c), stages = x.shape, TRITON
     gamma, beta, mean, variance = (new(c, device=x.device) for _ in range(4))
     tracked = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -127,7 +127,7 @@ def launch_batch_norms(x: Tensor, new: Callable[..., Tensor]) -> None:
 
 
 def launch_cross_entropies(logits: Tensor) -> None:
-    """Cross entropy of labels and of probabilities (N, K), the class scores, and the whole loss."""
+    """Launch cross entropy of labels and of probabilities (N, K), the class scores and the whole loss."""
     stages, scale = TRITON, logits[0, 0]
     labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     for target, cam_class, ignore_index in (
@@ -143,7 +143,7 @@ def launch_cross_entropies(logits: Tensor) -> None:
 
 
 def launch_products(s: Tensor, new: Callable[..., Tensor]) -> None:
-    """Products of the channel MLP and a classifier, for few rows and for enough rows for large tiles."""
+    """Launch products of the channel MLP and a classifier, with few rows and with enough for large tiles."""
     (n, c), stages = s.shape, TRITON
     for rows, k in ((n, c), (512, 64)):
         x = s if rows == n else new(rows, k, device=s.device)

@@ -1,10 +1,10 @@
-"""How long a user's first step takes, in a new process with empty caches and in one with warm caches.
+"""How long a user's first step takes in a new process, with empty and with warm caches.
 
     python -m bench.first_call
     python -m bench.first_call --case 32x2048x14x14-bfloat16-nchw --compile
 
-The time runs from the call to its end on the device, after imports and after the start of the device.
-`--compile` times the step inside torch.compile, and also the smallest compiled step, (x * x).sum().
+The time runs from the call to its end on the device.  Imports and the start of the device are not part of it.
+`--compile` times the step inside torch.compile.  It also times the smallest compiled step, (x * x).sum().
 """
 
 import argparse

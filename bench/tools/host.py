@@ -1,11 +1,11 @@
-"""How long the host takes to start a guided step: microseconds until a call returns, with targets.
+"""How long the host takes to start a guided step: microseconds until a call returns, and their targets.
 
     python -m bench.host
     python -m bench.host --compile --json host.json
     python -m bench.host --case 32x2048x14x14-bfloat16-nchw
 
 Without a GPU, launches end in a stub of the driver (`measure/driver_stub`), so only the driver's own time is
-missing.  torch's operations run on the CPU there; the default case is tiny, so that they compute little.  The
+missing.  torch's operations then run on the CPU.  The default case is tiny, so they compute little.  The
 result is the CPU time of one thread.  With a GPU, the device is idle before each call, and the result is the
 time by the clock.
 
@@ -18,7 +18,7 @@ time by the clock.
                                  `forward` and the reference's forward inside torch.compile
     launches                     kernels, copies and fills of `fused`, see `launches`
 
-Each time is a median.  Calls take turns, so that other processes of a shared machine affect all alike.
+Each time is a median.  Calls take turns, so other processes of a shared machine affect all alike.
 """
 
 import argparse
@@ -61,7 +61,7 @@ Step = Callable[[], Any]
 
 
 class Target(NamedTuple):
-    """`value` is at most `limit` times `reference`, or at most `limit` if there is no reference.
+    """A target: `value` must be at most `limit` times `reference`, or `limit` if there is no reference.
 
     Without a limit, the ratio is only shown.
     """
@@ -71,7 +71,7 @@ class Target(NamedTuple):
     limit: float | None
 
     def verdict(self, found: Mapping[str, float]) -> str | None:
-        """One line, which starts with "met" or "MISSED" if there is a limit; None if a value is missing."""
+        """A line that starts with "met" or "MISSED" if there is a limit.  If a value is missing, None."""
         if not {self.value, self.reference or self.value} <= found.keys():
             return None
         name, value, digits = self.value, found[self.value], 0
@@ -95,7 +95,7 @@ TARGETS = (
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """The Triton backend on tensors of the CPU: launches end in the stub and compute nothing."""
+    """The Triton backend on tensors of the CPU.  Launches end in the stub and compute nothing."""
     with (
         driver_stub.active(),
         mock.patch.object(launch, "_compiled", {}),
@@ -114,7 +114,7 @@ def step(work: Workload, provider: str, run: str = "step") -> Step:
 
 
 def forward(work: Workload, provider: str) -> Step:
-    """Only the head's logits; `microseconds` disables gradients around it."""
+    """Only the head's logits.  `microseconds` turns gradients off around it."""
     head_of, x, y = work.build(provider, "fwd").call, work.features[0], work.target
     return lambda: head_of(x, y)
 
@@ -132,7 +132,7 @@ def steps(case: Case, compiled: bool) -> dict[str, Step]:
 def microseconds(calls: Mapping[str, Step], rounds: int) -> dict[str, float]:
     """The median time of each call, over at least `rounds` calls in turns of TURN.
 
-    The first call of a turn is not counted, because the caches hold the code and data of other calls.
+    The first call of a turn is not counted, because the caches then hold the code and data of other calls.
     """
     on_gpu = torch.cuda.is_available()
     for name, call in calls.items():
@@ -154,18 +154,18 @@ def _on_gpu_times(call: Step) -> list[float]:
 
 
 def _cpu_times(call: Step) -> list[float]:
-    """CPU time of this thread; other processes only affect it through the caches."""
+    """CPU time of this thread.  Other processes affect it only through the caches."""
     start = time.thread_time()
     for _ in range(TURN):
         call()
-    # Reading the clock takes about 1 us, as long as three launches, so it is read once a turn.
+    # Reading the clock takes about 1 us, as long as three launches, so it is read once in each turn.
     return [(time.thread_time() - start) / TURN]
 
 
 def launches(call: Step) -> int:
     """How many kernels, copies and fills a later call puts on the GPU.
 
-    Without a GPU: the launches that reach the stub, plus `torch_launches`.
+    Without a GPU, it is the number of launches that reach the stub, plus `torch_launches`.
     """
     call()
     if torch.cuda.is_available():
@@ -183,7 +183,7 @@ def measured(case: Case, compiled: bool, rounds: int) -> dict[str, float]:
 
 
 def report(found: Mapping[str, float]) -> Iterator[str]:
-    """The lines of the table, then the targets."""
+    """The lines of the table, and then those of the targets."""
     yield "| call | us until it returns |\n| --- | --- |"
     yield from (f"| {name} | {value:.0f} |" for name, value in found.items() if name != "launches")
     yield ""
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     chosen = parser.parse_args(arguments)
     if checks.TRITON_INTERPRETED:
-        parser.error("TRITON_INTERPRET is set, and the interpreter launches nothing; unset it")
+        parser.error("TRITON_INTERPRET must be unset, because the interpreter launches nothing")
     with nullcontext() if on_gpu else without_kernels():
         if not on_gpu:
             torch.set_num_threads(1)

@@ -31,14 +31,14 @@ class Kernel(NamedTuple):
 
 
 def one_call(kernels: list[Kernel], calls: int) -> list[Kernel]:
-    """The kernels of the last call, from those of `calls` equal calls."""
+    """The kernels of the last call, out of the kernels of `calls` equal calls."""
     if not kernels or len(kernels) % calls:
         raise ValueError(f"{len(kernels)} kernels do not divide into {calls} equal calls")
     return sorted(kernels, key=lambda k: k.start)[-(len(kernels) // calls) :]
 
 
 def lines(kernels: list[Kernel]) -> list[str]:
-    """One line a kernel: gap, duration, name.  The last line has the sums."""
+    """A line for each kernel with gap, duration and name.  The last line has the sums."""
     ends = [kernels[0].start, *(k.end for k in kernels)]
     gaps = [k.start - end for k, end in zip(kernels, ends, strict=False)]
     took = [k.end - k.start for k in kernels]

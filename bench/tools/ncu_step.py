@@ -16,7 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ncu_step", description=__doc__.split("\n")[0])
     parser.add_argument("case", type=options.case, metavar="CASE", help="such as 32x2048x14x14-bfloat16-nchw")
     parser.add_argument("run", choices=PASSES, help="the pass")
-    parser.add_argument("--provider", default="fused", help="see bench/suite/peers.py (default: fused)")
+    parser.add_argument(
+        "--provider", default="fused", help="the provider, see bench/suite/peers.py (default: fused)"
+    )
     chosen = parser.parse_args()
     work = Workload(chosen.case, torch.device("cuda"))
     call = work.call(work.build(chosen.provider, chosen.run))
@@ -24,7 +26,7 @@ def main() -> None:
         call(i)
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    call(0)  # its features were used longest ago and are not in L2
+    call(0)  # of all buffers this one was used longest ago, so it is not in L2
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 

@@ -8,7 +8,7 @@ _FORM = "NxCxHxW or NxCxHxW-TYPE-LAYOUT, such as 32x2048x14x14-bfloat16-nchw"
 
 
 def case(text: str) -> Case:
-    """A case from its text, with the whole message for a text that is none."""
+    """A case from its text.  For a wrong text, argparse prints the whole message of the error."""
     try:
         return Case.parse(text)
     except ValueError as error:

@@ -1,9 +1,10 @@
-"""Times candidate values of the constants in `kernels/plan.py`, and prints them by time for each case.
+"""Times candidate values of constants in `kernels/plan.py`, and prints them for each case, sorted by time.
 
     python -m bench.tune PARTIAL_CHANNELS=64,128,256
     python -m bench.tune "MEANS_TILE=(64,32,8),(64,64,8)" --run fwd_beta --case 128x2048x14x14-bfloat16-nchw
 
-All combinations of the values are tried, and no file is changed: choose, edit the plan and commit by hand.
+The command tries all combinations of the values.  It changes no file: choose, edit the plan and commit by
+hand.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def candidates(text: str) -> tuple[str, list[Any]]:
 
 @contextmanager
 def patched(choice: Choice) -> Iterator[None]:
-    """The plan with these constants; results it has cached for the old ones are dropped."""
+    """The plan with these constants.  Results that it cached for the old ones are dropped."""
     before = {name: vars(plan)[name] for name in choice}
     try:
         _set(choice)

@@ -1,11 +1,11 @@
-"""Training GGAM classifiers on photographs: `ggam-fast train`, and what it is made of.
+"""Train GGAM classifiers on photographs: the command `ggam-fast` and its parts.
 
-Needs the extra: pip install "ggam-fast[train]". Importing `ggam_fast` never imports this.
+This package needs the extra `train`: pip install "ggam-fast[train]". `import ggam_fast` does not import it.
 
-A room imports from the rooms below it only. From the top floor down:
+Each subpackage imports only from those below it in this list:
 
-    cli                what is typed
-    ablation           many runs compared
+    cli                the commands
+    ablation           compares many runs
     run                one training run
     use                a finished run: evaluate, explain, export
     show               console, figures, gallery, page
@@ -49,7 +49,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that the command can say which extra is missing before anything needs it.
+    # Imports wait until a name is used, so that the command can first say which extra is missing.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

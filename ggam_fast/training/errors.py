@@ -1,10 +1,10 @@
-"""What ends a run early: input that a user can put right, or Ctrl-C."""
+"""Exceptions that end a run early: bad input, or Ctrl-C."""
 
 from __future__ import annotations
 
 
 class TrainError(ValueError):
-    """Bad input to a training command: the message names it and says what was expected."""
+    """Bad input to a training command. The message names it and says what is expected."""
 
 
 class Interrupted(Exception):
@@ -12,6 +12,6 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or the name of its class."""
+    """The first line with text in the message of `error`, or else the name of its class."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

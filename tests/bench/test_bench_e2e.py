@@ -14,7 +14,7 @@ from bench.suite.training_step import CPU, TrainingStep
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled head, whose gradients are tampered with, is refused; the others are timed."""
+    """The test falsifies the gradients of the compiled head. It is refused, and the others are timed."""
 
     def tampered(step: TrainingStep) -> torch.Tensor:
         loss = right(step)

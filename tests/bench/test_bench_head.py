@@ -1,4 +1,4 @@
-"""The benchmarks of the head: what is collected, and in one process."""
+"""The benchmarks of the head: which tests are collected, and that they run in one process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The rooms of bench: imports go down alone, every module has its test, every command its name."""
+"""In bench, imports only go down, every module has its test and every command has its name."""
 
 import ast
 import importlib.util
@@ -15,7 +15,7 @@ import bench
 BENCH = Path(bench.__file__).parent
 ROOT, TESTS = BENCH.parent, Path(__file__).parent
 ABOVE = {"measure": (), "suite": ("measure",), "report": ("measure", "suite")}
-"""The rooms that each room may import from, beside itself."""
+"""The rooms from which each room may import, besides itself."""
 EVERYWHERE = (*ABOVE, "tools")
 MODULES = sorted(path for path in BENCH.rglob("*.py") if path.name != "__init__.py")
 TOOLS = [path.stem for path in MODULES if path.parent.name == "tools" and "__main__" in path.read_text()]
@@ -69,7 +69,7 @@ def test_every_module_has_its_test() -> None:
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_is_a_command(name: str) -> None:
-    """`python -m bench.NAME` is tools/NAME.py, and calls itself by that name."""
+    """`python -m bench.NAME` runs tools/NAME.py, and its help has that name."""
     found = importlib.util.find_spec(f"bench.{name}")
     assert found is not None
     assert found.origin == str(BENCH / "tools" / f"{name}.py")

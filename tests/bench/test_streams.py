@@ -1,4 +1,4 @@
-"""Launches that overlap or are replayed share nothing: the same bits from streams, threads and graphs."""
+"""Streams, threads and replayed graphs give the same bits, because launches share no memory."""
 
 import threading
 
@@ -25,7 +25,7 @@ def bits(work: Workload) -> list[Tensor]:
 
 
 def flipped(x: Tensor) -> Tensor:
-    """Other features of the same layout."""
+    """Different features in the same layout."""
     return torch.empty_like(x).copy_(x.flip(0))
 
 
@@ -82,7 +82,7 @@ def test_graph_replays(case: Case, device: torch.device) -> None:
 
 
 def test_compiled_into_graphs(device: torch.device) -> None:
-    """torch.compile's mode "reduce-overhead" replays what it recorded, on inputs that change."""
+    """torch.compile's mode "reduce-overhead" replays its recording on changing inputs."""
     work = Workload(CASES[0], device)
     work.leaves = [x.detach().requires_grad_() for x in (work.features[0], flipped(work.features[0]))]
     compiled = work.build("fused_compiled", "step")
@@ -94,19 +94,19 @@ def test_compiled_into_graphs(device: torch.device) -> None:
             found = work.results(peer, i)
             for name, first in seen.setdefault(i, found).items():
                 assert torch.equal(found[name], first), name
-            # The compiler times its reductions anew for each function: bits may differ between the two.
+            # The compiler times its reductions again for each function, so bits may differ between the two.
             for name, off in parity.errors(found, expected[i]).items():
                 assert off <= (1e-2 if name == "features" else 1e-4), name
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_graphed_callables(case: Case, device: torch.device) -> None:
-    """torch.cuda.make_graphed_callables replays forward and backward, on inputs that change."""
+    """torch.cuda.make_graphed_callables replays forward and backward on changing inputs."""
     work = Workload(case, device)
     work.leaves = [x.detach().requires_grad_() for x in (work.features[0], flipped(work.features[0]))]
     compiled, graphed = (work.build(name, "step") for name in ("fused_compiled", "fused_graphed"))
     for i in (0, 1, 0):
         found, expected = work.results(graphed, i), work.results(compiled, i)
         for name, off in parity.errors(found, expected).items():
-            # Compiled twice, as above.
+            # Two compilations may differ in bits, as above.
             assert off <= (1e-2 if name == "features" else 1e-4), name

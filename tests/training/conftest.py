@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# The core's tests run without the `train` extra; these then are not collected.
+# Without the `train` extra only the tests of the core run, and these are not collected.
 if any(importlib.util.find_spec(name) is None for name in ("timm", "torchvision", "tyro")):
     collect_ignore_glob = ["*test_*.py"]
 
@@ -25,7 +25,7 @@ TINY = (
 
 
 def write_image(path: Path, colour: int, seed: int) -> None:
-    """Noise with one colour channel raised: a class that any backbone can tell."""
+    """Write noise with one brighter colour channel, a class that any backbone recognises."""
     from PIL import Image
 
     pixels = np.random.default_rng(seed).integers(0, 90, (20, 28, 3)).astype("uint8")
@@ -55,7 +55,7 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """One thread, this checkout first, and a cache of the test's own."""
+    """Environment variables: one thread, this checkout first, and a cache for this test alone."""
     return os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(CHECKOUT),
@@ -68,7 +68,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def run_command(
     tmp_path: Path, command: Callable[..., list[str]], environment: dict[str, str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `ggam-fast` in an empty folder and return what it said."""
+    """Run `ggam-fast` in an empty folder and return its output."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -86,7 +86,7 @@ def run_command(
 
 @pytest.fixture
 def tiny_config(tmp_path: Path, photos: Path):
-    """A `TrainConfig` for `photos`, and a `Report` that keeps its text."""
+    """A `TrainConfig` for `photos` with a tiny backbone."""
     from ggam_fast.training.config.options import (
         BackboneConfig,
         DataConfig,
@@ -119,7 +119,7 @@ def report():
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Callable:
-    """`tiny_config`-like configurations that write to another folder."""
+    """A function that returns a configuration with another output folder."""
     return lambda config, name: replace(config, run=replace(config.run, out=tmp_path / name))
 
 

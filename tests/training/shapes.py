@@ -1,6 +1,6 @@
-"""Draw a small image folder free of any licence: one of four shapes somewhere on a textured ground.
+"""Draw a small folder of images without any licence. Each shows one of four shapes on a textured ground.
 
-The picture in the README is the gallery of a run on it:
+The README shows the gallery of a run on these images:
 
     python tests/training/shapes.py shapes && ggam-fast train --data folder --root shapes --epochs 20
 """

@@ -1,4 +1,4 @@
-"""The rooms of `ggam_fast.training`: imports lead down, and never in a circle."""
+"""The subpackages of `ggam_fast.training` import only from lower ones, and never in a circle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -16,7 +16,7 @@ FLOORS = (
     ("ablation",),
     ("cli",),
 )
-"""From the ground up. A room imports from itself and from the floors below its own."""
+"""The floors, lowest first. A subpackage imports from itself and from lower floors."""
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -32,7 +32,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Names below `ggam_fast.training` that a file imports anywhere, inside functions and for types too."""
+    """Names below `ggam_fast.training` that a file imports, also inside functions and for types."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -45,12 +45,12 @@ def imports(path: Path) -> set[str]:
 
 
 def graph() -> dict[str, set[str]]:
-    """Which module imports which; a name out of a module counts as that module."""
+    """The modules that each module imports. A name in a module counts as that module."""
     files = modules()
     links = {}
     for name, path in files.items():
         found = imports(path)
-        # `from room import module` names the room as well, which is not meant.
+        # `from room import module` also names the room, which does not count.
         links[name] = {
             other
             for other in found & files.keys()
@@ -69,7 +69,7 @@ def test_every_module_has_a_test_of_its_name() -> None:
         *rooms, module = name.split(".")
         if module == "__main__" or (path.name == "__init__.py" and not rooms):
             continue
-        # A package within a room may have the test in a folder of its own name.
+        # For a package inside a room, the test may lie in a folder of the package's name.
         places = [(*rooms, f"test_{module}.py"), (*rooms, module, f"test_{module}.py")]
         assert any(tests.joinpath(*place).is_file() for place in places), name
 

@@ -1,4 +1,4 @@
-"""Tiny data sets in the exact layouts of the official ones, three classes of four images each."""
+"""Tiny data sets in the exact layouts of the official ones, with three classes of four images."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ CLASSES = ("Albatross", "Bunting", "Catbird")
 
 
 def cub(root: Path) -> Path:
-    """`CUB_200_2011`: odd images train, image ids from 1, boxes as x y width height, two parts."""
+    """`CUB_200_2011`. Odd images train, ids begin at 1, boxes are x y width height."""
     base = root / "CUB_200_2011"
     lines: dict[str, list[str]] = {}
 
@@ -41,7 +41,7 @@ def cub(root: Path) -> Path:
 
 
 def cars(root: Path) -> Path:
-    """`stanford_cars` as torchvision expects it; boxes count from 1."""
+    """`stanford_cars` as torchvision expects it. Boxes count from 1."""
     from scipy.io import savemat
 
     base = root / "stanford_cars"
@@ -64,7 +64,7 @@ def cars(root: Path) -> Path:
 
 
 def aircraft(root: Path) -> Path:
-    """`fgvc-aircraft-2013b`: images 40 x 30 whose lowest 20 rows are white."""
+    """`fgvc-aircraft-2013b`. The images are 40 x 30, and their lowest 20 rows are white."""
     data = root / "fgvc-aircraft-2013b" / "data"
     (data / "images").mkdir(parents=True)
     (data / "variants.txt").write_text("\n".join(f"{name}/9" for name in CLASSES) + "\n")
@@ -84,7 +84,7 @@ def aircraft(root: Path) -> Path:
 
 
 def pets(root: Path) -> Path:
-    """`oxford-iiit-pet` with trimaps: 1 the animal, 2 the background, 3 the border."""
+    """`oxford-iiit-pet`. In the trimaps 1 is the animal, 2 the background and 3 the border."""
     base = root / "oxford-iiit-pet"
     (base / "annotations" / "trimaps").mkdir(parents=True)
     trimap = np.full((20, 28), 2, dtype="uint8")
@@ -103,7 +103,7 @@ def pets(root: Path) -> Path:
 
 
 def flowers(root: Path) -> Path:
-    """`flowers-102`; torchvision checks the sums of the two real .mat files, so tests switch that off."""
+    """`flowers-102`. torchvision checks the checksums of the two real .mat files, so tests turn that off."""
     from scipy.io import savemat
 
     base = root / "flowers-102"
@@ -115,7 +115,7 @@ def flowers(root: Path) -> Path:
 
 
 def birds(root: Path) -> Path:
-    """The two Debian packages, unpacked: three birds, one of them a cartoon, and every background."""
+    """The two unpacked Debian packages. They hold three birds, one a cartoon, and every background."""
     from ggam_fast.training.data.readers.birds import BACKGROUNDS, SPLIT_OF_BACKGROUND, STAMPS
 
     (root / STAMPS / "cartoon").mkdir(parents=True)

@@ -1,13 +1,13 @@
-"""A stub of the CUDA driver (`stub.c`) under Triton's launcher: times the host without a GPU.
+"""A stub of the CUDA driver (`stub.c`) under Triton's launcher.  It times the host without a GPU.
 
     with driver_stub.active():
-        kernel[(programs,)](*tensors, **constants)  # tensors of the CPU, which are left as they are
+        kernel[(programs,)](*tensors, **constants)  # tensors of the CPU, which do not change
         launch_count()
 
 Two things differ from a run on a GPU: kernels are not compiled, and the driver does nothing.
 `kernel[grid]` binds, specialises and caches as on a GPU and returns a `triton.compiler.CompiledKernel`.
-Its launcher is Triton's own.  The launcher's C part is compiled against the stub and kept in Triton's cache:
-once for all kernels, or once a signature in Triton 3.6.
+Its launcher is Triton's own.  The launcher's C part is compiled against the stub and kept in Triton's cache.
+This happens once for all kernels, or once for each signature in Triton 3.6.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """Build libcuda.so.1 in a folder of its own below `folder`, unless it is there."""
+    """Build libcuda.so.1 in its own folder below `folder`, unless it exists."""
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     library = folder / f"driver_stub-{digest}" / "libcuda.so.1"
     if not library.exists():
@@ -45,7 +45,9 @@ def build(folder: Path) -> Path:
         if command is None:
             raise RuntimeError("the stub of the driver needs a C compiler: install gcc or clang, or set CC")
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as own:  # another process may build it now
+        with tempfile.TemporaryDirectory(
+            dir=library.parent
+        ) as own:  # another process may build it at the same time
             new = Path(own) / library.name
             options = ["-O2", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
             subprocess.run([command, *options, "-o", str(new), str(SOURCE)], check=True)
@@ -55,7 +57,7 @@ def build(folder: Path) -> Path:
 
 @functools.cache
 def _stub() -> tuple[Path, ctypes.CDLL]:
-    """The stub's path and the loaded library, which this process then gets as libcuda.so.1."""
+    """The stub's path and the loaded library.  Later requests of this process for libcuda.so.1 get it."""
     path = build(Path(knobs.cache.dir))
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(path.name)
@@ -72,7 +74,7 @@ def launch_count() -> int:
 
 @functools.cache
 def _driver() -> Any:
-    """Triton's driver, with constants in place of its questions to torch."""
+    """Triton's driver, with constants in place of what it asks torch."""
     from triton.backends.nvidia.driver import CudaDriver
 
     driver = CudaDriver()
@@ -84,7 +86,7 @@ def _driver() -> Any:
 
 
 class _Compiler:
-    """Replaces `triton.compile`: returns an empty binary with the metadata that a launch needs."""
+    """Stands for `triton.compile`, and returns an empty binary with the metadata that a launch needs."""
 
     def __init__(self, folder: Path):
         self.folder, self.kernels = folder, list[Any]()
@@ -111,7 +113,7 @@ _SCRATCH = {"size": 0, "align": 1}
 
 @contextmanager
 def active() -> Iterator[None]:
-    """Inside, Triton launches into the stub; afterwards the kernels made inside are dropped."""
+    """Inside the `with` block, Triton launches into the stub.  Its kernels are dropped at the end."""
     from triton.backends.nvidia import driver as nvidia
 
     folder = _stub()[0].parent

@@ -1,4 +1,4 @@
-"""One cell of an ablation: one head, trained and tested, with its localisation and statistics of beta."""
+"""One cell of an ablation: train a head, test it, and measure its localisation and its beta."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PICTURES = 6
 
 
 class CellData:
-    """What all cells share: the annotations of the test split in pixels of the network's input."""
+    """What all cells share, such as the annotations of the test split in pixels of the network's input."""
 
     def __init__(
         self, images: ImageSet, backbone: Backbone, device: torch.device, dtype: torch.dtype, thresholds: int
@@ -44,7 +44,7 @@ class CellData:
 
     @cached_property
     def annotations(self) -> list[Placed]:
-        """Of the test split, in pieces of `_CHUNK` images; empty if the data set has none."""
+        """Annotations of the test split, in pieces of `_CHUNK` images. Empty if the data set has none."""
         if self.images.annotations is None:
             return []
         transform = eval_transform(*self.backbone.preprocessing)
@@ -56,7 +56,7 @@ class CellData:
 
     @property
     def pictures(self) -> list[int]:
-        """Positions in the test split whose maps are kept: the first image of classes spread over all."""
+        """Positions in the test split whose maps are kept: the first image of some evenly spread classes."""
         labels = self.images.labels[self.images.splits["test"]]
         classes = labels.unique()
         count = min(_PICTURES, len(classes))
@@ -64,7 +64,7 @@ class CellData:
         return [int((labels == label).nonzero()[0]) for label in spread]
 
     def localised(self, maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """Measures of maps (N, h, w) by name, of the whole test split, N in its order."""
+        """Localisation measures of maps (N, h, w) by name. The maps cover the test split, in its order."""
         tally = Tally((self.backbone.image_size,) * 2, self.thresholds)
         for number, truth in enumerate(self.annotations):
             rows = slice(number * _CHUNK, (number + 1) * _CHUNK)
@@ -73,7 +73,7 @@ class CellData:
 
     @cached_property
     def chance(self) -> dict[str, dict[str, float]]:
-        """Measures of a Gaussian around the centre; the energy of a uniform map is the object's share."""
+        """What chance reaches: all measures of a Gaussian around the centre, the energy of a uniform map."""
         if not self.annotations:
             return {}
         count, side = len(self.images.splits["test"]), self.backbone.image_size
@@ -89,7 +89,7 @@ def run_cell(
 
     Raises:
         Interrupted: `check` raised it.
-        TrainError: an option that the head refuses.
+        TrainError: the head refuses an option.
     """
     started = time.monotonic()
     device, dtype, classes = data.device, data.dtype, len(data.images.classes)
@@ -152,10 +152,10 @@ def _test_maps(head: GGAMHead, data: CellData, batches: Batches) -> tuple[Tensor
 def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
     """Statistics of beta over channels, as means over all images of a split.
 
-    `median`, `p90`: of |beta|. `spread`: standard deviation of b~ over its mean. `guidance`: the loss for
-    one image; `floor`: the least it can be for this b~, whatever S is; for Q = sum_c b~_c, the symmetric
-    loss is least at S = b~ / Q, where it is (Q - 1) log(Q) / 2, and the forward one is -log Q.
-    `correlation`: of log S and beta over channels (0 where S is uniform).
+    `median`, `p90`: median and 90 % quantile of |beta|. `spread`: standard deviation of b~ divided by its
+    mean. `guidance`: the loss for one image. `floor`: the least loss that any S can reach for this b~. With
+    Q = sum_c b~_c, the minimum lies at S = b~ / Q. There the symmetric loss is (Q - 1) log(Q) / 2, and the
+    forward loss is -log Q. `correlation`: correlation of log S and beta over channels, 0 if S is uniform.
     """
     training = head.training
     head.eval()
@@ -184,7 +184,7 @@ def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation over the last dimension; 0 where one of the two is constant."""
+    """Pearson's correlation over the last dimension. It is 0 where `a` or `b` is constant."""
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     scale = a.norm(dim=1) * b.norm(dim=1)
     constant = (a.abs().amax(1) < 1e-9) | (scale == 0)
@@ -192,6 +192,6 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _plain(maps: Tensor) -> list[Sequence[Any]]:
-    """Maps for a JSON file: each value as a share of the largest one, with four digits."""
+    """Maps for a JSON file. Each value is a share of its map's largest value, with four digits."""
     scaled = maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-30)
     return [[[round(value, 4) for value in line] for line in heat] for heat in scaled.tolist()]

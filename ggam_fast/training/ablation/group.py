@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 
 def grouped(results: Sequence[dict[str, Any]]) -> list[Group]:
-    """Groups, in the order in which their first cells were run."""
+    """The groups, in the order in which their first cells were run."""
     groups: dict[tuple[str, str, float], Group] = {}
     for result in results:
         cell = result["cell"]
@@ -44,8 +44,10 @@ def grouped(results: Sequence[dict[str, Any]]) -> list[Group]:
 
 
 def paired_difference(ours: Group, theirs: Group, *path: str) -> tuple[float, float] | None:
-    """Mean over the seeds that both have of (ours - theirs), and half the width of its 95 % interval
-    (Student's t on the differences); None with fewer than two seeds in common."""
+    """The mean of (ours - theirs) over the seeds that both have, and half the width of its 95 % interval.
+
+    The interval is Student's t on the differences. With fewer than two common seeds the result is None.
+    """
 
     def by_seed(group: Group) -> dict[int, float]:
         return {

@@ -1,4 +1,4 @@
-"""The pictures of an ablation's report. Every seed is a point."""
+"""The pictures of an ablation's report. Each seed is a point."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ _STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"))
 
 
 def draw_table(path: Path, rows: Sequence[Group]) -> bool:
-    """Test accuracy and, if it was measured, the pointing game of Grad-CAM, with one line of points per
-    row."""
+    """Draw test accuracy, one line of points per row.
+
+    A second panel has the pointing game of Grad-CAM, if it was measured.
+    """
     panels: list[tuple[str, tuple[str, ...]]] = [("test accuracy, %", ("test", "accuracy"))]
     if rows[0].values("localisation", "grad_cam", "pointing"):
         panels.append(("pointing game of Grad-CAM, %", ("localisation", "grad_cam", "pointing")))
@@ -38,12 +40,12 @@ def draw_table(path: Path, rows: Sequence[Group]) -> bool:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(title)
         _plain(axes, "x")
-    figure.suptitle("a point a seed, a bar at their mean", fontsize=9)
+    figure.suptitle("each point is a seed, the bar is their mean", fontsize=9)
     return _save(figure, path)
 
 
 def draw_sweep(path: Path, groups: Sequence[Group], norms: Sequence[str]) -> bool:
-    """Validation and test accuracy against lambda: one line per norm of beta, and a band without guidance."""
+    """Draw accuracy against lambda: a line for each norm of beta, and a band for no guidance."""
     both = [group for group in groups if group.attention == "channel_spatial"]
     if not any(group.weight for group in both):
         return False
@@ -78,7 +80,7 @@ def draw_sweep(path: Path, groups: Sequence[Group], norms: Sequence[str]) -> boo
 def draw_beta(
     path: Path, groups: Sequence[Group], norms: Sequence[str], best: Mapping[str, float | None]
 ) -> bool:
-    """Size of beta, spread of b~ and its correlation with log S, before and after training."""
+    """Draw |beta|, the spread of b~ and the correlation of log S and beta, before and after training."""
     chosen = [
         group
         for norm in norms
@@ -120,9 +122,10 @@ def draw_beta(
 def draw_side_by_side(
     path: Path, rows: Sequence[Group], images: ImageSet, preprocessing: tuple[int, int]
 ) -> bool:
-    """The paper's last figure: the same test images under each variant's Grad-CAM of the label, first seed.
+    """Draw the paper's last figure: some test images, each under every variant's Grad-CAM of its label.
 
-    `preprocessing`: sides of the network's input and of the shorter edge before the crop.
+    The maps are those of the first seed. `preprocessing`: the side of the network's input, and the length of
+    an image's shorter edge before the crop.
     """
     kept = rows[0].cells[0]["pictures"]["rows"]
     size, resize = preprocessing
@@ -139,7 +142,7 @@ def draw_side_by_side(
     for line, label in enumerate(["image", *(row.label.replace(" + ", "\n+ ") for row in rows)]):
         grid[line][0].set_ylabel(label, fontsize=9)
     seed = rows[0].cells[0]["cell"]["seed"]
-    note = f"Grad-CAM of the label, seed {seed}; each map from its lowest (dark) to its highest value"
+    note = f"Grad-CAM of the label, seed {seed}. Each map has its own colours, dark for its lowest value."
     figure.supxlabel(note, fontsize=9)
     return _save(figure, path)
 

@@ -16,32 +16,34 @@ from ggam_fast.training.system.files import write_atomically
 
 REPORT, NUMBERS = "report.md", "report.json"
 _METHOD = """\
-Each seed changes initial weights and order of the batches; the splits are the same. Numbers are mean ±
-standard deviation over seeds, in percent unless said; the interval of a difference is Student's, 95 %, on
-differences between runs with the same seed. Epochs are the same for every cell. Lambda is the one with the
-best mean validation accuracy; test images chose nothing."""
+A seed decides the initial weights and the order of the batches. All runs have the same splits and the same
+number of epochs. Numbers are the mean ± the standard deviation over seeds, in percent unless said otherwise.
+A difference is taken between runs with the same seed. Its interval is the 95 % interval of Student's t.
+Lambda is the value with the best mean validation accuracy. Test images were not used to choose it."""
 _NO_GUIDED_ROW = """\
-Without channel attention S is 1/C whatever is trained, so guidance has nothing to move in `none` and
-`spatial`: they have no row with it."""
+Without channel attention S is always 1/C, so guidance cannot change it. `none` and `spatial` therefore have
+no row with guidance."""
 _SAME_SCALE = """\
-The weights of the map average to one in every row, so every row's features have the scale of plain pooling,
-and the first batch norm's eps of {norm_eps:g} means the same to all of them."""
+In every row the attention weights average to one, so the features have the scale of plain pooling. The first
+batch norm's eps of {norm_eps:g} therefore acts alike in all rows."""
 _OTHER_SCALE = """\
-The weights of the map are as printed, so that attention makes features smaller than plain pooling's. The
-first batch norm's eps of {norm_eps:g} then weighs more in those rows: L^2 times as much where the weights sum
-to one over L positions, C^2 times for `channel`. A difference between two rows of other attention is a
-difference of that eps as well; `--attention-scale unit_mean` takes it away."""
+The attention weights have the scale that the paper prints. Attention then makes features smaller than plain
+pooling does, so the first batch norm's eps of {norm_eps:g} acts more strongly in those rows. It acts L^2
+times as strongly where the weights sum to one over L positions, and C^2 times for `channel`. Two rows with
+different attention therefore also differ in the effect of that eps. `--attention-scale unit_mean` removes
+this difference."""
 _BETA = """\
-Means over the validation images. Spread: standard deviation over mean of b~ over channels; where it is near
-0, b~ is the same for every channel and says nothing of the image. Above floor: the guidance loss of an
-image minus the least that any S could reach for its b~ (with Q the sum of b~, S = b~/Q gives (Q - 1) log(Q)
-/ 2), which no training can lower. Correlation: of log S and beta over channels."""
+All columns are means over the validation images. *Spread* is the standard deviation of b~ over channels,
+divided by its mean. Near 0, b~ is the same for every channel and does not depend on the image. *Above floor*
+is the guidance loss of an image minus the least loss that any S could reach for its b~. No training can lower
+that floor. It is (Q - 1) log(Q) / 2 at S = b~/Q, where Q is the sum of b~. *Correlation* is that of log S and
+beta over channels."""
 _CONTEXT = """\
-The authors' README history has, for ResNet-50 on CUB-200-2011 (top-1 %, indicative only, its tables
-disagree): fine-tune 85.1, spatial 85.60, channel 85.39, both 86.86; with Grad-CAM guidance: baseline 85.3,
-spatial 86.58, channel 86.26. Those are whole networks fine-tuned on 200 classes of birds; here a backbone
-stays frozen and the data are others, so the direction of a difference can be compared at most, not its
-size."""
+The history of the authors' README has top-1 accuracies of ResNet-50 on CUB-200-2011, in percent. They are
+only indicative, because its tables disagree. Without guidance: fine-tuning 85.1, spatial 85.60, channel
+85.39, both 86.86. With Grad-CAM guidance: baseline 85.3, spatial 86.58, channel 86.26. The authors fine-tuned
+whole networks on 200 classes of birds. Here the backbone stays frozen and the data are different. At most the
+sign of a difference can be compared, not its size."""
 
 
 def write_report(
@@ -72,7 +74,7 @@ def write_report(
 
 
 def table_rows(groups: Sequence[Group], cam_norm: str, weight: float | None) -> list[Group]:
-    """The paper's table: each attention without guidance and, where it was run, with it."""
+    """The paper's table: each attention without guidance, and with guidance where that was run."""
     return [
         group
         for attention in ("none", "channel", "spatial", "channel_spatial")
@@ -121,12 +123,12 @@ def markdown(
     parts = [
         f"# Ablation on {about['data']}",
         "" if about["finished"] else "**Unfinished: some cells are missing.**",
-        f"{splits} images, {len(about['classes'])} classes; {about['backbone']}, frozen, "
-        f"{cell['options']['epochs']} epochs; {about['device']}; {versions}.",
+        f"{splits} images of {len(about['classes'])} classes. Backbone {about['backbone']}, frozen. "
+        f"{cell['options']['epochs']} epochs. Device: {about['device']}. Versions: {versions}.",
         "\n".join(f"* {note}" for note in about["notes"]),
         f"```\n{about['command']}\n```",
         f"Seeds {', '.join(map(str, seeds))}. " + _METHOD,
-        "Lambda chosen: " + ", ".join(f"{norm} {weight:g}" for norm, weight in best.items() if weight) + ".",
+        "Chosen lambda: " + ", ".join(f"{norm} {weight:g}" for norm, weight in best.items() if weight) + ".",
         "## Attention and guidance",
         _accuracy_table(rows),
         f"{_NO_GUIDED_ROW} Guidance here is `{norms[0]}`.",
@@ -179,13 +181,13 @@ def _accuracy_table(rows: Sequence[Group]) -> str:
         ]
         for row in rows
     ]
-    lines.append(["commonest class", "-", f"{100 * majority:.1f}", "-", "-", "-"])
+    lines.append(["most common class", "-", f"{100 * majority:.1f}", "-", "-", "-"])
     header = ["attention", "val accuracy", "test accuracy", "balanced accuracy", "macro F1", "training, s"]
     return _table(header, lines)
 
 
 def _scale(options: Mapping[str, Any]) -> str:
-    """What the scale of the attended map does to the comparison; nothing without a batch norm."""
+    """How the scale of the attended map affects the comparison. Without a batch norm it has no effect."""
     if not options["hidden_size"]:
         return ""
     text = _SAME_SCALE if options["attention_scale"] == "unit_mean" else _OTHER_SCALE
@@ -193,7 +195,7 @@ def _scale(options: Mapping[str, Any]) -> str:
 
 
 def _differences(rows: Sequence[Group]) -> str:
-    """What guidance and each attention change, with its interval, in a sentence each."""
+    """A line for each effect of guidance and of attention: the difference and its interval."""
     plain = {row.attention: row for row in rows if not row.weight}
     pairs = [(row, plain[row.attention]) for row in rows if row.weight and row.attention in plain]
     pairs += [(row, plain["none"]) for name, row in plain.items() if name != "none" and "none" in plain]
@@ -203,10 +205,8 @@ def _differences(rows: Sequence[Group]) -> str:
         if found is None:
             continue
         mean, width = (100 * value for value in found)
-        verdict = (
-            "within the noise of the seeds" if abs(mean) <= width else "more than the noise of the seeds"
-        )
-        lines.append(f"* {ours.label} against {theirs.label}: {mean:+.1f} ± {width:.1f} points, {verdict}.")
+        verdict = "the interval includes 0" if abs(mean) <= width else "the interval excludes 0"
+        lines.append(f"* {ours.label} against {theirs.label}: {mean:+.1f} ± {width:.1f} points; {verdict}.")
     return "\n".join(lines)
 
 
@@ -225,8 +225,8 @@ def _localisation_table(rows: Sequence[Group]) -> str:
         if key in first:
             lines.append([kind, *(percent(rows[0].values("localisation", key, name)[:1]) for name in names)])
     return _table(["map", *(MEASURES[name] for name in names)], lines) + (
-        "\n\nGrad-CAM is that of the label, on all test images; MaxBoxAccV2 over "
-        f"{rows[0].cells[0]['options']['thresholds']} thresholds. The last lines know nothing of the image."
+        "\n\nThe table covers all test images, with the Grad-CAM of each label. MaxBoxAccV2 takes "
+        f"{rows[0].cells[0]['options']['thresholds']} thresholds. The last lines do not depend on the image."
     )
 
 

@@ -1,7 +1,7 @@
-"""`ggam-fast ablate`: the paper's ablations and the guidance weight, over seeds, on a frozen backbone's maps.
+"""`ggam-fast ablate`: compare attentions, norms of beta and guidance weights over several seeds.
 
-One cell is one head, trained with one seed. Each finished cell is one file, so the same command run again
-trains only the cells that are missing.
+All heads are trained on the maps of a frozen backbone. One cell is one head, trained with one seed. Each
+finished cell is one file, so the same command run again trains only the cells that are missing.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ _HELD_OUT = 5
 @dataclass(frozen=True)
 class StudyConfig:
     out: Path = field(default_factory=lambda: Path("ablation"))
-    """Folder of the results. A study that was begun there is continued."""
+    """Folder of the results. A study that was begun in it is continued."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of initial weights and order of the batches. Each cell is trained once with each."""
+    """Seeds of initial weights and order of the batches. Each head is trained once with each seed."""
     guidance_weights: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    """Values of lambda that are tried. Validation accuracy chooses among them."""
+    """Values of lambda to try. Validation accuracy chooses among them."""
     cam_norms: tuple[CamNorm, ...] = ("standardized", "sigmoid", "softmax")
-    """Norms of the Grad-CAM weights. Each is tried with every lambda; the paper's table uses the first
-    one."""
+    """Norms of the Grad-CAM weights. Each is tried with every lambda. The paper's table uses the first
+    norm."""
     attentions: tuple[Literal["none", "channel", "spatial", "channel_spatial"], ...] = (
         "none",
         "channel",
         "spatial",
         "channel_spatial",
     )
-    """Rows of the paper's table."""
+    """Attentions to compare. Each is a row of the paper's table."""
     spatial_norm: Literal["softmax", "sum", "sigmoid"] = "softmax"
-    """Normalization of the channel sum. It gives the spatial attention."""
+    """Norm of the channel sum. The result is the spatial attention."""
     pool_type: Literal["avg", "max", "flatten"] = "avg"
     """How the attended map reaches the classifier."""
     attention_scale: Literal["unit_mean", "printed"] = "unit_mean"
@@ -68,23 +68,23 @@ class StudyConfig:
     hidden_size: int = 512
     """Width of the classifier's hidden layer; 0 for one linear layer."""
     norm_eps: float = HeadConfig.norm_eps
-    """Eps of the classifier's first batch norm; the same for every cell."""
+    """Eps of the classifier's first batch norm. It is the same for every cell."""
     backbone: str = "tf_efficientnet_lite0"
     """Name of a timm model. It must end in a feature map or in patch tokens, and it stays frozen."""
     pretrained: bool = True
     """Start from ImageNet weights."""
     epochs: int = 6
-    """Passes over the training split, the same for every cell."""
+    """Passes over the training split. Their number is the same for every cell."""
     batch_size: int = 64
     """Images in a batch."""
     lr: float = 3e-4
     """Highest learning rate."""
     thresholds: int = 25
-    """Thresholds of MaxBoxAccV2. Localisation spends most of its time on them."""
+    """Number of thresholds of MaxBoxAccV2. Most of the time of localisation goes into them."""
     pictures: bool = True
-    """Draw photographs too. Turn it off if their licence forbids passing them on."""
+    """Draw photographs too. Turn this off if their licence forbids passing them on."""
     device: str = "auto"
-    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU if there is none."""
     compile: bool = True
     """Compile the training step with torch.compile."""
 
@@ -156,9 +156,11 @@ class Cell:
 
 
 def plan(study: StudyConfig, best: Callable[[], float]) -> Iterator[Cell]:
-    """Every cell in the order it is run. `best` is the lambda that the sweep of the first cam_norm has
-    chosen; it is asked for after that sweep. Without channel attention S is 1/C whatever is trained, so
-    guidance has nothing to move and those rows are run without it alone."""
+    """Every cell, in the order in which it is run.
+
+    `best` gives the lambda that the sweep of the first cam_norm chose. It is called after that sweep. Without
+    channel attention S is always 1/C and guidance cannot change it, so those rows are run without guidance.
+    """
     first = study.cam_norms[0]
     for attention in study.attentions:
         yield from (Cell(attention, first, 0.0, seed) for seed in study.seeds)
@@ -172,7 +174,7 @@ def plan(study: StudyConfig, best: Callable[[], float]) -> Iterator[Cell]:
 
 
 def chosen_weight(results: list[dict[str, Any]], cam_norm: str) -> float | None:
-    """The lambda with the highest mean validation accuracy; the smaller of equals."""
+    """The lambda with the highest mean validation accuracy. Of equals it is the smallest."""
     scores: dict[float, list[float]] = {}
     for result in results:
         cell = result["cell"]
@@ -187,7 +189,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
     The first Ctrl-C ends the current cell without a result and still writes the report.
 
     Raises:
-        TrainError: something the user can put right.
+        TrainError: an option or the data are unfit, or a file cannot be written.
     """
     config.check()
     study = config.study
@@ -207,7 +209,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
     results: list[dict[str, Any]] = []
 
     def best() -> float:
-        # Without a sweep, take the middle one.
+        # Without a sweep, take the middle value.
         middle = study.guidance_weights[len(study.guidance_weights) // 2]
         return chosen_weight(results, study.cam_norms[0]) or middle
 
@@ -237,7 +239,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
                 results.append(found)
             finished = True
         except Interrupted:
-            logger.info(f"interrupted after {len(results)} cells; the same command continues")
+            logger.info(f"interrupted after {len(results)} cells. The same command continues the study")
     if results:
         about = {
             "data": images.name,
@@ -263,11 +265,11 @@ def cells_folder(out: Path) -> Path:
     """Make and return `out`/cells.
 
     Raises:
-        TrainError: it cannot be made, or `out` holds something else.
+        TrainError: the folder cannot be made, or `out` holds other files.
     """
     folder = out / CELLS
     if out.is_dir() and any(out.iterdir()) and not folder.is_dir():
-        raise TrainError(f"--out {out} holds something else than an ablation; choose another folder")
+        raise TrainError(f"--out {out} must be empty or hold an ablation; it holds other files")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -277,7 +279,7 @@ def cells_folder(out: Path) -> Path:
 
 
 def comparable(config: AblateConfig, training: TrainConfig) -> dict[str, Any]:
-    """The options that a stored cell must share to be used again, in JSON's types."""
+    """The options that a stored cell must have to be used again, in JSON's types."""
     elsewhere = {
         "root",
         "cache_dir",
@@ -297,7 +299,7 @@ def stored(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """The finished cell at `path`, if there is one.
 
     Raises:
-        TrainError: it is of other options, or unreadable.
+        TrainError: it has other options, or it cannot be read.
     """
     if not path.is_file():
         return None
@@ -305,20 +307,20 @@ def stored(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text())
         theirs = found["options"]
     except (OSError, ValueError, KeyError) as error:
-        raise TrainError(f"{path} is not a finished cell; remove it") from error
+        raise TrainError(f"{path} is not a finished cell. Remove it") from error
     for name, value in options.items():
         if name == "images" and theirs.get(name) != value:
-            raise TrainError(f"--out holds cells of other images ({path.name}); choose another folder")
+            raise TrainError(f"--out holds cells of other images, such as {path.name}. Choose another folder")
         if theirs.get(name) != value:
             raise TrainError(
-                f"--out holds cells with --{name.replace('_', '-')} {theirs.get(name)}, not {value} "
-                f"({path.name}); choose another folder"
+                f"--out holds cells with --{name.replace('_', '-')} {theirs.get(name)}, not {value}, such as "
+                f"{path.name}. Choose another folder"
             )
     return found
 
 
 def with_validation(images: ImageSet) -> ImageSet:
-    """The set with a validation split. If it has none, every fifth training image of a class is held out."""
+    """The set with a validation split. If it has none, every fifth training image of a class becomes one."""
     if "val" in images.splits:
         return images
     train = images.splits["train"]
@@ -327,6 +329,8 @@ def with_validation(images: ImageSet) -> ImageSet:
     for label in labels.unique():
         held[(labels == label).nonzero().flatten()[_HELD_OUT - 1 :: _HELD_OUT]] = True
     if not held.any():
-        raise TrainError(f"{images.name} has fewer than {_HELD_OUT} training images in every class")
+        raise TrainError(
+            f"{images.name} needs {_HELD_OUT} training images in some class; validation takes every fifth one"
+        )
     splits = {"train": train[~held], "val": train[held], "test": images.splits["test"]}
-    return images.with_splits(splits, "every fifth training image of a class is held out as validation split")
+    return images.with_splits(splits, "every fifth training image of each class is in the validation split")

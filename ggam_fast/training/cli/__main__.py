@@ -1,4 +1,4 @@
-"""`python -m ggam_fast.training.cli`, which torchrun starts; the same as `ggam-fast`."""
+"""`python -m ggam_fast.training.cli` does the same as `ggam-fast`. torchrun needs this form."""
 
 import sys
 

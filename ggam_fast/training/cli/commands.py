@@ -20,7 +20,7 @@ from ggam_fast.training.errors import TrainError
 
 Config = TypeVar("Config")
 
-# The options of `train` that --help describes. Of the others it prints name and default.
+# The options of `train` that --help describes. It lists all others with their defaults.
 _EVERYDAY = (
     *("data", "root", "backbone", "finetune", "preset", "attention", "recipe", "epochs", "batch_size"),
     *("lr", "guidance_weight", "seed", "out", "resume"),
@@ -32,12 +32,12 @@ _PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "
 def train(arguments: Sequence[str]) -> int:
     """Train a GGAM classifier on photographs.
 
-    Without options: solar cells (elpv), a frozen EfficientNet-Lite0, a few minutes on two cores.
+    Without options it trains a head for solar cells (elpv) in a few minutes on two cores.
 
         ggam-fast train --data folder --root photos --out runs/photos
-        ggam-fast train --recipe paper --data folder --root photos    # the whole network, for a GPU
-        ggam-fast train --config options.yaml --seed 1 --out runs/b   # options from a file; flags win
-        ggam-fast train --resume runs/photos                          # after any interruption
+        ggam-fast train --recipe paper --data folder --root photos    # train the whole network on a GPU
+        ggam-fast train --config options.yaml --seed 1 --out runs/b   # read options, override one
+        ggam-fast train --resume runs/photos                          # go on with a stopped run
     """
     from ggam_fast.training.run import train as training
     from ggam_fast.training.show.console import Report
@@ -58,9 +58,9 @@ def data(arguments: Sequence[str]) -> int:
 
     what, *rest = arguments or ["nothing"]
     if what == "--help":
-        what, rest = "preview", ["--help"]  # its options are those of all three
+        what, rest = "preview", ["--help"]  # list, check and preview have the same options
     if what not in ("list", "check", "preview"):
-        raise TrainError(f"ggam-fast data takes list, check or preview; got {what}")
+        raise TrainError(f"ggam-fast data must be followed by list, check or preview; got {what}")
     config = tyro.cli(data_commands.ShowConfig, args=rest, prog=f"ggam-fast data {what}")
     report = Report()
     with report.listening():
@@ -74,9 +74,9 @@ def data(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Measure a trained classifier, and whether it looks where the object is.
+    """Measure how good a trained classifier is, and whether it looks at the object.
 
-    Writes evaluation.json and evaluation.html into the run's folder. The page has tables and pictures.
+    The results are evaluation.json and evaluation.html in the run's folder.
 
         ggam-fast evaluate runs/photos
         ggam-fast evaluate runs/birds --split val --weights best --out looked
@@ -91,9 +91,9 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def explain(arguments: Sequence[str]) -> int:
-    """Draw where a trained classifier looks: one figure for each image.
+    """Draw where a trained classifier looks, one figure for each image.
 
-    It shows the image, spatial attention, Grad-CAM and the five likeliest classes, for one or two runs.
+    It shows the image, spatial attention, Grad-CAM and the five likeliest classes of one or two runs.
 
         ggam-fast explain photo.jpg --run runs/photos
         ggam-fast explain photos/*.jpg --run runs/guided --compare runs/unguided --out figures
@@ -108,9 +108,10 @@ def explain(arguments: Sequence[str]) -> int:
 
 
 def ablate(arguments: Sequence[str]) -> int:
-    """The paper's ablations and the guidance weight, over seeds.
+    """Compare attentions, norms of beta and guidance weights over several seeds.
 
-    Heads are trained on a frozen backbone's cached maps. Run again to train the cells still missing.
+    It trains many heads on the cached maps of a frozen backbone, and writes a report.
+    The same command continues a stopped study.
 
         ggam-fast ablate --out ablation-elpv --epochs 3
         ggam-fast ablate --data birds --root packages --out ablation-birds --seeds 0 1 2 3 4
@@ -126,9 +127,9 @@ def ablate(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Write a trained classifier as torch.export or ONNX file, checked against the eager model.
+    """Write a trained classifier as a torch.export or ONNX file, and check it.
 
-    It maps normalised images (N, 3, H, W) to logits (N, K). --maps adds attention and Grad-CAM.
+    The file maps normalised images (N, 3, H, W) to logits (N, K). --maps adds attention and Grad-CAM.
 
         ggam-fast export runs/photos
         ggam-fast export runs/photos --format both --maps --out deployed
@@ -168,7 +169,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        raise TrainError(f"no command {name}; there are {', '.join(COMMANDS)}")
+        raise TrainError(f"there is no command {name}; choose from {', '.join(COMMANDS)}")
     if "--help" in rest or "-h" in rest:
         module, config = _CONFIGS[name]
         options = getattr(import_module(f"ggam_fast.training.{module}"), config)()
@@ -181,7 +182,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def overview() -> str:
     """What `ggam-fast --help` shows."""
-    lines = ["Grad-CAM guided channel-spatial attention (GGAM), trained and looked into.", ""]
+    lines = ["Train, evaluate and explain image classifiers with GGAM heads.", ""]
     for name, command in COMMANDS.items():
         lines.append(f"  ggam-fast {name:10s} {(command.__doc__ or '').splitlines()[0]}")
     lines += ["", "ggam-fast COMMAND --help shows a command's options and examples."]
@@ -189,12 +190,12 @@ def overview() -> str:
 
 
 def _parsed(command: str, default: Config, arguments: Sequence[str]) -> Config:
-    """The configuration of a command: defaults, the file given with --config, the other flags."""
+    """The configuration of a command, from its defaults, the file given with --config and its flags."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     given, rest = early.parse_known_args(arguments)
     options = {} if given.config is None else read_config_file(Path(given.config), _names(default))
-    # Positional options have no flag. All of them are paths.
+    # Positional options have no flag. They are all paths.
     for name in [field.name for field in fields(default) if "Positional" in str(field.type)]:  # type: ignore[arg-type]
         if name in options:
             value = options.pop(name)
@@ -223,12 +224,11 @@ def _names(config: Any) -> list[str]:
 def parse_train(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that the arguments of `train` ask for.
 
-    From the weakest: defaults, --recipe, --preset, the file given with --config, the other flags. With
-    --resume all options are those of the run that goes on.
+    Options come from these sources, and later ones override earlier ones: defaults, --recipe, --preset, the
+    file given with --config, the other flags. With --resume all options are those of the stopped run.
 
     Raises:
-        TrainError: a recipe or preset given as a flag would change nothing but its own name, as the file
-            gives other values for all that it means.
+        TrainError: --recipe or --preset has no effect, because the file overrides all of its options.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--resume", "--recipe", "--preset"):
@@ -248,7 +248,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         for name in ("recipe", "preset")
         if (value := getattr(given, name) or options.get(name)) is not None
     }
-    # This checks that the two names are right.
+    # This checks both names.
     _cli("train", TrainConfig(), as_arguments(named))
     recipe = RECIPES[str(named.get("recipe", "modern"))]
     default = TrainConfig().replaced(recipe)
@@ -258,14 +258,14 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         ("recipe", recipe, {name for one in RECIPES.values() for name in one}),
         ("preset", preset, preset.keys() - {"preset"}),
     ):
-        written = {name for name in covers if known[name] is not None}  # of None no file speaks
+        written = {name for name in covers if known[name] is not None}  # a file cannot hold None
         if getattr(given, flag) is None or not written <= options.keys():
             continue
         for name, value in {**means, flag: named[flag]}.items():
             if options.get(name, value) != value:
                 raise TrainError(
-                    f"--{flag} {named[flag]} means {name} {value}, and --config {given.config}, which "
-                    f"wins, says {options[name]}; leave one of the two out"
+                    f"--{flag} {named[flag]} means {name} {value}, but --config {given.config} says "
+                    f"{options[name]} and overrides it; leave out --{flag} or --config"
                 )
     return _cli("train", default, [*as_arguments({**options, **named}), *rest])
 
@@ -274,7 +274,7 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
     from ggam_fast.training.run.artifacts import OPTIONS
 
     if not (folder / OPTIONS).is_file():
-        raise TrainError(f"--resume {folder}: no run of ggam-fast train there (no {OPTIONS})")
+        raise TrainError(f"--resume must name the folder of a run; {folder} has no {OPTIONS}")
     saved = {**BEFORE, **read_config_file(folder / OPTIONS, TrainConfig().values())}
     before = _cli("train", TrainConfig(), as_arguments(saved))
     config = _cli("train", before, arguments)
@@ -282,5 +282,7 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
     for name in sorted(set(old) - _PER_PART):
         if old[name] != new[name]:
             flag = name.replace("_", "-")
-            raise TrainError(f"--resume continues with the run's own options: --{flag} is {old[name]} there")
+            raise TrainError(
+                f"--resume keeps the options of the run: there --{flag} is {old[name]}; got {new[name]}"
+            )
     return config.replaced({"resume": folder, "out": None})

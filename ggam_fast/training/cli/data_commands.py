@@ -38,7 +38,7 @@ class ShowConfig:
     cache_dir: Path | None = None
     """Where composed images are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
     split: str = "train"
-    """Split that the preview is drawn from."""
+    """Split whose images the preview shows."""
     images: int = 24
     """Number of images in the preview. They are spread over the classes."""
     out: Path = field(default_factory=lambda: Path("preview.png"))
@@ -56,7 +56,7 @@ def show_list(report: Report) -> None:
 
 
 def check(config: ShowConfig, report: Report) -> int:
-    """Count, read and compare every file. Returns the exit code: 0, or 2 if some file cannot be read."""
+    """Count, read and compare all files. The exit code is 0, or 2 if some file cannot be read."""
     images = _read(config)
     table = Table(title=images.summary(), title_justify="left")
     for column in ("split", "images", "classes", "smallest class", "largest class"):
@@ -76,7 +76,7 @@ def check(config: ShowConfig, report: Report) -> int:
         logger.info(f"smallest image {min(sizes, key=min)}, largest {max(sizes, key=max)} (width, height)")
     for group in duplicates(images):
         names = ", ".join(str(images.files[row]) for row in group)
-        logger.info(f"the same file in more than one split: {names}")
+        logger.info(f"one file lies in more than one split: {names}")
     for one in bad:
         logger.info(f"cannot be read: {images.files[one.row]} ({one.problem})")
     logger.info(f"{len(bad)} of {len(images.files)} images cannot be read")
@@ -84,7 +84,7 @@ def check(config: ShowConfig, report: Report) -> int:
 
 
 def duplicates(images: ImageSet) -> list[list[int]]:
-    """Rows of files with the same content that lie in different splits, a list for each content."""
+    """Rows of equal files that lie in different splits, one list for each content."""
     split_of = {row: name for name, rows in images.splits.items() for row in rows.tolist()}
     rows_of_size = defaultdict(list)
     for row, path in enumerate(images.files):
@@ -102,13 +102,15 @@ def preview(config: ShowConfig) -> Path:
     """Draw some images of a split with their classes, boxes, parts and masks."""
     images = _read(config)
     if config.split not in images.splits:
-        raise TrainError(f"--split {config.split}: {images.name} has {', '.join(images.splits)}")
+        raise TrainError(
+            f"--split must be one of {', '.join(images.splits)} for {images.name}; got {config.split}"
+        )
     if config.images < 1:
         raise TrainError(f"--images must be 1 or more; got {config.images}")
     if config.out.suffix.lower() != ".png":
         raise TrainError(f"--out must be a .png file; got {config.out}")
     if not config.out.parent.is_dir():
-        raise TrainError(f"--out {config.out} cannot be written: no folder {config.out.parent}")
+        raise TrainError(f"--out {config.out} cannot be written: there is no folder {config.out.parent}")
     rows = _spread(images, config.split, config.images)
     lines = -(-len(rows) // _COLUMNS)
     figure = Figure(figsize=(2.3 * _COLUMNS, 2.5 * lines), dpi=100, layout="constrained", facecolor="white")

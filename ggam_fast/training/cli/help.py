@@ -18,7 +18,7 @@ _COLUMNS = 3
 def screen(command: str, doc: str, config: Any, described: Collection[str] | None = None) -> str:
     """What `ggam-fast COMMAND --help` shows: `doc`, then every option of `config` with its default.
 
-    Only the options in `described`, by default all of them, get a line of their own that says what they do.
+    Each option in `described` gets a line that says what it does. By default these are all options.
     """
     sections = [getattr(config, f.name) for f in fields(config)]
     if not all(map(is_dataclass, sections)):
@@ -36,10 +36,10 @@ def screen(command: str, doc: str, config: Any, described: Collection[str] | Non
         width = _WIDTH // _COLUMNS
         cells = [f"  {other}".ljust(width) for other in others]
         rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
-        lines += ["", "and, with their defaults:", *("".join(row).rstrip() for row in rows)]
-    lines += ["", f"ggam-fast {command} --help-all explains them in full."]
+        lines += ["", "Other options and their defaults:", *("".join(row).rstrip() for row in rows)]
+    lines += ["", f"ggam-fast {command} --help-all explains all options in full."]
     if command != "data":
-        lines.append("--config FILE takes them from a YAML or TOML file; flags win.")
+        lines.append("--config FILE reads options from a YAML or TOML file. Flags override it.")
     return "\n".join(lines)
 
 

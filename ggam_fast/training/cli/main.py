@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"ggam-fast: {', '.join(missing)} not installed: "
+            f"ggam-fast: {', '.join(missing)} must be installed: "
             'pip install "ggam-fast[train]", or from a checkout pip install -e ".[train]"',
             file=sys.stderr,
         )
@@ -52,6 +52,6 @@ def _run(arguments: list[str]) -> int:
 
     try:
         return commands.run(arguments)
-    except (TrainError, OSError) as error:  # of the system, such as a disk that is full while the log grows
+    except (TrainError, OSError) as error:  # an OSError is one of the system, such as a full disk
         print(f"ggam-fast: {error}", file=sys.stderr)
         return _BAD_INPUT

@@ -1,4 +1,4 @@
-"""Options in a YAML or TOML file: the command line's names, one value each."""
+"""Options in a YAML or TOML file, by the names of the command line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ else:
 
 
 def read_config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The options in `path`, under Python names; dashes and underscores mean the same.
+    """The options in `path`, by their Python names. The file may write dashes or underscores.
 
     Raises:
-        TrainError: unreadable, neither YAML nor TOML, not a table of options, or an unknown option.
+        TrainError: the file cannot be read, is not YAML or TOML, is not a table, or has an unknown option.
     """
     names = set(known)
     try:
@@ -35,13 +35,13 @@ def read_config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
         kind = "TOML" if path.suffix == ".toml" else "YAML"
         raise TrainError(f"--config {path} is not {kind}: {reason}") from error
     if not isinstance(found or {}, dict):
-        raise TrainError(f"--config {path} must hold options, one `name: value` a line")
+        raise TrainError(f"--config {path} must hold options, one `name: value` in each line")
     options = {}
     for key, value in (found or {}).items():
         name = str(key).replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise TrainError(f"--config {path}: unknown option {key}; the nearest is {near}")
+            raise TrainError(f"--config {path} has the unknown option {key}; the nearest is {near}")
         if isinstance(value, Mapping):
             raise TrainError(f"--config {path}: {key} must be one value; got a table")
         options[name] = value
@@ -49,7 +49,7 @@ def read_config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """The command-line arguments that say what `options` say."""
+    """`options` as command-line arguments."""
     arguments = []
     for name, value in options.items():
         flag = name.replace("_", "-")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ggam_fast import presets
 from ggam_fast.training.errors import TrainError
 
-# Files of older versions say nothing of these options, and their heads had these values.
+# Files of older versions lack these options. Their heads had these values.
 BEFORE: dict[str, Any] = {"attention_scale": "printed", "norm_eps": 1e-5}
 
 DataName = Literal["elpv", "folder", "birds", "cub", "cars", "aircraft", "pets", "flowers"]
@@ -22,15 +22,15 @@ DataName = Literal["elpv", "folder", "birds", "cub", "cars", "aircraft", "pets",
 @dataclass(frozen=True)
 class DataConfig:
     data: DataName = "elpv"
-    """Data set. `ggam-fast data list` explains each."""
+    """Name of the data set. `ggam-fast data list` explains all of them."""
     root: Path | None = None
     """Folder of the data set, such as one of class folders for --data folder."""
     image_size: int | None = None
-    """Side of the square network input, in pixels. By default that of the backbone's own training."""
+    """Side of the square network input, in pixels. The default is the backbone's own size."""
     resize: int | None = None
-    """Length of an image's shorter edge before the crop, in pixels. By default that of the crop."""
+    """Length of an image's shorter edge before the crop, in pixels. The default is the crop's side."""
     workers: int | None = None
-    """Processes that decode images. By default none on the CPU and up to 8 on a GPU."""
+    """Number of processes that decode images. By default 0 on the CPU and up to 8 on a GPU."""
     cache_dir: Path | None = None
     """Where cached feature maps are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
     skip_bad_images: bool = False
@@ -44,23 +44,23 @@ class BackboneConfig:
     backbone: str = "tf_efficientnet_lite0"
     """Name of a timm model. It must end in a feature map or in patch tokens."""
     pretrained: bool = True
-    """Start from ImageNet weights. Those of the default backbone come with the `train` extra."""
+    """Start from ImageNet weights. The `train` extra includes those of the default backbone."""
     finetune: bool = False
-    """Train the backbone too. Otherwise it is frozen and its maps are computed once and cached."""
+    """Train the backbone too. Otherwise it is frozen, and its maps are computed once and cached."""
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The options of `ggam_fast.GGAMHead`, under the same names."""
+    """The options of `ggam_fast.GGAMHead`, by the same names."""
 
     preset: Literal["paper", "release"] | None = None
-    """Start from the options of one published source. Options given beside it win."""
+    """Start from the options of a published source. Other options override it."""
     attention: Literal["channel_spatial", "channel", "spatial", "none"] = "channel_spatial"
-    """Attentions of the head."""
+    """Attention of the head."""
     rd_ratio: float = 1 / 16
     """Hidden width of the channel attention, as a share of C."""
     spatial_norm: Literal["softmax", "sum", "sigmoid"] = "softmax"
-    """Normalization of the channel sum. It gives the spatial attention."""
+    """Norm of the channel sum. The result is the spatial attention."""
     pool_type: Literal["avg", "max", "flatten"] = "avg"
     """How the attended map reaches the classifier."""
     attention_scale: Literal["unit_mean", "printed"] = "unit_mean"
@@ -69,14 +69,15 @@ class HeadConfig:
     hidden_size: int = 512
     """Width of the classifier's hidden layer; 0 for one linear layer."""
     norm_eps: float = 0.01
-    """Eps of the classifier's first batch norm. A larger eps raises channels that hardly vary by less.
-    The default was chosen on the validation images of elpv. Accuracy in percent there, mean of seeds 0 to 4
-    and its standard error (`ggam-fast train --no-compile --seed S --norm-eps E`): 1e-5 75.4 (0.5),
-    1e-3 76.2 (0.4), 0.01 76.2 (0.2), 0.024 76.0 (0.3), 0.1 75.6 (0.4), 0.3 75.2 (0.3)."""
+    """Eps of the classifier's first batch norm. The larger it is, the less the norm amplifies channels that
+    hardly vary. The default was chosen on the validation images of elpv. These are its accuracies in percent,
+    as means of seeds 0 to 4 with the standard error in brackets (`ggam-fast train --no-compile --seed S
+    --norm-eps E`): 1e-5 75.4 (0.5), 1e-3 76.2 (0.4), 0.01 76.2 (0.2), 0.024 76.0 (0.3), 0.1 75.6 (0.4),
+    0.3 75.2 (0.3)."""
     drop_rate: float = 0.0
     """Dropout before the classifier."""
     cam_at: Literal["features", "attended"] = "features"
-    """Where the Grad-CAM weights are taken."""
+    """Feature map at which the Grad-CAM weights are computed."""
     cam_class: Literal["label", "predicted"] = "label"
     """Class whose Grad-CAM guides the attention."""
     cam_detach: bool = True
@@ -92,14 +93,13 @@ class HeadConfig:
 
     @classmethod
     def from_preset(cls, name: Literal["paper", "release"]) -> HeadConfig:
-        """The options of `ggam_fast.presets.PAPER` or `.RELEASE`, with the default eps of torch's batch
-        norm."""
+        """The options of `ggam_fast.presets.PAPER` or `.RELEASE`, with torch's default eps for batch norm."""
         source = {"paper": presets.PAPER, "release": presets.RELEASE}[name]
         return cls(preset=name, **{"norm_eps": BEFORE["norm_eps"], **source})
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> HeadConfig:
-        """The options that `keywords` gave, in this version or an older one."""
+        """The options that belong to `keywords` of this or an older version."""
         return cls(**{**BEFORE, **saved})
 
     def keywords(self) -> dict[str, Any]:
@@ -110,16 +110,16 @@ class HeadConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     recipe: Literal["modern", "paper"] = "modern"
-    """Start from a whole set of training options. Options given beside it win."""
+    """Start from a whole set of training options. Other options override it."""
     epochs: int = 6
-    """Passes over the training split. With a frozen backbone, the split holds every image and its mirror
-    images."""
+    """Passes over the training split. With a frozen backbone, the split also holds the mirror image of every
+    image."""
     batch_size: int = 64
     """Images in a batch. Under torchrun, each process has batches of this size."""
     accumulate: int = 1
-    """Batches whose gradients are added up for one step."""
+    """Number of batches whose gradients are added up for one step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with momentum 0.9."""
+    """Optimizer: AdamW, or SGD with momentum 0.9."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     """Schedule of the learning rate."""
     lr: float = 3e-4
@@ -129,15 +129,15 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Weight decay of the optimizer."""
     clip_grad: float = 0.0
-    """Largest norm of all gradients together; 0 for no limit."""
+    """Largest norm of all gradients together. 0 sets no limit."""
     label_smoothing: float = 0.0
-    """Share of the target spread over all classes."""
+    """Share of the target that is spread over all classes."""
     mixup: float = 0.0
-    """Mix pairs of a batch with a share from Beta(mixup, mixup); 0 for never."""
+    """Mix pairs of images with a share from Beta(mixup, mixup). 0 turns it off."""
     cutmix: float = 0.0
-    """Paste patches between images with an area from Beta(cutmix, cutmix); 0 for never."""
+    """Paste patches between images, their area from Beta(cutmix, cutmix). 0 turns it off."""
     ema: float = 0.0
-    """Decay of a running average of the weights; 0 for none. The average is what is tested and saved."""
+    """Decay of a running average of the weights. The average is tested and saved. 0 turns it off."""
     guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
     seed: int = 0
@@ -147,15 +147,15 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     out: Path | None = None
-    """Folder of the results. By default runs/<data>-<time>."""
+    """Folder of the results. The default is runs/<data>-<time>."""
     overwrite: bool = False
-    """Allow a folder that already holds a run. The files of that run are removed."""
+    """Allow a folder that already holds a run, and remove the files of that run."""
     resume: Path | None = None
     """Folder of a run to continue with its own options."""
     save_every: int = 0
-    """Steps between snapshots within an epoch; 0 for none. Each epoch ends with a snapshot."""
+    """Steps between snapshots within an epoch. 0 takes them only at the end of each epoch."""
     device: str = "auto"
-    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU if there is none."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the backbone. auto is bfloat16 on a GPU that has it, else float32."""
     compile: bool = True
@@ -171,7 +171,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
-        """Raise a `TrainError` for a number out of range or options that exclude each other."""
+        """Raise a `TrainError` if a number is out of range or two options exclude each other."""
         optim = self.optim
         infinity = float("inf")
         for name, value, least, below in (
@@ -198,16 +198,16 @@ class TrainConfig:
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
         if optim.cutmix and not self.backbone.finetune:
             raise TrainError(
-                "--cutmix pastes patches of images, and a frozen backbone's maps are computed before that; "
-                "use --mixup, or --finetune"
+                "--cutmix pastes patches of images, but the maps of a frozen backbone are computed earlier; "
+                f"use --mixup or --finetune; got --cutmix {optim.cutmix}"
             )
 
     def values(self) -> dict[str, Any]:
-        """Every option under its own name, without the sections."""
+        """Every option by its own name, without the sections."""
         return {f.name: getattr(section, f.name) for section in self._sections() for f in fields(section)}
 
     def replaced(self, values: Mapping[str, Any]) -> TrainConfig:
-        """A copy with the options in `values` replaced; names are those of `values()`."""
+        """A copy in which the options in `values` are replaced. Names are those of `values()`."""
         return replace(
             self,
             **{

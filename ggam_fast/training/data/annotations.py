@@ -1,4 +1,4 @@
-"""Where the object is in each image: what localisation is measured against."""
+"""Annotations that say where the object is in each image. Localisation is measured against them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Annotations:
-    """Of N images, in pixels of the image as `ImageSet.read` gives it; a data set has any of them.
+    """The annotations of N images, in pixels of the image that `ImageSet.read` returns.
 
-    `boxes`: (N, 4) float32, x0, y0, x1, y1, the last two exclusive. `parts`: (N, P, 3) float32, x, y and
-    1 where the part can be seen, else 0; `part_names`: P. `masks`: row -> (H, W) bool, the object's pixels.
+    `boxes`: (N, 4) float32, x0, y0, x1, y1; x1 and y1 are exclusive. `parts`: (N, P, 3) float32, x, y and a
+    third number, which is 1 if the part can be seen and 0 if not. `part_names`: P names. `masks`: a function
+    from a row to the object's pixels, (H, W) bool. A data set may lack any of them.
     """
 
     boxes: Tensor | None = None
@@ -23,11 +24,11 @@ class Annotations:
     masks: Callable[[int], Tensor] | None = None
 
     def kinds(self) -> tuple[str, ...]:
-        """The names of the annotations that the data set has."""
+        """Names of the annotations that the data set has."""
         return tuple(name for name in ("boxes", "parts", "masks") if getattr(self, name) is not None)
 
     def of(self, rows: Sequence[int]) -> Annotations:
-        """The annotations of some rows, numbered from 0."""
+        """The annotations of `rows`, which get new numbers from 0."""
         index = torch.tensor(rows, dtype=torch.int64)
         masks = self.masks
         return replace(
@@ -39,7 +40,7 @@ class Annotations:
 
 
 def box_of(mask: Tensor) -> tuple[int, int, int, int]:
-    """The smallest box (x0, y0, x1, y1) around the true pixels of a mask (H, W); zeros if there are none."""
+    """The smallest box (x0, y0, x1, y1) around the true pixels of a mask (H, W), or zeros without any."""
     if not mask.any():
         return 0, 0, 0, 0
     columns, rows = mask.any(0).nonzero().flatten(), mask.any(1).nonzero().flatten()

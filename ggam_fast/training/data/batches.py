@@ -13,19 +13,19 @@ from ggam_fast.training.data.image_set import ImageFiles
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.system.distributed import ALONE, World
 
-# Maps are kept on the GPU if they take less than this share of its free memory.
+# Maps stay on the GPU if they take less than this share of its free memory.
 _RESIDENT_SHARE = 0.5
 
 
 class Order:
-    """Which rows are in which batch.
+    """The rows of each batch.
 
     With a `seed`, rows are shuffled and the last partial batch is left out. The order depends only on seed
     and epoch, so a run can continue in the middle of an epoch. Every process of `world` gets its own batches.
-    Without a seed, row r goes to process r modulo their number.
+    Without a seed, process p gets the rows r with r % world.size == p.
 
     Raises:
-        TrainError: shuffled, and no batch for every process.
+        TrainError: rows are shuffled, and they do not suffice for one batch in every process.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None, world: World = ALONE) -> None:
@@ -68,11 +68,11 @@ class Batches(Protocol):
         ...
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass, from batch `start` on. It is the same every time for the same epoch."""
+        """One pass, from batch `start` on. The same epoch always gives the same batches."""
         ...
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """A whole batch. Taking it does not change what epochs yield."""
+        """A whole batch. This call does not change the batches of later epochs."""
         ...
 
 
@@ -93,7 +93,7 @@ class MapBatches:
     ) -> None:
         if device.type == "cuda" and maps.nbytes < _RESIDENT_SHARE * _free_memory(device):
             maps = maps.to(device)
-        # Rows of this view are contiguous, so that indexing copies whole rows.
+        # Rows of this view are contiguous, so indexing copies whole rows.
         self._rows = maps.permute(0, 2, 3, 1)
         self._labels = labels.to(maps.device)
         self._device = device
@@ -122,7 +122,7 @@ class ImageBatches:
     """Batches of images (N, 3, size, size) in channels-last memory, decoded as they are needed.
 
     With `shuffle_seed` they are shuffled in every epoch, and the last partial batch is left out. Random
-    augmentation of an image depends only on seed, epoch and row, not on the number of workers.
+    augmentation of an image depends on seed, epoch and row, and not on the number of workers.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ImageBatches:
             persistent_workers=workers > 0 and shuffle_seed is not None,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_interrupts_to_parent,
-            # A generator of its own, so that starting an epoch draws nothing from the global one.
+            # The loader gets its own generator. Otherwise every epoch would draw from the global one.
             generator=torch.Generator().manual_seed(0),
         )
 
@@ -158,7 +158,7 @@ class ImageBatches:
             for images, labels in self._loader:
                 yield self._on_device(images, labels)
         except TrainError as error:
-            # A worker process hands its error over as the text of a traceback.
+            # A worker process reports its error as the text of a traceback.
             last = str(error).splitlines()[-1]
             raise TrainError(last.removeprefix(f"{_ERROR}: ")) from error
 
@@ -176,7 +176,7 @@ class ImageBatches:
 
 
 class _Seeded(Dataset[tuple[Tensor, int]]):
-    """`images[epoch, row]`: with a seed, under a random state that belongs to (seed, epoch, row)."""
+    """`images[epoch, row]`. With a seed, the random state depends only on (seed, epoch, row)."""
 
     def __init__(self, images: ImageFiles, seed: int | None) -> None:
         self._images = images

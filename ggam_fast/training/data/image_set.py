@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 class ImageSet:
     """Image files, their labels and the rows of each split.
 
-    `files`: N paths. `labels`: (N,) int64 in [0, len(classes)). `splits`: row numbers (int64) of
-    "train", "test" and, where there is one, "val". `flips`: the mirrorings that leave the label
-    as it is, as sets of axes. `notes`: what a user must know, a line each. `banner`: pixels cut off at
-    the bottom of every image; `annotations` are about what is left.
+    `files`: N paths. `labels`: (N,) int64 in [0, len(classes)). `splits`: row numbers (int64) of "train",
+    "test" and, if there is one, "val". `flips`: mirrorings that do not change the label, as sets of axes.
+    `notes`: lines that a user must know. `banner`: height in pixels of the strip that is cut off at the
+    bottom of every image. `annotations` refer to the image without that strip.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ImageSet:
         """The image of a row, in RGB.
 
         Raises:
-            TrainError: it cannot be read.
+            TrainError: the image cannot be read.
         """
         return read_image(self.files[row], self.banner)
 
@@ -58,14 +58,14 @@ class ImageSet:
         return replace(self, banner=banner, notes=(*self.notes, note))
 
     def with_splits(self, splits: dict[str, Tensor], note: str) -> ImageSet:
-        """The same images in other splits, and the note that says so."""
+        """The same images in other splits, with a note that says so."""
         return replace(self, splits=splits, notes=(*self.notes, note))
 
     def without(self, rows: Sequence[int]) -> ImageSet:
         """The set without some rows.
 
         Raises:
-            TrainError: too little is left to train on.
+            TrainError: too few images are left for training.
         """
         gone = set(rows)
         kept = [row for row in range(len(self.files)) if row not in gone]
@@ -82,8 +82,11 @@ class ImageSet:
         )
 
     def digest(self, sizes: bool = False) -> str:
-        """A hash of the classes and, split by split, of the files' paths below the folder that holds them
-        all, with `sizes` of theirs too, and of the labels: another one where an image changed its split."""
+        """A hash that changes if an image is added, removed or moved to another split or class.
+
+        It covers the classes and, for each split, the labels and the paths below the common folder. With
+        `sizes` it also covers the size of each file.
+        """
         files = [path.absolute() for path in self.files]
         root = os.path.commonpath([path.parent for path in files])
         parts = {
@@ -113,19 +116,19 @@ class ImageSet:
     def __post_init__(self) -> None:
         empty = [name for name, rows in self.splits.items() if not len(rows)]
         if empty:
-            raise TrainError(f"{self.name} has no image in its {empty[0]} split")
+            raise TrainError(f"{self.name} needs images in every split; its {empty[0]} split has none")
         if len(self.classes) < 2:
-            raise TrainError(f"{self.name} has one class ({self.classes[0]}); a classifier needs two or more")
+            raise TrainError(f"{self.name} needs two or more classes; it has only {self.classes[0]}")
         missing = set(range(len(self.classes))) - set(self.labels[self.splits["train"]].tolist())
         if missing:
             names = ", ".join(self.classes[index] for index in sorted(missing))
-            raise TrainError(f"{self.name} has no training image of class {names}")
+            raise TrainError(f"{self.name} needs training images of every class; it has none of {names}")
         if len(self.splits["train"]) < 2:
-            raise TrainError(f"{self.name} has fewer than two training images")
+            raise TrainError(f"{self.name} needs two or more training images; it has fewer")
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Decoded, transformed images of some rows of an `ImageSet`, once for each of `flips`."""
+    """Decoded and transformed images of some rows of an `ImageSet`, once for each of `flips`."""
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ def read_image(path: Path, banner: int = 0) -> Image.Image:
     """The image at `path` in RGB, without its lowest `banner` pixels.
 
     Raises:
-        TrainError: it cannot be read.
+        TrainError: the image cannot be read.
     """
     try:
         with Image.open(path) as image:
@@ -172,9 +175,9 @@ def without_banner(image: Image.Image, banner: int) -> Image.Image:
 
 
 def check_depth(image: Image.Image) -> None:
-    """Raise a ValueError for 32-bit pixels. Their range is unknown, and Pillow would cut them off at 255."""
+    """Raise a ValueError for 32-bit pixels. Their range is unknown, and Pillow would clip them at 255."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        raise ValueError(f"32 bits a pixel (mode {image.mode}); save it with 8 or 16")
+        raise ValueError(f"it has 32 bits a pixel (mode {image.mode}); save it with 8 or 16 bits")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -192,7 +195,10 @@ def _size(path: Path) -> int:
 def eval_transform(
     size: int, mean: Sequence[float], std: Sequence[float], resize: int | None = None
 ) -> Callable[[Image.Image], Tensor]:
-    """Shorter side to `resize` (by default `size`), centre crop, normalise: (3, size, size) float32."""
+    """A transform to (3, size, size) float32: resize, crop the centre, normalise.
+
+    The image's shorter side becomes `resize`, by default `size`.
+    """
     return v2.Compose(
         [
             v2.PILToTensor(),
@@ -206,10 +212,10 @@ def eval_transform(
 def train_transform(
     images: ImageSet, size: int, mean: Sequence[float], std: Sequence[float], resize: int | None = None
 ) -> Callable[[Image.Image], Tensor]:
-    """Random crop, random mirroring as `images` allows, normalisation: (3, size, size) float32.
+    """A transform to (3, size, size) float32: crop and mirror at random, normalise.
 
-    The crop covers half to all of the image. With `resize`, the image's shorter side is first brought to that
-    length, and the crop is a square of `size`.
+    The crop covers half to all of the image. With `resize`, the image's shorter side first becomes that long,
+    and the crop is a square of `size`. `images.flips` are the mirrorings.
     """
     sampling = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
     crop = (
@@ -234,7 +240,7 @@ def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform
 
 
 def workers(config: DataConfig, device: torch.device) -> int:
-    """Decoding processes. On the CPU decoding is a small share of the work on the same cores."""
+    """Number of decoding processes. It is 0 on the CPU, where decoding is a small share of the work."""
     if config.workers is not None:
         return config.workers
     return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: batches of mixed inputs with class probabilities for targets."""
+"""Mixup and CutMix: batches of mixed inputs, whose targets are class probabilities."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 class Mix:
     """torchvision's MixUp (Zhang et al., arXiv 1710.09412) and CutMix (Yun et al., arXiv 1905.04899).
 
-    Maps inputs (n, ...) and labels (n,) to mixed inputs and probabilities (n, num_classes); with both, each
-    batch gets one of them, a coin deciding. With neither the batch comes back as it is.
+    The result maps inputs (n, ...) and labels (n,) to mixed inputs and probabilities (n, num_classes). If
+    both are on, each batch gets one of them at random. If neither is on, the batch does not change.
     """
 
     def __init__(self, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
@@ -31,5 +31,5 @@ class Mix:
 
 
 def hard(targets: Tensor) -> Tensor:
-    """The commonest class of each target: labels (n,) from labels or from probabilities (n, K)."""
+    """The most probable class of each target, (n,). Targets are labels (n,) or probabilities (n, K)."""
     return targets.argmax(1) if targets.is_floating_point() else targets

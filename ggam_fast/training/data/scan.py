@@ -1,4 +1,4 @@
-"""Find files that are no images before training starts."""
+"""Find files that are not images, before training starts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ggam_fast.training.errors import TrainError
 
 logger = logging.getLogger(__name__)
 
-# How many files a message names.
+# A message names at most this many files.
 _NAMED = 5
 
 
 class Scanned(NamedTuple):
-    """One file: what is wrong with it, or its (width, height) as the network sees it."""
+    """The problem of one file, or else its (width, height) as the network sees it."""
 
     row: int
     problem: str | None
@@ -29,7 +29,7 @@ class Scanned(NamedTuple):
 
 
 def scan(images: ImageSet, rows: Iterable[int], on_file: Callable[[], None] = lambda: None) -> list[Scanned]:
-    """Decode some rows of a data set, JPEGs at an eighth of their size, and say which cannot be."""
+    """Decode some rows of a data set and report each. JPEGs are decoded at an eighth of their size."""
 
     def look(row: int) -> Scanned:
         problem, size = _problem(images.files[row])
@@ -62,7 +62,7 @@ def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> I
     With `skip_bad`, the set that is returned lacks the images that cannot be read.
 
     Raises:
-        TrainError: some cannot be read and `skip_bad` is off, some are smaller and `enlarge` is off.
+        TrainError: an image cannot be read and `skip_bad` is off, or one is too small and `enlarge` is off.
     """
     files = images.files
     found = scan(images, range(len(files)))
@@ -77,9 +77,9 @@ def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> I
     if small and not enlarge:
         least = min(small, key=lambda one: min(one.size))
         raise TrainError(
-            f"{_images(len(small))} smaller than the crop of {crop} x {crop}, such as "
+            f"found {_images(len(small))} smaller than the crop of {crop} x {crop}, such as "
             f"{files[least.row]} ({least.size[0]} x {least.size[1]}); "
-            "--enlarge brings them up, or choose a smaller --image-size"
+            "enlarge them with --enlarge, or choose a smaller --image-size"
         )
     return images
 

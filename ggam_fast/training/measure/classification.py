@@ -1,4 +1,4 @@
-"""Metrics of a classifier, also for splits with rare classes."""
+"""Metrics of a classifier. Some of them also suit splits with rare classes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torchmetrics.functional.classification import (
 
 @dataclass(frozen=True)
 class Metrics:
-    """Shares in [0, 1]. `majority`: the accuracy of always saying the split's commonest class.
-    `balanced_accuracy`: the mean recall of the classes that the split has. `confusion`: rows are true
-    classes.
+    """Metrics of a split. All but `support`, `images` and `confusion` are shares in [0, 1].
+
+    `majority`: the accuracy of always predicting the split's most common class. `balanced_accuracy`: the mean
+    recall of the classes that occur in the split. `confusion`: rows are true classes.
     """
 
     images: int
@@ -35,7 +36,7 @@ class Metrics:
 
 
 def confused_with(confusion: Sequence[Sequence[int]], index: int, classes: Sequence[str]) -> str:
-    """The class that images of class `index` are most often taken for, with their number; or a dash.
+    """The class with which class `index` is most often confused, and the number of these images, or a dash.
 
     `confusion`: rows are true classes, as in `Metrics`.
     """
@@ -57,7 +58,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         images=len(labels),
         majority=support.max().item() / len(labels),
         accuracy=average(multiclass_accuracy, "micro").item(),
-        # torchmetrics' macro average takes a recall of 0 for a class that is predicted but never true.
+        # For a class that is predicted but never true, torchmetrics' macro average counts a recall of 0.
         balanced_accuracy=recall[support > 0].mean().item(),
         macro_f1=average(multiclass_f1_score, "macro").item(),
         recall=recall.tolist(),

@@ -1,4 +1,4 @@
-"""Annotations, resized and cropped as the image is."""
+"""Resize and crop annotations as their images are resized and cropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Transform = Callable[..., Tensor]
 class Placed(NamedTuple):
     """Annotations of some images in pixels of the network's input (see `localization`).
 
-    Those that the data set lacks are None. `areas` are the masks or, without masks, the pixels of the boxes.
+    An annotation that the data set lacks is None. `areas`: the masks, or the pixels of the boxes if there are
+    no masks.
     """
 
     areas: Tensor | None
@@ -33,7 +34,7 @@ class Placed(NamedTuple):
 def placed(images: ImageSet, rows: Sequence[int], transform: Transform, size: int) -> Placed:
     """The annotations of `rows` after `transform`, an evaluation transform to `size` x `size` pixels.
 
-    What the crop cuts off is gone: boxes end at the border, parts outside are not visible.
+    The crop also cuts the annotations: boxes end at its border, and parts outside it are not visible.
     """
     found = images.annotations
     if found is None:
@@ -58,7 +59,7 @@ def placed(images: ImageSet, rows: Sequence[int], transform: Transform, size: in
 
 
 def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The pixels whose centres lie in each box."""
+    """Masks of the pixels whose centres lie in each box."""
     y, x = (torch.arange(length) + 0.5 for length in size)
     x0, y0, x1, y1 = boxes.unbind(1)
     rows = (y >= y0[:, None]) & (y < y1[:, None])
@@ -67,16 +68,16 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def object_share(truths: Sequence[Placed]) -> float | None:
-    """The share of the pictures that the objects cover, in [0, 1]; None without areas.
+    """The share of the pictures that the objects cover, in [0, 1], or None without areas.
 
-    It is the energy that a uniform map reaches.
+    A uniform map has this share as its energy.
     """
     areas = [truth.areas for truth in truths if truth.areas is not None]
     return torch.cat(areas).double().mean().item() if areas else None
 
 
 def _moved(annotation: Tensor, image: Image.Image, transform: Transform) -> Tensor:
-    """An annotation after the same steps as its image; torchvision transforms both."""
+    """An annotation after the steps of its image. torchvision transforms both."""
     _, moved = transform(tv_tensors.Image(TF.pil_to_tensor(image)), annotation)
     return moved.as_subclass(torch.Tensor)
 

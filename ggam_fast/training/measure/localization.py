@@ -1,9 +1,14 @@
-"""Whether a heat map lies on the object: published measures, per image, and what chance would reach.
+"""Published measures of whether a heat map lies on the object, and the values that chance reaches.
 
-Heat maps are (N, H, W), not negative; masks (N, H, W) bool; boxes (N, 4) x0, y0, x1, y1 with exclusive ends;
-parts (N, P, 3) x, y, visible: all in pixels of the same H x W picture (`geometry` brings annotations there).
-A number means little without that of a map which knows nothing: `centred` is one, and the energy of a uniform
-map is the share of the picture that the object covers.
+All coordinates are pixels of the same H x W picture. `geometry` converts annotations to them.
+
+* Heat maps: (N, H, W), not negative.
+* Masks: (N, H, W) bool.
+* Boxes: (N, 4) x0, y0, x1, y1; x1 and y1 are exclusive.
+* Parts: (N, P, 3) x, y, visible.
+
+Compare each number with that of a map that does not depend on the image. `centred` is such a map. A uniform
+map is another: its energy is the share of the picture that the object covers.
 """
 
 from __future__ import annotations
@@ -19,30 +24,30 @@ from torch.nn import functional as F
 from ggam_fast.training.measure.geometry import Placed
 
 DELTAS = (0.3, 0.5, 0.7)
-"""The overlaps that MaxBoxAccV2 averages over."""
+"""The least overlaps over which MaxBoxAccV2 averages."""
 
 
 def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, h, w) brought to H x W pixels, bilinearly."""
+    """Maps (N, h, w) resized to H x W pixels, with bilinear interpolation."""
     return F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def centred(count: int, size: tuple[int, int]) -> Tensor:
-    """A Gaussian around the centre, of a quarter of the side, for each of `count` pictures."""
+    """`count` equal Gaussians around the centre. Their standard deviation is a quarter of the side."""
     y, x = (torch.linspace(-2, 2, length).square() for length in size)
     return torch.exp(-(y[:, None] + x[None, :]) / 2).expand(count, *size)
 
 
 def peaks(heat: Tensor) -> Tensor:
-    """(N, 2) x and y of each map's maximum; the first one in reading order."""
+    """(N, 2) x and y of each map's maximum. Of equal pixels it is the first in reading order."""
     index = heat.flatten(1).argmax(1)
     return torch.stack([index % heat.shape[2], index // heat.shape[2]], 1)
 
 
 def pointing_game(heat: Tensor, masks: Tensor, tolerance: float = 0.0) -> Tensor:
-    """Whether the maximum lies on the object, or at most `tolerance` pixels from it: (N,) bool.
+    """Whether the maximum lies on the object or at most `tolerance` pixels from it, (N,) bool.
 
-    Zhang et al., Top-down Neural Attention by Excitation Backprop (arXiv 1608.00507), who allow 15 pixels.
+    Zhang et al., Top-down Neural Attention by Excitation Backprop (arXiv 1608.00507). They allow 15 pixels.
     """
     x, y = peaks(heat).unbind(1)
     rows, columns = (torch.arange(length) for length in heat.shape[1:])
@@ -51,19 +56,20 @@ def pointing_game(heat: Tensor, masks: Tensor, tolerance: float = 0.0) -> Tensor
 
 
 def energy(heat: Tensor, masks: Tensor) -> Tensor:
-    """Share of the map's sum that lies on the object: (N,) in [0, 1]; 0 for a map of zeros.
+    """Share of the map's sum that lies on the object, (N,) in [0, 1]. A map of zeros has 0.
 
-    The energy-based pointing game of Wang et al., Score-CAM (arXiv 1910.01279).
+    This is the energy-based pointing game of Wang et al., Score-CAM (arXiv 1910.01279).
     """
     inside = (heat * masks).flatten(1).sum(1)
     return inside / heat.flatten(1).sum(1).clamp_min(torch.finfo(heat.dtype).tiny)
 
 
 def part_hits(heat: Tensor, parts: Tensor, radius: Tensor | float) -> Tensor:
-    """Whether the maximum lies within `radius` pixels, (N,) or one for all, of a visible part: (N,) bool.
+    """Whether the maximum lies at most `radius` pixels from a visible part, (N,) bool.
 
-    The pointing game on parts. With a tenth of the longer side of the box it is the distance of PCK (Yang and
-    Ramanan, 2013). Images without a visible part count as missed.
+    `radius` is (N,) or one number for all images. This is the pointing game on parts. PCK (Yang and Ramanan,
+    2013) takes a tenth of the longer side of the box as the radius. Images without a visible part count as
+    missed.
     """
     distance = (parts[:, :, :2] - peaks(heat)[:, None].to(parts.dtype)).norm(dim=2)
     limit = torch.as_tensor(radius, dtype=parts.dtype).expand(len(heat))
@@ -71,10 +77,11 @@ def part_hits(heat: Tensor, parts: Tensor, radius: Tensor | float) -> Tensor:
 
 
 def box_overlaps(heat: Tensor, boxes: Tensor, thresholds: int = 100) -> Tensor:
-    """Best overlap (intersection over union) with the box, (N, thresholds) in [0, 1].
+    """Best overlap (intersection over union) with the box at each threshold, (N, thresholds) in [0, 1].
 
-    Of each map, brought to [0, 1], the pixels above each of `thresholds` values 0, 1/thresholds, ... are cut
-    into connected areas (diagonals connect), and the best of the boxes around them counts.
+    Each map is scaled to [0, 1]. The thresholds are k / thresholds for k from 0 to thresholds - 1. The pixels
+    above a threshold form connected areas, in which diagonal neighbours count as connected. Each area has a
+    bounding box. The result is the largest overlap of one of these boxes with the annotated box.
     """
     overlaps = np.zeros((len(heat), thresholds))
     low, high = (getattr(heat.flatten(1), name)(1).values[:, None, None] for name in ("min", "max"))
@@ -88,8 +95,10 @@ def box_overlaps(heat: Tensor, boxes: Tensor, thresholds: int = 100) -> Tensor:
 
 
 def max_box_acc_v2(overlaps: Tensor) -> float:
-    """MaxBoxAccV2 in [0, 1] from `box_overlaps`: for each delta in `DELTAS` the share of images whose overlap
-    reaches delta at the one threshold that suits the data set best; the mean over the deltas.
+    """MaxBoxAccV2 in [0, 1] from `box_overlaps`.
+
+    For each delta in `DELTAS`, take the share of images whose overlap is at least delta, at the threshold
+    that makes this share largest. All images have the same threshold. The result is the mean over the deltas.
 
     Choe et al., Evaluation for Weakly Supervised Object Localization (arXiv 2007.04178).
     """
@@ -97,10 +106,11 @@ def max_box_acc_v2(overlaps: Tensor) -> float:
 
 
 def measured(heat: Tensor, truth: Placed, thresholds: int = 100) -> dict[str, Tensor]:
-    """Every measure that the annotations of these N images allow, a row for each image, of maps (N, H, W).
+    """Every measure of maps (N, H, W) that the annotations of these N images allow, one row for each image.
 
-    "pointing" and "pointing_15px" (the published tolerance, for pictures of about 224 pixels), "energy",
-    "box_overlaps", and "parts" within a tenth of the longer side of the box, or of the picture.
+    Areas give "pointing", "pointing_15px" and "energy". 15 pixels are the published tolerance for pictures of
+    about 224 pixels. Boxes give "box_overlaps". Parts give "parts", with a radius of a tenth of the longer
+    side of the box, or of the picture if there are no boxes.
     """
     rows: dict[str, Tensor] = {}
     areas, boxes, parts = truth
@@ -117,7 +127,10 @@ def measured(heat: Tensor, truth: Placed, thresholds: int = 100) -> dict[str, Te
 
 
 def summary(batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over all images of what `measured` found, batch by batch; "max_box_acc_v2" for the overlaps."""
+    """Means over all images, from the results of `measured` for each batch.
+
+    The overlaps become "max_box_acc_v2".
+    """
     rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     means = {name: values.double().mean().item() for name, values in rows.items() if name != "box_overlaps"}
     if "box_overlaps" in rows:
@@ -126,9 +139,9 @@ def summary(batches: Sequence[dict[str, Tensor]]) -> dict[str, float]:
 
 
 class Tally:
-    """Measures of several kinds of maps over a data set, collected batch by batch.
+    """Collects the measures of several kinds of maps over a data set, batch by batch.
 
-    `size`: H x W of the pictures that the annotations are in. `thresholds`: of `box_overlaps`.
+    `size`: H x W of the annotated pictures. `thresholds`: number of thresholds of `box_overlaps`.
     """
 
     def __init__(self, size: tuple[int, int], thresholds: int) -> None:
@@ -137,7 +150,7 @@ class Tally:
         self._found: dict[str, list[dict[str, Tensor]]] = {}
 
     def add(self, maps: Mapping[str, Tensor], truth: Placed) -> None:
-        """Maps (N, h, w) by name, and the annotations of the same N images; without any, nothing is added."""
+        """Add maps (N, h, w) by name, with the annotations of their N images, if there are any."""
         if not truth.kinds():
             return
         for name, heat in maps.items():
@@ -145,7 +158,7 @@ class Tally:
             self._found.setdefault(name, []).append(found)
 
     def means(self) -> dict[str, dict[str, float]]:
-        """`summary` of every kind of map."""
+        """The `summary` of every kind of map."""
         return {name: summary(batches) for name, batches in self._found.items()}
 
 
@@ -169,7 +182,7 @@ MEASURES = {
 
 
 def localisation_rows(found: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table of `summary` results by map, in percent."""
+    """Header and lines of a table in percent, with one line for each map of `found`."""
     names = [name for name in MEASURES if any(name in values for values in found.values())]
     lines = [
         [name, *(f"{100 * values[one]:.1f}" if one in values else "-" for one in names)]

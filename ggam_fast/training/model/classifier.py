@@ -14,7 +14,7 @@ from ggam_fast.training.system.devices import autocast
 
 
 class GGAMClassifier(nn.Module):
-    """Images (N, 3, size, size) to logits (N, K); with a target, to the head's `GGAMOutput`."""
+    """Maps images (N, 3, size, size) to logits (N, K) or, if a target is given, to `GGAMOutput`."""
 
     def __init__(self, backbone: Backbone, head: GGAMHead) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class GGAMClassifier(nn.Module):
 
 
 class GuidedLoss(nn.Module):
-    """The loss of a batch, and its (loss, guidance loss, accuracy) without a graph.
+    """The loss of a batch, and (loss, guidance loss, accuracy) without a graph.
 
     Inputs are maps for a head and images for a classifier. The fused loss is computed in a module's forward,
-    because that is what torch.compile and DistributedDataParallel take: the latter averages only gradients
-    that its own forward leads to.
+    because torch.compile and DistributedDataParallel wrap modules. DistributedDataParallel averages only
+    gradients of what its own forward computes.
     """
 
     def __init__(

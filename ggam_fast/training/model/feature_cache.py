@@ -1,4 +1,4 @@
-"""Feature maps of a frozen backbone. They are computed once and memory-mapped after that."""
+"""Feature maps of a frozen backbone. They are computed once and then memory-mapped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.backbones import Backbone
 
 _DECODING = 2
-"""Version of `image_set.read_image`. It changes when the pixels that it reads from a file change."""
+"""Version of `image_set.read_image`. It changes when that function reads other pixels from a file."""
 
 
 def default_cache_dir() -> Path:
@@ -72,7 +72,7 @@ class MapFile:
         """Maps (N, C, H, W) in channels-last memory, mapped from the file.
 
         Raises:
-            TrainError: it cannot be read.
+            TrainError: the file cannot be read.
         """
         try:
             flat = torch.from_file(str(self.path), size=math.prod(self._shape), dtype=self.dtype)
@@ -81,7 +81,7 @@ class MapFile:
         return flat.view(self._shape).permute(0, 3, 1, 2)
 
     def write(self, batches: Iterable[Tensor]) -> None:
-        """Store batches of maps (n, C, H, W) one after the other. If one fails, no file stays.
+        """Store batches of maps (n, C, H, W) one after the other. If a batch fails, no file is left.
 
         Raises:
             TrainError: the folder cannot be made or written.
@@ -89,7 +89,7 @@ class MapFile:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # tempfile is no use here: its files belong to one user alone.
+            # tempfile is not used, because only one user can read its files.
             part = folder / f"{self.path.name}.{os.getpid()}.part"
             with part.open("wb") as file:
                 try:
@@ -115,8 +115,8 @@ def encoded(
 ) -> Iterable[Tensor]:
     """`encode` of each batch of images, on the CPU.
 
-    All calls get `batch_size` images, so that a compiled `encode` sees one shape. The last batch is filled
-    up with blank images.
+    All calls get `batch_size` images, so a compiled `encode` sees one shape. Blank images fill up the last
+    batch.
     """
     for images, _ in batches:
         count = len(images)

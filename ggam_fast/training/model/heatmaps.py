@@ -1,4 +1,4 @@
-"""Where a trained head looks: its spatial attention, and the Grad-CAM of any class."""
+"""Heat maps of a trained head: its spatial attention, and the Grad-CAM of any class."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class HeatMaps(NamedTuple):
 
 @torch.no_grad()
 def heat_maps(head: GGAMHead, features: Tensor, classes: Tensor | None = None) -> HeatMaps:
-    """The maps of `features` (N, C, h, w). Grad-CAM is that of `classes` (N,), by default the predicted ones.
+    """The heat maps of `features` A (N, C, h, w).
 
-    Grad-CAM is relu(sum_c beta_c A_c), or of A T, which is D but for a constant, where the head takes beta
-    at D (`cam_at="attended"`).
+    Grad-CAM is relu(sum_c beta_c A_c) for the classes `classes` (N,), by default the predicted ones. With
+    `cam_at="attended"` the head takes beta at the attended map D. Then A is replaced by A T, which equals D
+    up to a constant factor.
     """
     if classes is None:
         classes = head(features).argmax(1)
-    # The same weights, but Grad-CAM of the class asked for: training may have used another class.
+    # The weights are the same, but Grad-CAM here is that of `classes`. Training may use another class.
     asked = copy.copy(head)
     asked.cam_class = "label"
     out = asked(features, classes)

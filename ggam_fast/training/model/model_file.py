@@ -1,4 +1,4 @@
-"""Trained classifiers on disk. One safetensors file holds all that loading needs."""
+"""Trained classifiers on disk. One safetensors file holds all that is needed to load one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _METADATA_KEY = "ggam_fast"
 
 
 class Checkpoint(NamedTuple):
-    """What `load_checkpoint` returns: the classifier in eval mode and the run's description."""
+    """A loaded classifier, in eval mode, and the description of its run."""
 
     model: GGAMClassifier
     classes: tuple[str, ...]
@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def describe(model: GGAMClassifier, images: ImageSet, config: TrainConfig) -> dict[str, Any]:
-    """What rebuilding `model` needs beside its weights, and how it was trained."""
+    """All that is needed to rebuild `model`, except its weights, and how it was trained."""
     return {
         "ggam_fast": ggam_fast.__version__,
         "backbone": {
@@ -64,11 +64,11 @@ def save_checkpoint(
 ) -> Path:
     """Write the weights file `name` into `folder`, and `config.json` for people to read.
 
-    The weights file carries the description in its metadata, so weights and description always belong
-    together. Each file replaces an older one in one step.
+    The metadata of the weights file hold the description too, so the two always belong together. Each file
+    replaces an older one in one step.
 
     Raises:
-        TrainError: a file cannot be written; an older one is untouched.
+        TrainError: a file cannot be written. An older file is then unchanged.
     """
     text = json.dumps(description, indent=2)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -82,12 +82,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Rebuild the classifier of a run from its folder or its `model.safetensors`.
 
     Raises:
-        TrainError: no such file, not a checkpoint of this package, or weights that do not fit what it says.
+        TrainError: there is no such file, it is not a checkpoint of this package, or its weights do not fit
+            its description.
     """
     file = Path(path)
     file = file / WEIGHTS if file.is_dir() else file
     if not file.is_file():
-        raise TrainError(f"no checkpoint at {file}")
+        raise TrainError(f"there is no checkpoint at {file}")
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
@@ -95,7 +96,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise TrainError(f"cannot read checkpoint {file}: {error}") from error
     if _METADATA_KEY not in metadata:
-        raise TrainError(f"{file} was not written by ggam_fast")
+        raise TrainError(f"{file} must be a checkpoint written by ggam_fast; it is another file")
     try:
         description = json.loads(metadata[_METADATA_KEY])
         backbone = create_backbone(**description["backbone"], pretrained=False)

@@ -22,15 +22,15 @@ from ggam_fast.training.use import export
 METRICS = "metrics.json"
 OPTIONS = "options.yaml"
 GALLERY = "gallery.png"
-# Files that `evaluate` and `export` put beside those of the run.
+# Files that `evaluate` and `export` add to the folder of a run.
 _MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *export.NAMES.values())
 
 
 class RunArtifacts:
-    """What a run keeps in its folder `out`.
+    """The files that a run keeps in its folder `out`.
 
-    Snapshots to go on from; the classifier of the best epoch, by validation accuracy or, without that split,
-    by training loss; and the last classifier, which is the result.
+    They are snapshots for --resume, the classifier of the best epoch, and the last classifier, which is the
+    result. The best epoch has the best validation accuracy, or the least training loss without that split.
     """
 
     def __init__(
@@ -47,24 +47,24 @@ class RunArtifacts:
         self._run["images"] = description["data"]["images"]
 
     def clear(self) -> None:
-        """Remove what an older run (--overwrite) left, because --resume would go on with its snapshots."""
+        """Remove the files of an older run (--overwrite). Otherwise --resume would use its snapshots."""
         for name in (resume_state.FOLDER, BOARD):
             shutil.rmtree(self._out / name, ignore_errors=True)
         for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, *_MADE_OF_A_RUN):
             (self._out / name).unlink(missing_ok=True)
 
     def restore(self) -> None:
-        """Put the trainer where the newest snapshot in the folder is.
+        """Restore the trainer from the newest snapshot in the folder.
 
         Raises:
-            TrainError: no snapshot, or one of another model or data set.
+            TrainError: there is no snapshot, or it is one of another model or data set.
         """
         state = resume_state.load_snapshot(self._out)
         state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
         for name, value in self._run.items():
-            if state["run"].get(name, value) != value:  # older snapshots do not know their images
+            if state["run"].get(name, value) != value:  # older snapshots do not record their images
                 raise TrainError(
-                    f"--resume {self._out}: its snapshot has another {name}"
+                    f"--resume {self._out}: its snapshot has another {name} than this run"
                     if name != "images"
                     else f"--resume {self._out}: images were added or removed since its snapshot"
                 )
@@ -72,18 +72,19 @@ class RunArtifacts:
         self._epochs = len(self._trainer.history)
 
     def classifier(self) -> GGAMClassifier:
-        """The classifier as it is now, with averaged weights if they are averaged."""
+        """The present classifier. Its weights are the running average, if there is one."""
         result = self._trainer.result
         if isinstance(result, GGAMClassifier):
             return result
         return GGAMClassifier(self._model.backbone, cast(GGAMHead, result))
 
     def save_snapshot(self) -> None:
-        # In every process, because each has its own part of the state.
+        # Every process does this, because each has its own part of the state.
         state = {"run": self._run, "fit": self._trainer.state_dict()}
         if not self._world.is_main:
             return
-        # The best comes first. A run killed between the two resumes before this epoch and saves it again.
+        # The best comes first. A run killed between the two lines resumes before this epoch and saves it
+        # again.
         history = self._trainer.history
         if len(history) > self._epochs:
             self._epochs = len(history)

@@ -17,8 +17,10 @@ BOARD = "tensorboard"
 
 
 class RunLog:
-    """Writes to `folder`. Records after step `steps`, which an interrupted run has left, are dropped
-    first."""
+    """Writes to `folder`.
+
+    An interrupted run may have left records after step `steps`. They are dropped first.
+    """
 
     def __init__(self, folder: Path, steps: int = 0) -> None:
         self._path = folder / LOG
@@ -27,7 +29,7 @@ class RunLog:
             lines = [line for line in self._path.read_text().splitlines() if _steps(line) <= steps]
             kept = "".join(f"{line}\n" for line in lines)
         write_atomically(self._path, lambda part: part.write_text(kept))
-        self._file = self._path.open("a", buffering=1)  # a line is on disk as soon as it is whole
+        self._file = self._path.open("a", buffering=1)  # write each line as soon as it is whole
         self._board = SummaryWriter(str(folder / BOARD), purge_step=steps + 1 if steps else None)
 
     def __enter__(self) -> RunLog:
@@ -38,7 +40,7 @@ class RunLog:
         self._board.close()
 
     def numbers(self, part: str, step: int, numbers: dict[str, float]) -> None:
-        """Numbers of one `part` of the run, such as "train" or "val", after `step` steps."""
+        """Write the numbers of one `part` of the run, such as "train" or "val", after `step` steps."""
         record: dict[str, Any] = {"part": part, "step": step, **numbers}
         self._file.write(json.dumps(record) + "\n")
         for name, value in numbers.items():
@@ -54,5 +56,5 @@ class RunLog:
 def _steps(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
+    except (ValueError, KeyError, TypeError):  # a killed run was writing this line
         return float("inf")

@@ -1,4 +1,4 @@
-"""The training loop: steps, epochs and their numbers. It can continue in the middle of an epoch."""
+"""The training loop: steps, epochs and their numbers. It can resume in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ggam_fast.training.system.distributed import ALONE, World
 
 logger = logging.getLogger(__name__)
 
-# Reading a number waits for the device, so it is not done in every step.
+# Reading a number waits for the device, so the loop does not do it in every step.
 _READ_EVERY = 10
 _WARM_UP = 0.2
 _MOMENTUM = 0.9
@@ -39,9 +39,10 @@ Groups = list[dict[str, Any]]
 class Trainer:
     """Trains `trained`, a GGAM head on maps or a whole classifier on images, as `optim` says.
 
-    `groups`: the parameter groups, each with its highest rate `lr`. `num_classes`: for mixed targets.
-    `steps` counts the optimiser's steps so far; `history` holds the numbers of every finished epoch.
-    `state_dict` between two steps is all that `load_state_dict` needs to go on bit for bit.
+    `groups`: the parameter groups, each with its highest learning rate `lr`. `num_classes`: number of
+    classes, for mixed targets. `steps`: number of optimizer steps so far. `history`: the numbers of every
+    finished epoch. `load_state_dict` continues bit for bit from a `state_dict` that was taken between two
+    steps.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Trainer:
         self._world = world
         self._check = check
         self._mix = Mix(num_classes, optim.mixup, optim.cutmix)
-        # It scales only for float16 on a GPU.
+        # The scaler is on only for float16 on a GPU.
         self._scaler = torch.amp.GradScaler(
             device.type, enabled=dtype == torch.float16 and device.type == "cuda"
         )
@@ -84,7 +85,7 @@ class Trainer:
 
     @property
     def result(self) -> nn.Module:
-        """The module that is tested and saved: that of averaged weights, if they are averaged."""
+        """The module that is tested and saved. Its weights are the running average, if there is one."""
         return self.trained if self._average is None else self._average.module
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,35 +122,35 @@ class Trainer:
         save: Callable[[], object] = lambda: None,
         save_every: int = 0,
     ) -> list[dict[str, float]]:
-        """Run all epochs that are left, and return the numbers of every epoch.
+        """Run all remaining epochs, and return the numbers of every epoch.
 
         `save` is called after each epoch and after every `save_every` steps.
 
         Raises:
-            Interrupted: `check` raised it, between two steps.
+            Interrupted: `check` raised it between two steps.
             TrainError: the loss of an epoch is not a finite number.
         """
         epochs, accumulate = self._optim.epochs, self._optim.accumulate
         self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
         loss_of = self._step_function(train, report)
         if self._pending is not None:
-            # The schedule is made before this, because making it sets the rates of the first step.
+            # The schedule must be made before this, because making it sets the rates of the first step.
             self.optimizer.load_state_dict(self._pending["optimizer"])
             if self._pending["schedule"] is not None:
                 self._schedule.load_state_dict(self._pending["schedule"])
-            # This comes last, because compiling and making the loaders may draw random numbers.
+            # This comes last, because the compiler and the loaders may draw random numbers.
             set_random_state(self._pending["random"][self._world.rank])
             self._pending = None
         elif not self.steps:
-            save()  # so that a run that is killed in its first epoch can go on too
+            save()  # a run that is killed in its first epoch can then resume too
         quiet = Report.silent() if report is None else report
         with quiet.bar("training", epochs * len(train), (self._epoch - 1) * len(train) + self._batch) as bar:
             while self._epoch <= epochs:
                 numbers = self._run_epoch(train, loss_of, log, bar, save, save_every)
                 if not math.isfinite(numbers["loss"]):
                     raise TrainError(
-                        f"the training loss of epoch {self._epoch} is {numbers['loss']}; a smaller --lr than "
-                        f"{self._optim.lr:g} or --clip-grad may help"
+                        f"the training loss of epoch {self._epoch} is {numbers['loss']} and must be finite; "
+                        f"--clip-grad or a smaller --lr than {self._optim.lr:g} may help"
                     )
                 if val is not None:
                     logits, labels = evaluate(
@@ -181,7 +182,7 @@ class Trainer:
         accumulate = self._optim.accumulate
         assert self._schedule is not None
         for inputs, labels in train.epoch(self._epoch, self._batch):
-            if self._batch % accumulate == 0:  # never between the gradients of one step
+            if self._batch % accumulate == 0:  # between steps, never between the gradients of one step
                 self._check()
             left_over = len(train) % accumulate
             share = left_over if self._batch >= len(train) - left_over else accumulate
@@ -246,7 +247,7 @@ class Trainer:
         def probe(loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
             loss_of(inputs, targets)[0].backward()
 
-        # The compiler does not look into DistributedDataParallel, so it gets the module inside.
+        # The compiler does not trace DistributedDataParallel, so it gets the module inside.
         return self._world.wrap(compile_or_eager(step, step, probe), self._device)
 
 

@@ -1,4 +1,4 @@
-"""Images, classifier and batches of a run, made before its first step."""
+"""Make the images, classifier and batches of a run, before its first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ggam_fast.training.system.interrupts import InterruptGuard
 
 logger = logging.getLogger(__name__)
 
-# With fewer images, compiling the frozen backbone takes longer than it saves (measured on two cores).
+# With fewer images, compiling the frozen backbone takes more time than it saves (measured on two cores).
 _COMPILE_BACKBONE_FROM = 1500
 
 
@@ -49,7 +49,7 @@ def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
     """The backbone and head that `config` describes.
 
     Raises:
-        TrainError: an option that the backbone or the head refuses.
+        TrainError: the backbone or the head refuses an option.
     """
     backbone = create_backbone(
         config.backbone.backbone,
@@ -104,7 +104,7 @@ def map_batches(
 ) -> dict[str, Batches]:
     """Batches of the frozen backbone's maps for every split. Maps that the cache lacks are computed.
 
-    The training split holds every image once for each way to mirror it.
+    The training split has every image in all its mirrorings.
     """
     backbone = model.backbone.eval()
     transform = eval_transform(*backbone.preprocessing)
@@ -121,7 +121,7 @@ def map_batches(
     if world.is_main and not all(file.exists() for file in files.values()):
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        # Of two runs on the same images, the second waits for the maps of the first.
+        # If two runs need the same maps, the second waits for the first.
         with locked(files["train"].path.with_suffix(".lock"), interrupt.check):
             _fill(files, datasets, images, backbone, config, device, dtype, report, interrupt)
     world.barrier()
@@ -154,7 +154,7 @@ def _fill(
     if not missing:
         return
     count = sum(map(len, missing.values()))
-    if not config.data.skip_bad_images:  # else it was done before
+    if not config.data.skip_bad_images:  # with that option they are already checked
         check_images(images, backbone, config.data)
     logger.info(
         f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"

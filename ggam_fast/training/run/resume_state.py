@@ -1,4 +1,4 @@
-"""Snapshots, from which a run resumes exactly. Each is written whole, and the last three are kept."""
+"""Snapshots, from which a run resumes exactly. Each is written in one step. The last three are kept."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def save_snapshot(folder: Path, steps: int, state: dict[str, Any]) -> Path:
     """Write `state` (tensors and plain values) as the newest snapshot, and keep the last three.
 
     Raises:
-        TrainError: it cannot be written; the snapshots before it are untouched.
+        TrainError: the snapshot cannot be written. Older snapshots are then unchanged.
     """
     path = folder / FOLDER / f"step-{steps:09d}.pt"
-    # In memory first, because torch reports a full disk only as "unexpected pos".
+    # It is saved in memory first, because torch reports a full disk only as "unexpected pos".
     whole = io.BytesIO()
     torch.save(state, whole)
     try:
@@ -45,14 +45,14 @@ def load_snapshot(folder: Path) -> dict[str, Any]:
     """The newest snapshot of the run in `folder`.
 
     Raises:
-        TrainError: there is none, or it cannot be read.
+        TrainError: there is no snapshot, or it cannot be read.
     """
     paths = _paths(folder)
     if not paths:
-        raise TrainError(f"--resume {folder}: no snapshot to go on from in {folder / FOLDER}")
+        raise TrainError(f"--resume {folder} cannot go on: there is no snapshot in {folder / FOLDER}")
     try:
         return torch.load(paths[-1], map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file: torch raises errors of many kinds
+    except Exception as error:  # for a damaged file torch raises errors of many kinds
         raise TrainError(f"cannot read snapshot {paths[-1]}: {first_line(error)}") from error
 
 
@@ -64,7 +64,7 @@ def _paths(folder: Path) -> list[Path]:
 
 def random_state() -> dict[str, Any]:
     """The state of every random generator that a run draws from."""
-    # NumPy's legacy generator is the one that libraries share.
+    # Libraries share NumPy's legacy generator.
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),

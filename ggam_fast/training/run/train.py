@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 class Outcome:
     """The results of a run.
 
-    If it was interrupted, `metrics` and `gallery` are None. Before the first step, so is `checkpoint`.
+    If the run was interrupted, `metrics` and `gallery` are None. If that was before its first step,
+    `checkpoint` is None too.
     """
 
     checkpoint: Path | None
@@ -56,10 +57,10 @@ def train(config: TrainConfig, report: Report) -> Outcome:
     """Train as `config` says and write checkpoints, metrics, gallery, log and TensorBoard scalars.
 
     The first Ctrl-C ends training after the current step and still saves a checkpoint. Under torchrun
-    every process calls this, and the main process alone prints and writes.
+    every process calls this, but only the main process prints and writes.
 
     Raises:
-        TrainError: something the user can put right.
+        TrainError: an option or the data are unfit, or a file cannot be written.
     """
     config.check()
     with joined() as world:
@@ -109,7 +110,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             )
             if config.run.resume is not None:
                 artifacts.restore()
-                logger.info(f"going on after {trainer.steps} steps")
+                logger.info(f"resumed after {trainer.steps} steps")
             elif world.is_main:
                 artifacts.clear()
                 root = config.data.root and config.data.root.absolute()
@@ -180,7 +181,7 @@ def write_metrics(
 
 @contextmanager
 def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
-    """`output_folder`, made by the main process and known to all."""
+    """The `output_folder`. The main process makes it, and all processes learn its path."""
     made_here = output_folder(config.out, name, overwrite=config.overwrite, resume=config.resume)
     with made_here if world.is_main else nullcontext(None) as made:
         folder = world.broadcast(made)
@@ -188,7 +189,7 @@ def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
 
 
 def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
-    """Parameter groups: the head at `lr` and, when it is fine-tuned, the backbone at `backbone_lr`."""
+    """Parameter groups: the head at `lr` and, if it is fine-tuned, the backbone at `backbone_lr`."""
     groups: Groups = [{"params": list(model.head.parameters()), "lr": config.optim.lr}]
     if config.backbone.finetune:
         groups.append({"params": list(model.backbone.parameters()), "lr": config.optim.backbone_lr})

@@ -1,4 +1,4 @@
-"""What a run prints: lines, a progress bar and a table."""
+"""Print the lines, progress bars and tables of a run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from rich.table import Table
 from ggam_fast.training.measure.classification import Metrics, confused_with
 
 _PACKAGE = "ggam_fast.training"
-# Without a terminal, progress is a line at most this often.
+# Without a terminal, a line of progress is printed at most this often, in seconds.
 _PLAIN_SECONDS = 10.0
 
 
 class Bar:
-    """A running count: a progress bar on a terminal, and a line from time to time elsewhere."""
+    """Shows a count as a progress bar on a terminal. Elsewhere it prints a line from time to time."""
 
     def __init__(self, console: Console, progress: Progress | None, name: str, total: int, done: int) -> None:
         self._console = console
@@ -58,9 +58,9 @@ class Bar:
 
 
 class Report:
-    """What a run shows: tables, progress bars and, while it listens, the log of this package.
+    """Prints tables and progress bars and, while it listens, the log of this package.
 
-    `console`: where it is printed; standard output unless given.
+    `console`: where to print. The default is standard output.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -73,7 +73,7 @@ class Report:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside the `with` block, print each log record of this package. Entering it twice prints once."""
+        """Inside the `with` block, print each log record of this package. In nested blocks, print it once."""
         logger = logging.getLogger(_PACKAGE)
         if any(isinstance(one, _Notes) and one.report.console is self.console for one in logger.handlers):
             yield

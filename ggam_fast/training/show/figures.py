@@ -9,12 +9,12 @@ from torch import Tensor, linspace
 from torch.nn import functional as F
 
 COLOUR_MAP = "viridis"
-# Of Okabe and Ito, whose colours are told apart with any colour vision.
+# These colours of Okabe and Ito differ for any kind of colour vision.
 BLUE, VERMILION, GREEN, ORANGE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#F0E442"
 
 
 def literal(text: str) -> str:
-    """`text` with its dollar signs escaped, between which matplotlib would typeset mathematics."""
+    """`text` with escaped dollar signs. matplotlib would typeset text between them as mathematics."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
@@ -32,7 +32,7 @@ def show_image(axes: Axes, picture: Tensor) -> None:
 
 
 def show_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
-    """Show a map (h, w) over the picture. The picture is grey, so that all colour comes from the map."""
+    """Show a map (h, w) over the picture. The picture is grey, so all colour comes from the map."""
     axes.imshow(picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
     fine = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
     axes.imshow(fine.numpy(), cmap=COLOUR_MAP, alpha=0.5, interpolation="bilinear")

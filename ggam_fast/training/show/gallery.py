@@ -1,4 +1,4 @@
-"""A picture of what the head looks at: image, spatial attention and Grad-CAM map side by side."""
+"""A gallery of where the head looks: image, spatial attention and Grad-CAM side by side."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ROWS, _COLUMNS = 4, 2
 
 
 def choose_examples(logits: Tensor, labels: Tensor, count: int) -> list[int]:
-    """Rows for a gallery: half of them wrong where there are that many, over all classes.
+    """Rows for a gallery, spread over all classes. Half of them are mistakes, if there are that many.
 
-    Class after class gives its next right and its next wrong row, in the order of the split.
+    Each class in turn gives its next correct and its next wrong row, in the order of the split.
     """
     right = logits.argmax(1) == labels
     queues = {
@@ -40,7 +40,7 @@ def choose_examples(logits: Tensor, labels: Tensor, count: int) -> list[int]:
 
 
 def _round_robin(queues: list[list[int]], start: int) -> list[int]:
-    """One element of each queue in turn, from every second queue first, beginning at `start`."""
+    """One element of each queue in turn. Every second queue comes first, beginning at `start`."""
     order = queues[start::2] + queues[1 - start :: 2]
     longest = max(map(len, order), default=0)
     return [queue[turn] for turn in range(longest) for queue in order if turn < len(queue)]
@@ -50,8 +50,8 @@ def _round_robin(queues: list[list[int]], start: int) -> list[int]:
 def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str, logits: Tensor) -> Path:
     """Write a PNG of `_ROWS * _COLUMNS` images of a split, whose `logits` (N, K) are given.
 
-    The Grad-CAM map is that of the predicted class. Each map has its own colour scale; how far the
-    spatial attention is from uniform is said in numbers.
+    Grad-CAM is that of the predicted class. Each map has its own colour scale. Numbers say how far the
+    spatial attention is from uniform.
     """
     rows = images.splits[split]
     chosen = choose_examples(logits, images.labels[rows], _ROWS * _COLUMNS)
@@ -78,7 +78,7 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
         guess = literal(images.classes[int(predicted[index])])
         panel.suptitle(
             f"✓ {label}" if right else f"✗ {label}, predicted {guess}",
-            color=BLUE if right else VERMILION,  # a sign says it too
+            color=BLUE if right else VERMILION,  # a sign shows it too
             fontsize=13,
             fontweight="bold",
             y=0.97,

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file, which needs no network and no other file."""
+"""Write an evaluation as one HTML file that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ggam_fast.training.system.files import write_atomically
 _MATRIX_CLASSES = 40
 _TEMPLATES = Environment(
     loader=PackageLoader("ggam_fast.training.show"),
-    autoescape=True,  # names of classes and files are the user's
+    autoescape=True,  # users choose the names of classes and files
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -30,7 +30,7 @@ _TEMPLATES = Environment(
 
 
 class Example(NamedTuple):
-    """One image of the page. `picture`: (H, W, 3) in [0, 1]; `maps`: (h, w) each, with their names."""
+    """One image of the page. `picture`: (H, W, 3) in [0, 1]. `maps`: maps (h, w) by name."""
 
     file: str
     picture: Tensor
@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
 
 def write_html(path: Path, results: dict[str, Any], examples: Sequence[Example]) -> None:
-    """Write the page of `results`, which is what evaluation.json holds."""
+    """Write the page of `results`, the content of evaluation.json."""
     text = page(results, examples)
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -92,7 +92,7 @@ def _tiles(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _classes(found: dict[str, Any], classes: Sequence[str]) -> list[tuple[str, int, str, str]]:
-    """A line for each class: name, images, recall and the class it is most confused with."""
+    """A line for each class: its name, images and recall, and the class it is most confused with."""
     return [
         (
             name,
@@ -157,5 +157,5 @@ def _jpeg(figure: Figure) -> str:
 
 
 def _channels(colour: str) -> str:
-    """A colour such as #0072B2 as CSS takes the three numbers of rgb()."""
+    """A colour such as #0072B2 as the three numbers of CSS's rgb()."""
     return " ".join(str(round(255 * part)) for part in to_rgb(colour))

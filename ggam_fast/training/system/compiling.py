@@ -22,9 +22,9 @@ def compile_or_eager(
 ) -> Callable[..., Any]:
     """`function` compiled without graph breaks, or `function` itself if that fails.
 
-    `probe` calls the compiled function once, with its backward if it has one. Code is generated in that
-    call, so a machine without a C++ compiler fails there. Afterwards `module`, its gradients and the random
-    state are as before.
+    `probe` calls the compiled function once, with its backward if it has one. torch generates code in that
+    call, so it fails there on a machine without a C++ compiler. Afterwards `module`, its gradients and the
+    random state are as before.
     """
     # torch warns here on machines with a CUDA toolkit but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -34,7 +34,7 @@ def compile_or_eager(
         with torch.random.fork_rng():
             probe(compiled)
     except Exception as error:
-        logger.warning(f"running eagerly, torch.compile failed: {first_line(error)}")
+        logger.warning(f"running eagerly because torch.compile failed: {first_line(error)}")
         compiled = function
     module.load_state_dict(state)
     module.zero_grad(set_to_none=True)

@@ -10,10 +10,10 @@ from ggam_fast.training.errors import TrainError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first CUDA device, or the CPU without one.
+    """The device called `name`. "auto" is the first CUDA device, or the CPU if there is none.
 
     Raises:
-        TrainError: no such device here.
+        TrainError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +32,7 @@ def device_name(device: torch.device) -> str:
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the backbone; "auto" is bfloat16 on a GPU that has it, else float32."""
+    """The dtype of the backbone. "auto" is bfloat16 on a GPU that has it, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -41,6 +41,6 @@ def precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to `dtype`. For float32 it is off."""
+    """Autocast to `dtype`. For float32 autocast is off."""
     half = dtype != torch.float32
     return torch.autocast(device.type, dtype if half else None, enabled=half)

@@ -15,18 +15,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: how many there are (`size`), and which one this is (`rank`)."""
+    """The processes of a run. `size`: how many there are. `rank`: the number of this one."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is process 0, which alone prints and writes."""
+        """Whether this is process 0, the only one that prints and writes."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes reach this point."""
         if self.size > 1:
             dist.barrier()
 
@@ -55,7 +55,7 @@ ALONE = World()
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world that torchrun describes in the environment, or `ALONE`."""
+    """The world that torchrun describes in environment variables, or `ALONE` without torchrun."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE

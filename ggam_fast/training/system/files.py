@@ -1,4 +1,4 @@
-"""Files of a run. Each is written whole or not at all."""
+"""The files of a run. Each is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def output_folder(
 ) -> Iterator[Path]:
     """The folder of a run: `resume`, else `out`, else runs/<data_name>-<time>.
 
-    It is made and checked. If the run fails without a result, it is removed again.
+    The folder is made and checked. If the run fails without a result, it is removed again.
 
     Raises:
-        TrainError: it cannot be made or written, holds a run already, or another run is writing there.
+        TrainError: the folder cannot be made or written, it is not empty, or another run is writing to it.
     """
     folder = resume or out or Path("runs") / f"{data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def busy() -> None:
-        raise TrainError(f"--out {folder}: another run is writing there")
+        raise TrainError(f"--out {folder} is in use: another run is writing to it")
 
     with writable_folder(folder), locked(folder / LOCK, busy):
         results = any(path.name != LOCK for path in folder.iterdir())
         if results and not overwrite and resume is None:
-            raise TrainError(f"--out {folder} is not empty; choose another folder, or --overwrite")
+            raise TrainError(f"--out {folder} is not empty; choose another folder or add --overwrite")
         remove_parts(folder)
         yield folder
 
 
 @contextmanager
 def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
-    """Hold the lock file `path`, and remove it afterwards. A file system without locks is not locked.
+    """Hold the lock file `path`, and remove it afterwards. Without support for locks, it does nothing.
 
-    While another process holds the lock, this waits and calls `busy` again and again, which may raise.
+    While another process holds the lock, this waits and calls `busy` repeatedly. `busy` may raise.
     If a process is killed, the operating system releases its lock.
     """
     lock, held = FileLock(path, blocking=False), False
@@ -64,16 +64,16 @@ def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         if held:
-            path.unlink(missing_ok=True)  # while it is held: filelock sees that a file is gone
+            path.unlink(missing_ok=True)  # it is still held; a waiting filelock notices that the file is gone
             lock.release()
 
 
 @contextmanager
 def writable_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and check that it can be written. Remove it again if nothing was put into it.
+    """Make `folder` and check that it can be written. Remove it again if it stays empty.
 
     Raises:
-        TrainError: it cannot be made or written.
+        TrainError: the folder cannot be made or written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -86,12 +86,12 @@ def writable_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         for path in made:
-            with suppress(OSError):  # it holds results
+            with suppress(OSError):  # the folder holds results
                 path.rmdir()
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove files anywhere in `folder` that a killed run had not finished."""
+    """Remove all files in `folder` and below it that a killed run left unfinished."""
     for part in list(folder.rglob(f"{_PART}*")):
         shutil.rmtree(part, ignore_errors=True)
 
@@ -100,7 +100,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make the file in a temporary folder beside `path`, then move it into place in one step.
 
     Raises:
-        TrainError: it cannot be written, such as to a full disk; an older file is untouched.
+        TrainError: the file cannot be written, for example to a full disk. An older file is then unchanged.
     """
     write_together(path.parent, {path.name: write})
 
@@ -108,7 +108,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """`write_atomically` for several files. All are written before the first one is moved into place."""
     try:
-        # A folder, because some writers make temporary files of their own beside the file they are given.
+        # The file gets a folder, because some writers make temporary files of their own beside it.
         with tempfile.TemporaryDirectory(dir=folder, prefix=_PART) as made:
             parts = [Path(made) / name for name in writers]
             for part, write in zip(parts, writers.values(), strict=True):

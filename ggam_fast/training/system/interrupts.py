@@ -11,7 +11,7 @@ from ggam_fast.training.errors import Interrupted
 
 
 class InterruptGuard:
-    """Inside its `with` block, the first Ctrl-C makes `check` raise, and the second one stops at once."""
+    """Inside the `with` block, the first Ctrl-C makes `check` raise. The second one stops at once."""
 
     def __init__(self) -> None:
         self._requested = False

@@ -1,4 +1,4 @@
-"""The versions of the libraries that decide a run's numbers."""
+"""The versions of the libraries on which a run's numbers depend."""
 
 from __future__ import annotations
 

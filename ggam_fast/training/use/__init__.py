@@ -1,1 +1,1 @@
-"""What is done with a finished run: evaluate, explain and export it."""
+"""Evaluate, explain and export a finished run."""

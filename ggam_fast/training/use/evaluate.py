@@ -1,4 +1,4 @@
-"""`ggam-fast evaluate`: how good a trained classifier is, and whether it looks where the object is."""
+"""`ggam-fast evaluate`: how good a trained classifier is, and whether it looks at the object."""
 
 from __future__ import annotations
 
@@ -48,37 +48,37 @@ class EvaluateConfig:
     run: tyro.conf.Positional[Path] = tyro.MISSING
     """Folder of a run, or a checkpoint in it."""
     data: DataName | None = None
-    """Data set. By default that of the run."""
+    """Name of the data set. The default is the run's own data set."""
     root: Path | None = None
-    """Folder of the data set. By default that of the run."""
+    """Folder of the data set. The default is the folder that the run used."""
     split: str = "test"
-    """Split that is evaluated."""
+    """Split to evaluate."""
     weights: Literal["last", "best"] = "last"
-    """Which classifier of the run. best is that of the best epoch by validation accuracy, else by
-    training loss."""
+    """Classifier of the run. best has the best validation accuracy of all epochs. Without a validation
+    split, it has the least training loss."""
     out: Path | None = None
-    """Folder for evaluation.json and evaluation.html. By default that of the run."""
+    """Folder for evaluation.json and evaluation.html. The default is the run's own folder."""
     faithfulness: int = 32
-    """Number of images for insertion and deletion curves; 0 for none. They are spread over the split."""
+    """Images for insertion and deletion curves. They are spread over the split. 0 draws no curves."""
     steps: int = 16
-    """Points of the insertion and deletion curves after the first one."""
+    """Points of the insertion and deletion curves. The first point is not counted."""
     thresholds: int = 100
-    """Thresholds of MaxBoxAccV2."""
+    """Number of thresholds of MaxBoxAccV2."""
     examples: int = 12
-    """Pictures on the page; 0 for none. Half of them are mistakes, if there are that many."""
+    """Number of pictures on the page. Half of them are mistakes, if there are that many."""
     batch_size: int = 32
     """Images in a batch."""
     workers: int | None = None
-    """Processes that decode images. By default none on the CPU and up to 8 on a GPU."""
+    """Number of processes that decode images. By default 0 on the CPU and up to 8 on a GPU."""
     cache_dir: Path | None = None
     """Where composed images are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
     skip_bad_images: bool = False
-    """Leave out files that cannot be read. A run that was trained with this option always does."""
+    """Leave out files that cannot be read. A run that was trained with this option always leaves them out."""
     enlarge: bool = False
     """Allow images that are smaller than the network's input. A run that was trained with this option
-    always does."""
+    always allows them."""
     device: str = "auto"
-    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU if there is none."""
 
     def check(self) -> None:
         """Raise a `TrainError` for a number out of range."""
@@ -95,7 +95,7 @@ class EvaluateConfig:
 
 
 class Looked(NamedTuple):
-    """Results of one pass over a split: logits (N, K), labels (N,), maps (N, h, w) by name, localisation."""
+    """Results of a pass over a split: logits (N, K), labels (N,), maps (N, h, w) by name, localisation."""
 
     logits: Tensor
     labels: Tensor
@@ -107,7 +107,7 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
     """Evaluate as `config` says, and return the path of the page.
 
     Raises:
-        TrainError: something the user can put right.
+        TrainError: an option or the data are unfit, or a file cannot be read or written.
     """
     config.check()
     device = resolve_device(config.device)
@@ -116,7 +116,9 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
     images = run_images(checkpoint, config.data, config.root, config.cache_dir)
     theirs = checkpoint.description["data"] if config.data is None else {}
     if config.split not in images.splits:
-        raise TrainError(f"--split {config.split}: {images.name} has {', '.join(images.splits)}")
+        raise TrainError(
+            f"--split must be one of {', '.join(images.splits)} for {images.name}; got {config.split}"
+        )
     images = readable(
         images,
         model.backbone.image_size,
@@ -167,14 +169,14 @@ def evaluated(
     if looked.localisation:
         show_localisation(looked.localisation, results["localised_against"], report)
     else:
-        logger.info(f"{images.name} says nothing of where objects are: no localisation")
+        logger.info(f"{images.name} has no annotations of objects, so localisation is not measured")
     if config.faithfulness:
         results["faithfulness"] = faithful(model, images, looked, config, device, report)
     return results, pick_examples(model, images, looked, config)
 
 
 def against(images: ImageSet) -> str | None:
-    """The annotations that localisation is measured against, in words."""
+    """Names of the annotations that localisation is measured against."""
     found = images.annotations
     if found is None:
         return None
@@ -197,7 +199,7 @@ def look(
     device: torch.device,
     report: Report,
 ) -> Looked:
-    """One pass over the split: logits, where the classifier looks, and whether that is the object."""
+    """One pass over the split, for logits, heat maps and localisation."""
     model.eval()
     backbone = model.backbone.to(memory_format=torch.channels_last)
     side = backbone.image_size
@@ -235,7 +237,7 @@ def look(
 
 
 def more_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-5 accuracy (top-K with fewer classes) and expected calibration error over 15 bins."""
+    """Top-5 accuracy and expected calibration error over 15 bins. With K < 5 classes, it is top-K."""
     classes = logits.shape[1]
     top5 = multiclass_accuracy(logits, labels, num_classes=classes, average="micro", top_k=min(5, classes))
     error = multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=_BINS)
@@ -243,7 +245,7 @@ def more_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` places, evenly spread. If there are fewer, all of them."""
+    """`wanted` of `count` places, evenly spread, or all places if there are fewer."""
     wanted = min(wanted, count)
     return [place * count // wanted for place in range(wanted)]
 
@@ -315,7 +317,7 @@ def _batched(places: range, size: int) -> Iterator[range]:
 
 def show_localisation(found: dict[str, dict[str, float]], truth: str, report: Report) -> None:
     header, lines = localisation_rows(found)
-    title = f"localisation against {truth}, % (the last lines know nothing of the image)"
+    title = f"localisation against {truth}, % (the last lines do not depend on the image)"
     table = Table(title=title, title_justify="left")
     for column in header:
         table.add_column(column, justify="left" if column == "map" else "right")

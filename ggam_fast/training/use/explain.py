@@ -1,4 +1,4 @@
-"""`ggam-fast explain`: one figure for each image, of where a classifier looks and what it predicts."""
+"""`ggam-fast explain`: draw for each image where a classifier looks and what it predicts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ggam_fast.training.use.open_run import open_run
 logger = logging.getLogger(__name__)
 
 _TOP = 5
-# Colours of the first run, and of the one it is compared with.
+# Colours of the first and of the second run.
 _BARS = (BLUE, ORANGE)
 
 
@@ -41,21 +41,24 @@ class ExplainConfig:
     compare: Path | None = None
     """A second run with the same classes, such as one without guidance."""
     class_name: str | None = None
-    """Class whose Grad-CAM is drawn, for both runs. By default the one that --run predicts."""
+    """Class whose Grad-CAM is drawn for both runs. By default the class that --run predicts."""
     weights: Literal["last", "best"] = "last"
-    """Which classifier of each run. best is that of the best epoch by validation accuracy, else by
-    training loss."""
+    """Classifier of each run. best has the best validation accuracy of all epochs. Without a validation
+    split, it has the least training loss."""
     out: Path = Path("explained")
     """Folder of the figures. Each is named after its image, and older figures are replaced."""
     enlarge: bool = False
     """Allow images that are smaller than the network's input."""
     device: str = "auto"
-    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU without one."""
+    """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU if there is none."""
 
 
 class Seen(NamedTuple):
-    """One image as one classifier sees it: its crop (H, W, 3) in [0, 1], `attention` and `grad_cam` (h, w),
-    probabilities (K,) and the class of `grad_cam`."""
+    """One image as one classifier sees it.
+
+    It has the crop (H, W, 3) in [0, 1], `attention` and `grad_cam` (h, w), probabilities (K,) and the class
+    of `grad_cam`.
+    """
 
     picture: Tensor
     attention: Tensor | None
@@ -68,16 +71,16 @@ def explain(config: ExplainConfig) -> list[Path]:
     """Draw the figures and return their paths. All images are read before the first figure is written.
 
     Raises:
-        TrainError: something the user can put right.
+        TrainError: an option or an image is unfit, or a file cannot be read or written.
     """
     if not config.images:
-        raise TrainError("give one or more image files")
+        raise TrainError("ggam-fast explain needs one or more image files; got none")
     device = resolve_device(config.device)
     runs = [config.run] if config.compare is None else [config.run, config.compare]
     checkpoints = [open_run(run, config.weights) for run in runs]
     classes = checkpoints[0].classes
     if checkpoints[-1].classes != classes:
-        raise TrainError(f"--run {runs[0]} and --compare {runs[-1]} must be of the same classes")
+        raise TrainError(f"--run {runs[0]} and --compare {runs[-1]} must have the same classes")
     if config.class_name is not None and config.class_name not in classes:
         raise TrainError(f"--class-name must be one of {', '.join(classes)}; got {config.class_name}")
     asked = None if config.class_name is None else classes.index(config.class_name)
@@ -112,7 +115,7 @@ def _enlarges(checkpoint: Checkpoint, config: ExplainConfig) -> bool:
 
 
 def _banner(checkpoint: Checkpoint) -> int:
-    """Height in pixels of the strip that the run cut off at the bottom of every image."""
+    """Height in pixels of the strip that the run cuts off at the bottom of every image."""
     return int(checkpoint.description["data"].get("banner", 0))
 
 
@@ -120,19 +123,19 @@ def read(path: Path, least: int, banner: int = 0) -> Image.Image:
     """The image at `path`. Without its lowest `banner` pixels, no side may be shorter than `least`.
 
     Raises:
-        TrainError: it cannot be read or is smaller.
+        TrainError: the image cannot be read, or it is smaller.
     """
     picture = read_image(path)
     if min(picture.width, picture.height - banner) < least:
         raise TrainError(
             f"{path} ({picture.width} x {picture.height}) is smaller than the crop of {least} x {least}; "
-            "--enlarge brings it up"
+            "enlarge it with --enlarge"
         )
     return picture
 
 
 def figure_names(images: Sequence[Path]) -> list[str]:
-    """The name of each image's figure: its stem. Where stems are the same, the folder comes first.
+    """The name of each image's figure: the stem of its file. If stems are equal, the folder comes first.
 
     Raises:
         TrainError: an image is given twice.
@@ -145,13 +148,12 @@ def figure_names(images: Sequence[Path]) -> list[str]:
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         same = [str(path) for path, one in zip(images, names, strict=True) if one == name]
-        raise TrainError(f"{' and '.join(same[:2])} would both be drawn as {name}; give them in two calls")
+        raise TrainError(f"{' and '.join(same[:2])} would both be drawn as {name}; draw them in two calls")
     return names
 
 
 def run_labels(checkpoints: Sequence[Checkpoint], runs: Sequence[Path]) -> list[str]:
-    """Labels that tell the runs apart: their guidance if it differs, else their names. One run has no
-    label."""
+    """Labels of the runs: their guidance if it differs, else their names. A single run has an empty label."""
     if len(checkpoints) == 1:
         return [""]
     weights = [float(one.description["optim"]["guidance_weight"]) for one in checkpoints]
@@ -163,7 +165,7 @@ def run_labels(checkpoints: Sequence[Checkpoint], runs: Sequence[Path]) -> list[
 
 @torch.no_grad()
 def look(checkpoint: Checkpoint, image: Image.Image, asked: int | None, device: torch.device) -> Seen:
-    """Where the classifier looks in `image`, and Grad-CAM of the class `asked` or of the predicted one."""
+    """Where the classifier looks in `image`. Grad-CAM is that of the class `asked`, or the predicted one."""
     backbone = checkpoint.model.backbone
     inputs = eval_transform(*backbone.preprocessing)(without_banner(image, _banner(checkpoint)))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (backbone.mean, backbone.std))
@@ -181,7 +183,7 @@ def look(checkpoint: Checkpoint, image: Image.Image, asked: int | None, device: 
 
 
 def draw(name: str, seen: Sequence[Seen], labels: Sequence[str], classes: Sequence[str]) -> Figure:
-    """The figure: the image, each run's maps over it, and bars of the likeliest classes."""
+    """A figure of the image, each run's maps over it, and bars for the likeliest classes."""
     maps = []
     for one, label in zip(seen, labels, strict=True):
         below = f"\n{literal(label)}" if label else ""
@@ -200,7 +202,7 @@ def draw(name: str, seen: Sequence[Seen], labels: Sequence[str], classes: Sequen
 
 
 def _bars(axes: Axes, seen: Sequence[Seen], labels: Sequence[str], classes: Sequence[str]) -> None:
-    """The classes that are likeliest by their mean over the runs, a bar for each run."""
+    """Draw the classes with the highest mean probability over the runs, with a bar for each run."""
     order = torch.stack([one.probabilities for one in seen]).mean(0).argsort(descending=True)[:_TOP].tolist()
     height = 0.8 / len(seen)
     for turn, (one, label) in enumerate(zip(seen, labels, strict=True)):

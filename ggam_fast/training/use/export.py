@@ -42,16 +42,16 @@ class ExportConfig:
     format: Literal["torch", "onnx", "both"] = "torch"
     """File format. torch writes model.pt2, which torch.export.load reads; onnx writes model.onnx."""
     maps: bool = False
-    """Output attention and Grad-CAM too. Each is (N, h, w); Grad-CAM is that of the predicted class."""
+    """Output attention and Grad-CAM too, (N, h, w) each. Grad-CAM is that of the predicted class."""
     weights: Literal["last", "best"] = "last"
-    """Which classifier of the run. best is that of the best epoch by validation accuracy, else by
-    training loss."""
+    """Classifier of the run. best has the best validation accuracy of all epochs. Without a validation
+    split, it has the least training loss."""
     out: Path | None = None
-    """Folder for the files. By default that of the run. Older files are replaced."""
+    """Folder for the files. The default is the run's own folder. Older files are replaced."""
 
 
 class Deployed(nn.Module):
-    """The module that is exported: normalised images to a tuple of the outputs in `names`."""
+    """The module to export. It maps normalised images to a tuple of the outputs in `names`."""
 
     def __init__(self, classifier: GGAMClassifier, maps: bool) -> None:
         super().__init__()
@@ -69,11 +69,11 @@ class Deployed(nn.Module):
 
 
 def export_run(config: ExportConfig) -> list[Path]:
-    """Write the files, log how far each is from the eager model, and return their paths.
+    """Write the files, log how much each differs from the eager model, and return their paths.
 
     Raises:
-        TrainError: something is not installed, cannot be exported or written, or differs from the eager
-            model by more than 1e-4 of its largest output. No file is changed then.
+        TrainError: a package is missing, the model cannot be exported or written, or the exported model
+            differs from the eager one by more than 1e-4 of its largest output. No file is changed then.
     """
     formats = ("torch", "onnx") if config.format == "both" else (config.format,)
     missing = [name for name in _NEEDED if "onnx" in formats and importlib.util.find_spec(name) is None]
@@ -101,7 +101,7 @@ def export_run(config: ExportConfig) -> list[Path]:
             with _quiet():
                 exported = (_torch if kind == "torch" else _onnx)(model, side, part, text)
         except OSError:
-            raise  # of writing
+            raise  # from writing the files
         except Exception as error:  # exporters raise errors of many kinds
             raise TrainError(f"cannot export to {kind}: {first_line(error)}") from error
         differences[kind] = difference(model, exported, side, kind)
@@ -116,8 +116,8 @@ def export_run(config: ExportConfig) -> list[Path]:
     for kind, value in differences.items():
         logger.info(
             f"{out / NAMES[kind]}: images (N, 3, {side}, {side}) to {', '.join(model.names)}; largest "
-            f"difference from the eager model {value:.1e} of its largest output, {sum(_BATCHES)} images in "
-            f"batches of {', '.join(map(str, _BATCHES))}"
+            f"difference from the eager model: {value:.1e} of its largest output ({sum(_BATCHES)} images in "
+            f"batches of {', '.join(map(str, _BATCHES))})"
         )
     logger.info(f"{out / DESCRIPTION}: classes, preprocessing and outputs")
     return [out / name for name in writers]
@@ -125,12 +125,12 @@ def export_run(config: ExportConfig) -> list[Path]:
 
 @torch.no_grad()
 def difference(model: nn.Module, exported: Exported, side: int, kind: str) -> float:
-    """The largest difference between an output of `exported` and of `model`, over batches of random images.
+    """The largest difference between outputs of `exported` and of `model`, on batches of random images.
 
     It is a share of the largest value of that output.
 
     Raises:
-        TrainError: it is too large.
+        TrainError: the difference is too large.
     """
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
@@ -186,7 +186,7 @@ def _batch() -> torch.export.Dim:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Hide the exporters' progress and deprecation notes, on which a user cannot act."""
+    """Hide the exporters' progress and deprecation notes. A user can do nothing about them."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -13,18 +13,18 @@ from ggam_fast.training.model.model_file import BEST, Checkpoint, load_checkpoin
 
 
 def open_run(run: Path, weights: str = "last") -> Checkpoint:
-    """The checkpoint of a run's folder, or the file itself.
+    """The checkpoint in a run's folder, or `run` itself if it is a file.
 
     Raises:
-        TrainError: none there, or the best asked for of a file.
+        TrainError: there is no checkpoint, or `run` is a file and the best one was asked for.
     """
     if weights == "best" and run.is_file():
-        raise TrainError(f"--weights best goes with the folder of a run; {run} is a file")
+        raise TrainError(f"--weights best needs the folder of a run; {run} is a file")
     return load_checkpoint(run / BEST if weights == "best" else run)
 
 
 def weights_name(run: Path, weights: str) -> str:
-    """The name of what `open_run` opened: "last" or "best" of a folder, or the file's name."""
+    """The name of the opened checkpoint: "last" or "best" in a folder, or else the file's name."""
     return weights if run.is_dir() else run.name
 
 
@@ -34,7 +34,7 @@ def run_images(
     """The images called `name`, by default those of the run. Their classes must be the checkpoint's.
 
     Raises:
-        TrainError: another list of classes, or the run's own images in other splits than it was trained on.
+        TrainError: the classes differ, or the run's own images are now in other splits.
     """
     theirs = checkpoint.description["data"]
     own = name is None
@@ -52,14 +52,14 @@ def run_images(
             if absent
         )
         raise TrainError(
-            f"--data {name} has {len(images.classes)} classes and the checkpoint {len(checkpoint.classes)}, "
-            f"which must be the same: {detail or 'their order differs'}"
+            f"--data {name} has {len(images.classes)} classes and the checkpoint {len(checkpoint.classes)}. "
+            f"They must be the same: {detail or 'their order differs'}"
         )
-    trained_on = theirs.get("images")  # older checkpoints do not know
+    trained_on = theirs.get("images")  # older checkpoints do not record them
     if own and trained_on not in (None, images.digest()):
         where = f" --root {root}" if root else ""
         raise TrainError(
-            "the run's images are not those it was trained on: some were added or removed, and "
-            f"training images may now be in another split; --data {name}{where} takes them as they are"
+            "the run's images are not those it was trained on. Some were added or removed, so training "
+            f"images may now be in another split. --data {name}{where} uses the present images"
         )
     return images

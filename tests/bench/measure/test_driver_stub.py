@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def copy(x, y, scale, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A kernel, never compiled."""
+    """A kernel that is never compiled."""
 
 
 def test_launches_into_the_stub_are_counted() -> None:
@@ -31,11 +31,11 @@ def test_launches_into_the_stub_are_counted() -> None:
         compiled[(3, 1, 1)](*values)
         compiled.run(3, 1, 1, 0, compiled.function, compiled.packed_metadata, None, None, None, *values)
         assert driver_stub.launch_count() - before == 4
-        compiled[(0, 1, 1)](*values)  # Triton's launcher knows better than to ask the driver for this
+        compiled[(0, 1, 1)](*values)  # Triton's launcher does not ask the driver to launch an empty grid
         assert driver_stub.launch_count() - before == 4
         with pytest.raises(TypeError):
             compiled[(3, 1, 1)]("x", *values[1:])
     assert isinstance(compiled, triton.compiler.CompiledKernel)
     assert compiled.packed_metadata == (2, 1, 0)
-    assert not kernel.device_caches  # nothing is left that would be launched without the stub
+    assert not kernel.device_caches  # no kernel is left that could be launched without the stub
     assert not y.any()

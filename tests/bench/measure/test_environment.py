@@ -1,4 +1,4 @@
-"""What is noted of the machine and the commit."""
+"""The record of the machine and the commit."""
 
 import platform
 import subprocess
@@ -56,5 +56,6 @@ def test_freed_memory_is_kept() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return [int(x) for x in done.stdout.split()]
 
-    # Not of every allocation: what lies between two blocks may part them, and the heap grows once more.
+    # Some allocations may still fault: memory between two free blocks can separate them, so the heap grows
+    # again.
     assert min(faults("kept")) < min(faults("given back")) / 10

@@ -1,4 +1,4 @@
-"""Errors and what is allowed."""
+"""Errors, and the errors that are allowed."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from bench.measure.parity import Refused
 
 
 def test_the_share_of_what_is_allowed() -> None:
-    """Twice the eager reference's error plus two eps."""
+    """The allowed error is twice that of the eager reference, plus two eps."""
     exact = {"logits": torch.ones(4, dtype=torch.float64)}
     eager, found = ({"logits": exact["logits"] * (1 + off)} for off in (1e-2, 1.5e-2))
     eps = torch.finfo(torch.float32).eps
@@ -42,5 +42,5 @@ def test_a_missing_or_broken_result_is_refused() -> None:
 
 def test_a_reference_that_is_off_itself_judges_nobody() -> None:
     exact = {"logits": torch.ones(4, 3)}
-    with pytest.raises(Refused, match="too far to judge by"):
+    with pytest.raises(Refused, match="too far to judge others"):
         parity.check("peer", exact, exact, {"logits": 2 * exact["logits"]}, torch.float32)

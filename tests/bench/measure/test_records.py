@@ -1,4 +1,4 @@
-"""The result files: columns, appending, names."""
+"""Result files: their columns, their growth and their names."""
 
 import csv
 import threading

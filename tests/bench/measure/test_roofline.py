@@ -17,7 +17,7 @@ from bench.suite.cases import PASSES, Case
     ids=str,
 )
 def test_bytes(case: Case, size: int) -> None:
-    """bytes(A) is what torch allocates; the passes' bytes are multiples of it."""
+    """bytes(A) is what torch allocates. The bytes of the passes are multiples of it."""
     assert case.bytes == size
     assert torch.empty(case.n, case.c, case.h, case.w, dtype=case.dtype).nbytes == size
     counted = {run: roofline.floor_bytes(size, run) / size for run in (*PASSES, "copy")}

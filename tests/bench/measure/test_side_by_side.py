@@ -1,4 +1,4 @@
-"""Providers are built, checked and timed together; a failure concerns its provider alone."""
+"""Providers are built, checked and timed together. A failure affects only its own provider."""
 
 import pytest
 

@@ -22,7 +22,7 @@ def test_rounds_fit_the_budget(seconds: float, rounds: int) -> None:
 
 
 def test_a_slow_second_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that slows down for good half-way: the ratio of two calls does not feel it."""
+    """If a machine becomes slow half-way and stays slow, the ratio of two calls does not change."""
     now, started = 0.0, []
 
     def call(seconds: float) -> timing.Call:
@@ -40,7 +40,7 @@ def test_a_slow_second_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peak_memory(device: torch.device) -> None:
-    """Both tensors are held at once; what the call frees before is not."""
+    """The peak has the two tensors that live at once, and not what the call freed before."""
 
     def call(_: int) -> None:
         torch.ones(1 << 16, device=device)

@@ -1,4 +1,4 @@
-"""Which of torch's operations count as launches."""
+"""Which operations of torch count as launches."""
 
 import torch
 from torch import Tensor
@@ -15,5 +15,5 @@ def test_what_of_torch_is_a_launch() -> None:
     assert torch_launches(launches_nothing) == 0
     assert torch_launches(lambda: x.softmax(1).mean().item()) == 3
     assert torch_launches(lambda: torch.zeros(3).clone().add_(1)) == 3
-    # the product, the sum, the first gradient, the product's gradient
+    # these are the product, the sum, the first gradient and the product's gradient
     assert torch_launches(lambda: torch.autograd.grad((x * 2).sum(), x)) == 4

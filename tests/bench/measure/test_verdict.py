@@ -1,4 +1,4 @@
-"""Met or missed."""
+"""The line says whether a target is met."""
 
 import pytest
 

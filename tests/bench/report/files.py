@@ -50,7 +50,7 @@ def result_file(folder: Path, environment: Environment, timings: tuple[str, ...]
 
 
 def host_file(folder: Path, **changes: object) -> Path:
-    """What `python -m bench.host --json` writes; without what is changed to None."""
+    """The file of `python -m bench.host --json`. A key that `changes` sets to None is left out."""
     path = folder / page.HOST
     found = {key: value for key, value in (HOST | changes).items() if value is not None}
     path.write_text(json.dumps(found))

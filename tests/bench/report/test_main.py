@@ -1,4 +1,4 @@
-"""`python -m bench.report`: writes, checks, refuses."""
+"""`python -m bench.report` writes and checks the page, and refuses a partial one."""
 
 from pathlib import Path
 

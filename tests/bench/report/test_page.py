@@ -1,4 +1,4 @@
-"""docs/performance.md shows what the result files say."""
+"""docs/performance.md shows the numbers of the result files."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The tables, from result files made for the test."""
+"""The tables of result files that are made for the test."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_cpu_table_says_that_no_gpu_was_measured(tmp_path: Path) -> None:
     text = tables.markdown([result_file(tmp_path, CPU, ("hot",))])
     assert text.startswith("**No GPU has been measured yet.**")
     assert "| guided step | 2048 x 14 x 14 | 32 | 0.10 | 0.90 (9.0 x) | 0.11 | 0.30 (2.7 x) |" in text
-    assert "resnet50" not in text  # a tiny step's speed on a CPU says nothing
+    assert "resnet50" not in text  # the speed of a tiny step on a CPU means nothing
 
 
 def test_the_newest_row_counts(tmp_path: Path) -> None:

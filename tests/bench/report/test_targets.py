@@ -29,7 +29,10 @@ def test_steps(tmp_path: Path) -> None:
     assert any(
         x.startswith("met    compiled guided step against the best torch.compile, hot: 3.12") for x in lines
     )
-    assert any(x.startswith("met    whole step over the plain head's: 1.01") for x in lines)
-    assert any(x.startswith("MISSED whole step, compiled head over the plain head's: 1.14") for x in lines)
+    assert any(x.startswith("met    whole step over a step with the plain head: 1.01") for x in lines)
+    assert any(
+        x.startswith("MISSED whole step with the compiled head over a step with the plain head: 1.14")
+        for x in lines
+    )
     cpu = list(judged(Results(result_file(tmp_path, CPU, ("hot",)))))
     assert any(x.startswith("met    step, eager against the eager reference: 9.00") for x in cpu)

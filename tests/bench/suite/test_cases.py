@@ -15,7 +15,7 @@ def test_case_text(case: Case) -> None:
     "text", ["", "32x2048x14", "32x2048x14x14-half-nchw-", "1x2x3x4-bfloat16-chwn", "1x2x3x4-int"]
 )
 def test_what_is_no_case(text: str) -> None:
-    with pytest.raises(ValueError, match="a case is"):
+    with pytest.raises(ValueError, match="a case must be"):
         Case.parse(text)
 
 

@@ -17,5 +17,5 @@ def test_whole_training_steps(device: torch.device, monkeypatch: pytest.MonkeyPa
         step = TrainingStep(provider, CPU._replace(size=32, n=2, autocast=torch.bfloat16), device)
         losses[provider] = [float(step()) for _ in range(2)]
         assert all(torch.isfinite(torch.tensor(losses[provider])))
-        assert losses[provider][0] != losses[provider][1]  # the optimizer moved something
+        assert losses[provider][0] != losses[provider][1]  # the optimizer changed the weights
     assert losses["fused_compiled"] == pytest.approx(losses["fused"], rel=1e-3)

@@ -1,4 +1,4 @@
-"""No record without parity: a wrong provider is refused, a right one passes in every pass."""
+"""A record needs parity: a wrong provider is refused, and a correct one is accepted in every pass."""
 
 from collections.abc import Iterator
 
@@ -93,7 +93,7 @@ def test_a_failure_is_its_providers_alone(work: Workload, monkeypatch: pytest.Mo
 
 
 def test_a_wrong_beta_is_refused_by_the_step(work: Workload) -> None:
-    """Raw beta is so small that it must be standardized for the gradients to feel it."""
+    """Raw beta is so small that only standardized beta changes the gradients visibly."""
     exact, eager = work.expected("step")
     head = peers.new_head(GGAMHead, CASE, work.state).to(work.device).train()
     noise = torch.randn(CASE.n, CASE.c, generator=work.random, device=work.device)

@@ -1,6 +1,6 @@
-"""Gates on the compiled kernels that need no GPU: no spills, wide loads and stores.
+"""Compiled kernels have no spills, and their loads and stores are wide.  No GPU is needed.
 
-The interpreter is chosen when triton is imported, so the compiler runs in a process of its own.
+Triton chooses the interpreter at its import, so the compiler runs in a separate process.
 """
 
 import json
@@ -31,7 +31,7 @@ rows = [
 ]
 print(json.dumps(rows))
 """
-# Kernels that read (or write) something of A's size; the rest touch small tensors only.
+# These kernels read or write a tensor of A's size. All others touch only small tensors.
 READS = (
     "spatial_sum",
     "channel_sum",
@@ -59,7 +59,7 @@ def compile_all(
 
 
 def run(program: str, *arguments: str) -> str:
-    """What it prints, without the interpreter."""
+    """The output of a program without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -71,14 +71,18 @@ def run(program: str, *arguments: str) -> str:
 
 
 def resident_warps(code: dict) -> int:
-    """That fit a multiprocessor of sm_90: 65,536 registers, eight a thread at a time, and 227 KB of shared
-    memory, of which a program takes 1 KB more than it asks for."""
+    """The number of programs that fit into a multiprocessor of sm_90.
+
+    It has 65,536 registers, which a thread gets in groups of eight, and 227 KB of shared memory. A program
+    takes 1 KB of it more than it asks for.
+    """
     by_registers = 65536 // (32 * -(-code["registers"] // 8) * 8)
     by_shared = 227 * 1024 // (code["shared"] + 1024)
     return min(by_registers, by_shared * code["num_warps"])
 
 
-# 16 bytes where every row starts on a 16-byte boundary, else 8: 196 two-byte positions are 392 bytes.
+# Accesses have 16 bytes if every row starts on a 16-byte boundary, else 8. 196 two-byte positions are 392
+# bytes.
 @pytest.mark.parametrize(
     ("shape", "dtype", "width"),
     [
@@ -97,7 +101,7 @@ def test_wide_accesses_of_features(shape: tuple[int, int, bool], dtype: str, wid
     assert {name for name, *_ in rows} == {*READS, *WRITES}
     for name, code, row in rows:
         assert code["stack"] == 0, row
-        if code["L"] == 1:  # of small tensors
+        if code["L"] == 1:  # this launch has small tensors only
             continue
         itemsize = 2 if dtype == "bfloat16" else 4
         size = (*shape[:2], itemsize, layout)
@@ -113,7 +117,7 @@ def test_wide_accesses_of_features(shape: tuple[int, int, bool], dtype: str, wid
             assert resident_warps(code) >= 16, row
         if name in READS:
             assert max(code["loads"]) >= width, row
-            # A too, not small operands alone; max_pool reads its maxima once more, one by one.
+            # A is copied too, not only small operands. max_pool reads its maxima again, one by one.
             assert name == "max_pool" or min(code["loads"]) >= 32, row
         if name in WRITES:
             assert min(code["stores"]) >= width, row
@@ -124,15 +128,15 @@ SHAPE = (320, 196, False)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "shape", "dtype"),  # not both types for each, as compiling takes long
+    ("target", "shape", "dtype"),  # not every pair of target and type, because compiling takes long
     [
         ("sm_80", SHAPE, "bfloat16"),
         ("sm_90", SHAPE, "bfloat16"),
         ("sm_90", SHAPE, "float32"),
-        ("sm_90", (2048, 196, True), "bfloat16"),  # spilled where all parts of a map were loaded at once
+        ("sm_90", (2048, 196, True), "bfloat16"),  # it spilled when all parts of a map were loaded at once
         ("sm_100", SHAPE, "float32"),
         ("sm_120", SHAPE, "float32"),
-        ("sm_120", SHAPE, "bfloat16"),  # spilled where channel_sum kept a sum for every element of a tile
+        ("sm_120", SHAPE, "bfloat16"),  # it spilled when channel_sum kept a sum for every element of a tile
         ("gfx942", SHAPE, "bfloat16"),
     ],
 )
@@ -146,7 +150,7 @@ def test_no_kernel_spills(target: str, shape: tuple[int, int, bool], dtype: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_guidance_of_few_channels_and_a_large_map(target: str) -> None:
-    """Spilled where one warp held two blocks of 4,096 positions."""
+    """These kernels spilled when one warp held two blocks of 4,096 positions."""
     rows = compile_all(target, (256, 12544, False), "float32", ("guidance",))
     assert rows
     for _, code, row in rows:
@@ -163,7 +167,7 @@ print(triton.compile(code, target=TARGETS["sm_90"], options=options).asm["ttir"]
 
 
 def test_large_products_are_added_up_outside_the_tensor_cores() -> None:
-    """Which cut off: inside them the error at k = 512 was 1.2e-6 on an H100 (`kernels/tf32.py`)."""
+    """Tensor cores truncate sums. Their error at k = 512 was 1.2e-6 on an H100 (`kernels/tf32.py`)."""
     ttir = run(SUMS)
     assert len(re.findall(r"= tt\.dot ", ttir)) == 3
     assert re.search(r"= tt\.dot %\w+, %\w+, %cst\w*, .*maxNumImpreciseAcc = 1", ttir)

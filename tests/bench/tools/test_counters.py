@@ -1,4 +1,4 @@
-"""ncu's output, as far as it can be read without a GPU."""
+"""The parser of ncu's output, which needs no GPU."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_counters_of_ncu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("==ERROR== no", "no table"), ('"ID","Kernel Name"\n', "no column")]
+    ("text", "message"), [("==ERROR== no", "no table"), ('"ID","Kernel Name"\n', "it lacks")]
 )
 def test_no_counters(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

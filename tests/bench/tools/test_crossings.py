@@ -1,4 +1,4 @@
-"""Passages between the files of a package made for the test."""
+"""Calls between the files of a package that is made for the test."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The first step of a new process."""
+"""The first step of a new process is timed."""
 
 from pathlib import Path
 

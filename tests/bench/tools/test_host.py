@@ -1,4 +1,4 @@
-"""The host's time: numbers written, targets judged, calls in turns."""
+"""The host's time: numbers are written, targets are judged, and calls take turns."""
 
 import json
 import os
@@ -23,7 +23,7 @@ needs_stub = pytest.mark.skipif(
 
 @needs_stub
 def test_numbers_are_written(tmp_path: Path) -> None:
-    """In a process without the interpreter, whose kernels have no launch."""
+    """The command runs in a process without the interpreter, which launches no kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     file = tmp_path / "host.json"
     command = [sys.executable, "-m", "bench.host", "--rounds", "2", "--case", "2x32x3x3-float32"]

@@ -1,4 +1,4 @@
-"""The kernels of one call, and their gaps."""
+"""The kernels of one call and the gaps between them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_kernels_of_one_call() -> None:
         kernel_times.one_call(found, 3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test needs a machine without a GPU")
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert kernel_times.main([]) == 3
     assert "needs a GPU" in capsys.readouterr().err

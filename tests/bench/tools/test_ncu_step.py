@@ -9,7 +9,7 @@ from bench.tools import ncu_step
 
 
 def test_one_call_is_between_the_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: its marks and its device are replaced."""
+    """The test replaces the profiler's marks and the device, so it needs no GPU."""
     seen: list[str] = []
     real = ncu_step.Workload
 

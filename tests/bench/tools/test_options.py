@@ -24,4 +24,4 @@ def test_what_is_no_case(capsys: pytest.CaptureFixture[str]) -> None:
     options.add_case(parser, Case(1, 2, 3, 4))
     with pytest.raises(SystemExit):
         parser.parse_args(["--case", "1x2"])
-    assert "a case is NxCxHxW" in capsys.readouterr().err
+    assert "a case must be NxCxHxW" in capsys.readouterr().err

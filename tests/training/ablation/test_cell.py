@@ -1,4 +1,4 @@
-"""Statistics of beta, against a minimum found by an optimizer."""
+"""The statistics of beta agree with a minimum that an optimizer finds."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Differences between groups of cells are paired by seed."""
+"""Differences between groups of cells pair cells with the same seed."""
 
 import pytest
 
@@ -25,7 +25,8 @@ def test_differences_are_paired_by_seed():
     ours, theirs = Group("channel", "sigmoid", 1.0, guided), Group("channel", "sigmoid", 0.0, plain)
     mean, width = paired_difference(ours, theirs, "test", "accuracy")
     assert mean == pytest.approx(0.02)
-    # Differences 0.03, 0.01, 0.02: deviation 0.01, t = 4.3027 with two degrees of freedom.
+    # The differences are 0.03, 0.01 and 0.02. Their deviation is 0.01, and t = 4.3027 for two degrees of
+    # freedom.
     assert width == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
     assert paired_difference(Group(*ours[:3], guided[:1]), theirs, "test", "accuracy") is None
     assert [group.weight for group in grouped([*plain, *guided])] == [0.0, 1.0]

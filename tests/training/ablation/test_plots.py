@@ -1,4 +1,4 @@
-"""The pictures of an ablation: each seed is a point, and a picture without data is not drawn."""
+"""In the pictures of an ablation each seed is a point. A picture without data is not drawn."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ def group(attention, weight, *accuracies):
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """Figures that are saved, in their order."""
+    """The figures that were saved, in that order."""
     kept: list[Figure] = []
     save = Figure.savefig
 
@@ -47,7 +47,7 @@ def test_a_sweep_needs_guided_cells(tmp_path, figures):
     assert plots.draw_sweep(tmp_path / "sweep.png", [plain, *guided], ["sigmoid"])
     assert figures[0].axes[0].get_xscale() == "log"
     (line,) = [line for line in figures[0].axes[0].lines if line.get_label() == "sigmoid"]
-    assert list(line.get_ydata()) == pytest.approx([90, 60])  # by lambda, not in the order of the cells
+    assert list(line.get_ydata()) == pytest.approx([90, 60])  # in the order of lambda, not of the cells
 
 
 def test_beta_needs_the_weight_that_was_chosen(tmp_path):

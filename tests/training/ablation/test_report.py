@@ -1,4 +1,4 @@
-"""The report of an ablation says what its cells hold."""
+"""The report of an ablation has the numbers of its cells."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from ggam_fast.training.ablation.study import (
 
 @pytest.mark.parametrize(
     ("scale", "words"),
-    [("unit_mean", "eps of 0.5 means the same to all"), ("printed", "is a\ndifference of that eps as well")],
+    [("unit_mean", "eps of 0.5 therefore acts alike"), ("printed", "differ in the effect of that eps")],
 )
 def test_the_report_says_what_the_eps_of_the_norm_means(study, report, scale, words):
     rows = {"attentions": ("none", "spatial"), "seeds": (0,), "attention_scale": scale, "norm_eps": 0.5}

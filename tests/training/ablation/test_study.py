@@ -47,7 +47,7 @@ def test_it_goes_on_where_it_was_interrupted(study, report, monkeypatch):
     monkeypatch.setattr(ablation, "run_cell", run_cell)
     assert ablate(study, report, "the command")
     after = cells(study)
-    # Four attentions, two lambdas, and the better of them for the channel attention; two seeds each.
+    # Four attentions, two lambdas, and the better lambda for the channel attention, with two seeds each.
     assert len(after) == 2 * (4 + 2 + 1)
     assert before.items() <= after.items()
     text = (study.study.out / "report.md").read_text()
@@ -55,7 +55,7 @@ def test_it_goes_on_where_it_was_interrupted(study, report, monkeypatch):
     assert "the command" in text
     for name in ("report.json", "table.png", "sweep.png", "beta.png", "side_by_side.jpg"):
         assert (study.study.out / name).stat().st_size
-    # One more seed adds its cells and leaves the others.
+    # One more seed adds its cells and does not train the others again.
     assert ablate(
         replace(study, study=replace(study.study, seeds=(0, 1, 2), attentions=("none",))), report, ""
     )
@@ -107,7 +107,7 @@ def test_bad_choices_are_named(study, report, change, message):
 def test_a_folder_of_something_else_is_left_alone(study, report):
     study.study.out.mkdir()
     (study.study.out / "thesis.txt").write_text("mine")
-    with pytest.raises(TrainError, match="something else"):
+    with pytest.raises(TrainError, match="it holds other files"):
         ablate(study, report, "")
     assert [path.name for path in study.study.out.iterdir()] == ["thesis.txt"]
 
@@ -143,7 +143,7 @@ def test_every_fifth_training_image_stands_in_for_validation(study):
         (images.labels[train] == label).sum().item() // 5 for label in range(3)
     )
     assert set(held.splits["val"].tolist()) | set(held.splits["train"].tolist()) == set(train.tolist())
-    assert "held out" in held.notes[-1]
+    assert "validation split" in held.notes[-1]
 
 
 def test_the_command(run_command, photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Recipe, preset, file and flags, in that order."""
+"""Flags override the file, which overrides the preset, which overrides the recipe."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_options_saved_with_a_run_repeat_it(tiny_config, report, tmp_path):
 
 
 def test_what_is_told_by_its_place_can_stand_in_a_file_too(tmp_path):
-    """The path of a run or of images has no flag; on the command line it wins."""
+    """The path of a run or of images has no flag. On the command line it overrides the file."""
     (tmp_path / "a.yaml").write_text("run: runs/a\nsteps: 3\n")
     for given, run in (((), "runs/a"), (("runs/b",), "runs/b")):
         config = _parsed("evaluate", EvaluateConfig(), ["--config", str(tmp_path / "a.yaml"), *given])
@@ -92,9 +92,9 @@ def test_options_of_another_run_are_refused(tiny_config, report, capsys):
     out = str(tiny_config.run.out)
     capsys.readouterr()
     assert main(["train", "--resume", out, "--epochs", "9"]) == 2
-    assert "--epochs is 4 there" in capsys.readouterr().err
+    assert "there --epochs is 4" in capsys.readouterr().err
     assert main(["train", "--resume", out + "-not"]) == 2
-    assert "no run of ggam-fast train there" in capsys.readouterr().err
+    assert "--resume must name the folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_check_counts_and_finds_what_is_wrong(tmp_path, capsys):
     assert run("check", "--data", "cub", "--root", root) == 2
     shown = " ".join(capsys.readouterr().out.split())
     assert re.search(
-        rf"the same file in more than one split: \S*{images[0].name}, \S*{images[1].name}", shown
+        rf"one file lies in more than one split: \S*{images[0].name}, \S*{images[1].name}", shown
     )
     assert "2 of 12 images cannot be read" in shown
     assert images[5].name in shown
@@ -59,9 +59,9 @@ def test_preview_draws_annotations(tmp_path, capsys, monkeypatch, name):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "takes list, check or preview"),
+        ((), "must be followed by list, check or preview"),
         (("show",), "got show"),
-        (("preview", "--split", "exam"), "--split exam: elpv has train, val, test"),
+        (("preview", "--split", "exam"), "--split must be one of train, val, test for elpv; got exam"),
         (("preview", "--images", "0"), "--images must be 1 or more"),
         (("preview", "--out", "nowhere/at/all.png"), "--out nowhere/at/all.png cannot be written"),
     ],

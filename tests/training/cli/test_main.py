@@ -32,7 +32,7 @@ def test_train_on_a_folder_end_to_end(run_command, photos, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "out")
     assert checkpoint.classes == ("blue", "green", "red")
     assert checkpoint.model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
-    # Nothing but the results and the cache the test asked for.
+    # The folder holds only the results and the cache that the test asked for.
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out", "cache"}
     assert not list((tmp_path / "cache").rglob("*.part"))
 
@@ -114,7 +114,7 @@ def test_version(capsys):
 
 
 def test_missing_extra_says_what_to_install(tmp_path, environment):
-    """With timm hidden, as on a machine that has the core alone."""
+    """The test hides timm, as on a machine that has only the core."""
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'timm' else find(name, *a)\n"
@@ -145,7 +145,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(run_command, photos, environm
     started = time.monotonic()
     done = run_command("train", "--data", "folder", "--root", photos, *TINY, "--out", "out")
     assert done.returncode == 0, (done.stderr, time.monotonic() - started)
-    assert "running eagerly, torch.compile failed" in done.stdout
+    assert "running eagerly because torch.compile failed" in done.stdout
     assert "Traceback" not in done.stderr
 
 

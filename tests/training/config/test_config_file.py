@@ -1,4 +1,4 @@
-"""Option files: what is written is read back, and a bad file is one line."""
+"""Options are read back as they were written. A bad file gives an error of one line."""
 
 import pytest
 

@@ -1,15 +1,10 @@
-"""Options out of range are named."""
-
-from dataclasses import replace
+"""A message names the option that is out of range."""
 
 import pytest
 
 from ggam_fast.training.config.options import TrainConfig
 from ggam_fast.training.errors import TrainError
-
-
-def with_(config, **options):
-    return replace(config, optim=replace(config.optim, **options))
+from tests.training.runs import with_
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: targets are the shares of what was mixed."""
+"""The targets of Mixup and CutMix are the shares of the mixed images."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Files that are no images are found, counted and named."""
+"""Files that are not images are found, counted and named."""
 
 import logging
 
@@ -11,7 +11,7 @@ from tests.training.conftest import TINY
 
 @pytest.fixture
 def spoiled(photos):
-    """Three of thirty files are no images: truncated, text, empty."""
+    """Three of thirty files are not images: one is truncated, one is text, one is empty."""
     whole = (photos / "red" / "1.png").read_bytes()
     (photos / "red" / "1.png").write_bytes(whole[:200])
     (photos / "green" / "2.png").write_bytes(b"text")

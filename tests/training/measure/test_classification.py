@@ -1,4 +1,4 @@
-"""Metrics worked out by hand."""
+"""Metrics agree with values worked out by hand."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_numbers_worked_out_by_hand():
     assert metrics.accuracy == pytest.approx(6 / 8)
     assert metrics.recall == pytest.approx([4 / 5, 1 / 2, 1])
     assert metrics.balanced_accuracy == pytest.approx((4 / 5 + 1 / 2 + 1) / 3)
-    # F1 = 2 TP / (2 TP + FP + FN), a class at a time.
+    # For each class, F1 = 2 TP / (2 TP + FP + FN).
     assert metrics.macro_f1 == pytest.approx((8 / 10 + 2 / 4 + 1) / 3)
     assert metrics.confusion == [[4, 1, 0], [1, 1, 0], [0, 0, 1]]
     assert metrics.support == [5, 2, 1]

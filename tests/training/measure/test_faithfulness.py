@@ -1,4 +1,4 @@
-"""Insertion and deletion curves of a classifier known by hand."""
+"""Insertion and deletion curves of a classifier whose probabilities are known."""
 
 import torch
 

@@ -12,7 +12,7 @@ from ggam_fast.training.measure.geometry import Placed, boxes_to_masks, object_s
 
 @pytest.fixture
 def marked(tmp_path):
-    """Two pictures, wide and high, black but for a white block of 12 x 8 pixels."""
+    """A wide and a high picture, black except for a white block of 12 x 8 pixels."""
     blocks = ((40, 30), (20, 60))
     files, boxes, masks = [], [], []
     for number, (size, (x, y)) in enumerate(zip(((120, 90), (80, 130)), blocks, strict=True)):

@@ -9,7 +9,7 @@ from ggam_fast.training.measure.geometry import Placed, boxes_to_masks
 
 
 def heat(*points, size=(10, 10), background=0.0):
-    """Maps with single warm pixels (x, y, value)."""
+    """Maps that are zero except at the pixels (x, y, value)."""
     maps = torch.full((1, *size), background)
     for x, y, value in points:
         maps[0, y, x] = value
@@ -27,7 +27,7 @@ def test_peak_is_the_first_of_equals():
 
 @pytest.mark.parametrize(("tolerance", "hit"), [(0, False), (4.9, False), (5, True), (100, True)])
 def test_pointing_game_allows_a_circle(tolerance, hit):
-    # From the peak (1, 1) to the nearest pixel (4, 5) of the object: 3 across, 4 down.
+    # The nearest pixel (4, 5) of the object is 3 across and 4 down from the peak (1, 1).
     maps, area = heat((1, 1, 1.0)), mask(4, 5, 9, 9)
     assert loc.pointing_game(maps, area, tolerance).tolist() == [hit]
 
@@ -60,7 +60,7 @@ def test_parts_that_are_not_visible_do_not_count():
 
 
 def test_box_overlaps_by_hand():
-    # A plateau of 1 (2 x 2) in one of 0.5 (4 x 4), and a second island of 0.7 (1 x 3).
+    # A plateau of 1 (2 x 2) lies in a plateau of 0.5 (4 x 4). A second island has 0.7 (1 x 3).
     maps = torch.zeros(1, 12, 12)
     maps[0, 2:6, 2:6] = 0.5
     maps[0, 3:5, 3:5] = 1.0
@@ -83,7 +83,7 @@ def test_constant_map_has_no_box():
 
 
 def test_max_box_acc_v2_by_hand():
-    # Thresholds suit different images; the best one threshold for each delta counts.
+    # Different thresholds suit the images. For each delta, the best single threshold counts.
     overlaps = torch.tensor([[0.9, 0.1], [0.2, 0.6], [0.2, 0.35]])
     # delta 0.3: 1/3, 2/3 -> 2/3; 0.5: 1/3, 1/3 -> 1/3; 0.7: 1/3, 0 -> 1/3
     assert loc.max_box_acc_v2(overlaps) == pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3)

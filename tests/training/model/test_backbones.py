@@ -1,4 +1,4 @@
-"""Backbones give maps in one layout, with the weights that were asked for."""
+"""Backbones have the requested weights, and return maps in one layout."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_every_packaged_weight_has_one_name_in_timm(classifying):
 
 
 def test_known_photograph(classifying):
-    """Rear admiral Grace Hopper, which comes with matplotlib, wears a military uniform (652)."""
+    """matplotlib's photograph of Rear Admiral Grace Hopper shows a military uniform, class 652."""
     photo = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     image = read_image(photo).resize((224, 224), resample=3)
     look = eval_transform(224, (0.5,) * 3, (0.5,) * 3)

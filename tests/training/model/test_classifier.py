@@ -1,4 +1,4 @@
-"""One step of a classifier is that of the loss in two parts."""
+"""One step of a classifier equals a step with the loss in two parts."""
 
 import copy
 

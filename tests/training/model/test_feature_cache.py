@@ -1,4 +1,4 @@
-"""Cached maps are those that the backbone computes."""
+"""Cached maps equal those that the backbone computes."""
 
 import os
 
@@ -47,7 +47,7 @@ def test_cached_maps_are_those_computed_afresh(tmp_path, backbone, images):
     assert maps.shape == (48, backbone.num_features, *backbone.feat_size)
     assert maps.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        for index in (0, 6, 7, 47):  # within, at the end of and after a batch; the padded last one
+        for index in (0, 6, 7, 47):  # inside, at the end of and after a batch, and in the padded last batch
             fresh = backbone(images[index][0][None])[0]
             torch.testing.assert_close(maps[index], fresh, rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Heat maps are those of the class that was asked for."""
+"""Heat maps are those of the requested class."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A saved classifier gives the same bits, and any other file is refused in one line."""
+"""A saved classifier gives the same bits. Any other file gives an error of one line."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ def classifier(head: HeadConfig) -> GGAMClassifier:
     torch.manual_seed(0)
     backbone = create_backbone("test_resnet", pretrained=False, image_size=64)
     model = GGAMClassifier(backbone, create_head(backbone, 3, head))
-    model.train()(IMAGES)  # moves the statistics of batch norm off their initial values
+    model.train()(IMAGES)  # changes the statistics of batch norm
     return model.eval()
 
 
@@ -131,5 +131,5 @@ def test_weights_of_another_program_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(TrainError, match="not written by ggam_fast"):
+    with pytest.raises(TrainError, match="must be a checkpoint written by ggam_fast"):
         load_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""Runs that are stopped on purpose, and how their results are compared."""
+"""Stop runs on purpose, and compare their results."""
 
 from functools import partialmethod
 from pathlib import Path
@@ -9,7 +9,7 @@ from ggam_fast.training.run.loop import Trainer
 
 
 class Stopped(BaseException):
-    """What a test raises where a run would be killed."""
+    """A test raises this at the point where a run would be killed."""
 
 
 def stop_after(monkeypatch, steps: int) -> None:
@@ -32,7 +32,7 @@ def same(ours, theirs) -> bool:
 
 
 def full_disk(monkeypatch, name: str) -> None:
-    """From now on a file called `name` does not fit."""
+    """Make the disk full for files called `name`."""
     write, write_text = Path.write_bytes, Path.write_text
 
     def half(path, content, *rest, whole):

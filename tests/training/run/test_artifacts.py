@@ -1,4 +1,4 @@
-"""What a run keeps: its best, its last and its snapshots, and nothing of an older run."""
+"""A run keeps its best and last classifier and its snapshots, and no file of an older run."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The log of a run that was stopped is that of one that was not."""
+"""A stopped and resumed run has the log of a run without a stop."""
 
 import json
 from dataclasses import replace

@@ -1,7 +1,6 @@
-"""The training loop, each option seen to do what it says."""
+"""Each option of the training loop does what its help says."""
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from ggam_fast.training.config.options import OptimConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run.loop import Trainer, _schedule
 from ggam_fast.training.run.train import train
+from tests.training.runs import numbers, said
 
 
 def test_cosine_falls_from_the_highest_rate_to_nothing():
@@ -62,7 +62,7 @@ def test_what_is_left_over_of_an_epoch_is_a_step_of_its_own(maps):
     fit = fitted(new_head(), maps(4), accumulate=3)
     assert fit.steps == 2
     assert all(p.grad is None for p in fit.trained.parameters())
-    # Of as many batches as it has: one batch alone is a step like any other.
+    # An epoch of a single batch, with accumulate above 1, takes one ordinary step.
     alone = fitted(new_head(), maps(16), accumulate=4)
     for ours, theirs in zip(
         alone.trained.parameters(), fitted(new_head(), maps(16)).trained.parameters(), strict=True
@@ -112,17 +112,6 @@ def test_one_cycle_of_any_length(steps):
         optimizer.step()
         schedule.step()
     assert 0 < min(rates) <= max(rates) <= 0.1
-
-
-def said(report) -> str:
-    return report.console.file.getvalue()
-
-
-def numbers(folder) -> dict:
-    results = json.loads((folder / "metrics.json").read_text())
-    for epoch in results["epochs"]:
-        del epoch["images_per_second"]
-    return {"test": results["test"], "epochs": results["epochs"]}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Snapshots are written whole, and the last three stay."""
+"""Snapshots are written whole, and the last three are kept."""
 
 from dataclasses import replace
 

@@ -1,6 +1,5 @@
 """A run from its options to its results."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -11,19 +10,7 @@ from ggam_fast.training import load_checkpoint
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run.prepare import create_classifier
 from ggam_fast.training.run.train import train
-
-
-def with_(config, **options):
-    return replace(config, optim=replace(config.optim, **options))
-
-
-@pytest.fixture
-def maps():
-    from ggam_fast.training.data.batches import MapBatches
-
-    features = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(16) % 3
-    return lambda size: MapBatches(features, labels, size, torch.device("cpu"), shuffle_seed=0)
+from tests.training.runs import numbers, said, with_
 
 
 @pytest.mark.parametrize("finetune", [False, True])
@@ -41,20 +28,9 @@ def test_training_takes_the_fused_loss(tiny_config, report, monkeypatch, finetun
     assert train(with_(config, mixup=0.5), report).metrics is not None
 
 
-def said(report) -> str:
-    return report.console.file.getvalue()
-
-
-def numbers(folder) -> dict:
-    results = json.loads((folder / "metrics.json").read_text())
-    for epoch in results["epochs"]:
-        del epoch["images_per_second"]
-    return {"test": results["test"], "epochs": results["epochs"]}
-
-
 def test_run_learns_and_leaves_all_its_results(tiny_config, report):
-    # At the default rate 24 steps change little: what it then answers is chance.
-    tiny_config = replace(tiny_config, optim=replace(tiny_config.optim, lr=3e-3))
+    # At the default rate, 24 steps change little and the predictions stay random.
+    tiny_config = with_(tiny_config, lr=3e-3)
     outcome = train(tiny_config, report)
     out = tiny_config.run.out
     names = {path.name for path in out.iterdir()}
@@ -74,7 +50,7 @@ def test_same_seed_same_numbers_and_weights(tiny_config, report, elsewhere):
     cached = elsewhere(tiny_config, "again")
     train(cached, report)  # its maps come from the cache
     other = elsewhere(tiny_config, "other")
-    train(replace(other, optim=replace(other.optim, seed=1)), report)
+    train(with_(other, seed=1), report)
     assert numbers(tiny_config.run.out) == numbers(cached.run.out)
     assert said(report).count("feature maps, ") == 2  # random weights differ with the seed
     first, second, third = (

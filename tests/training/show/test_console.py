@@ -1,4 +1,4 @@
-"""What a run says: plain text is printed as it is, and a count without a terminal is a line now and then."""
+"""Text is printed unchanged. Without a terminal, a progress bar becomes a line from time to time."""
 
 import logging
 
@@ -7,10 +7,7 @@ import torch
 
 from ggam_fast.training.measure.classification import classification_metrics
 from ggam_fast.training.show import console
-
-
-def said(report) -> str:
-    return report.console.file.getvalue()
+from tests.training.runs import said
 
 
 def test_square_brackets_are_text(report):
@@ -52,7 +49,7 @@ def test_a_silent_report_prints_nothing(capsys):
 def test_what_the_package_logs_is_a_line_of_the_report(report):
     logger = logging.getLogger("ggam_fast.training.anywhere")
     logger.info("one image is [bold]")
-    with report.listening():  # a second time, which prints nothing twice
+    with report.listening():  # nested blocks print each line once
         logger.warning("running eagerly")
     logger.debug("not for users")
     logging.getLogger("another.library").warning("not ours")

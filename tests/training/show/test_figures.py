@@ -1,4 +1,4 @@
-"""Images and heat maps on axes, and names as text."""
+"""Images and heat maps are drawn on axes, and names are drawn as text."""
 
 import torch
 

@@ -9,10 +9,11 @@ import pytest
 from ggam_fast.training.run.train import train
 from ggam_fast.training.show.page import page
 from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run
+from tests.training.runs import said
 
 
 class Page(HTMLParser):
-    """What an HTML page shows and refers to."""
+    """Collects the text of an HTML page and the addresses in it."""
 
     def __init__(self, text):
         super().__init__()
@@ -36,11 +37,11 @@ def test_the_page_needs_nothing_else_and_escapes_names(trained, photos, report, 
     assert all(reference.startswith("data:image/jpeg;base64,") for reference in shown.references)
     assert not {"script", "link", "iframe"} & set(shown.tags)
     assert not re.search(r"https?:|url\(|@import", text)
-    # One picture of the curves, and every test image.
+    # The page has one picture of the curves and one of every test image.
     assert shown.tags.count("img") == 1 + 6
     found = json.loads((out / "evaluation.json").read_text())
     assert found["localisation"] == {}
-    assert "says nothing of where objects are" in report.console.file.getvalue()
+    assert "has no annotations of objects" in said(report)
     assert f"{100 * found['classification']['accuracy']:.1f} %" in shown.text
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "evaluation.html"}
 
@@ -56,7 +57,7 @@ def test_names_are_text(photos, tiny_config, report, tmp_path):
 
 
 def results(classes: int) -> dict:
-    """What evaluation.json holds of a run that has looked at no image, and three kinds of guesses."""
+    """The content of evaluation.json for a run without heat maps, with three kinds of predictions."""
     confusion = [[0] * classes for _ in range(classes)]
     confusion[3][7], confusion[8][2], confusion[5][5] = 4, 9, 20
     shares = dict.fromkeys(("accuracy", "majority", "top5", "balanced_accuracy", "macro_f1"), 0.25)

@@ -1,4 +1,4 @@
-"""Two processes under torchrun learn what one process learns on batches twice the size."""
+"""Two processes under torchrun learn the same as one process with batches of twice the size."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ggam_fast.training.system.distributed import ALONE, joined, local_device
 from tests.training.conftest import TINY
 
-# Batch norm sees half of each batch in each process, so the models compared have none in the head.
+# In each process, batch norm would see half of each batch. The compared heads therefore have none.
 OPTIONS = ("--no-compile", "--hidden-size", "0", "--clip-grad", "1")
 
 
@@ -25,7 +25,7 @@ def test_two_processes_follow_one(environment, photos, tmp_path):
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("images (") == 1  # one process speaks
+        assert done.stdout.count("images (") == 1  # only one process prints
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)

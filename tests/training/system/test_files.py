@@ -48,7 +48,7 @@ def test_what_a_killed_run_was_writing_goes(tiny_config, report):
 def test_one_run_at_a_time_in_a_folder(tiny_config, report):
     with (
         output_folder(tiny_config.run.out, "photos"),
-        pytest.raises(TrainError, match="another run is writing"),
+        pytest.raises(TrainError, match="another run is writing to it"),
     ):
         train(tiny_config, report)
     train(tiny_config, report)
@@ -113,7 +113,7 @@ def test_one_process_after_the_other(tmp_path):
         def busy():
             seen.append((tmp_path / "made").exists())
             if len(seen) == 2:
-                other.stdin.close()  # now it goes on
+                other.stdin.close()  # the other process now continues
 
         with locked(path, busy):
             assert (tmp_path / "made").exists()
@@ -140,5 +140,5 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         raise AssertionError("nobody holds it")
 
     with output_folder(tmp_path, "photos") as folder, locked(tmp_path / "other.lock", busy):
-        assert folder == tmp_path  # a lock alone does not make the folder a run's
+        assert folder == tmp_path  # a folder with only a lock does not hold a run
     assert not path.exists()

@@ -1,4 +1,4 @@
-"""The first Ctrl-C waits for a safe point, the second one stops at once."""
+"""The first Ctrl-C waits for a safe point. The second one stops at once."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""`ggam-fast evaluate` measures what it says, against a plain loop."""
+"""The numbers of `ggam-fast evaluate` equal those of a plain loop."""
 
 import json
 import re
@@ -19,6 +19,7 @@ from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.run.train import train
 from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run, more_metrics, spread
 from tests.training import trees
+from tests.training.runs import said
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
         *("attention", "Grad-CAM, label", "Grad-CAM, guess"),
         *("centre Gaussian", "uniform map"),
     }
-    # The shares inside boxes, of maps made one image at a time, of the class that the name says.
+    # The shares inside boxes are those of maps made for one image at a time, for the class in the name.
     for name, classes_of in (("Grad-CAM, label", labels), ("Grad-CAM, guess", logits.argmax(1))):
         shares = []
         for row, of in zip(rows.tolist(), classes_of, strict=True):
@@ -57,7 +58,7 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
             area = placed(images, [row], transform, 64).areas
             shares.append(energy(enlarged(heat, (64, 64)), area).item())
         assert found["localisation"][name]["energy"] == pytest.approx(sum(shares) / len(shares), rel=1e-3)
-    assert not labels.equal(logits.argmax(1))  # else the two could not be told apart
+    assert not labels.equal(logits.argmax(1))  # otherwise the test could not tell the two apart
     for name in ("attention", "Grad-CAM, label", "centre Gaussian"):
         assert set(found["localisation"][name]) == {
             *("pointing", "pointing_15px", "energy", "max_box_acc_v2", "parts"),
@@ -67,13 +68,13 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
     assert set(maps) == {"Grad-CAM, guess", "attention", "random order"}
     whole = logits.softmax(1).amax(1).mean().item()
     for both in maps.values():
-        # The whole image is where insertion ends and deletion begins.
+        # Insertion ends and deletion begins with the whole image.
         assert both["insertion"]["curve"][-1] == pytest.approx(whole, abs=1e-5)
         assert both["deletion"]["curve"][0] == pytest.approx(whole, abs=1e-5)
         for kind in ("insertion", "deletion"):
             curve = torch.tensor(both[kind]["curve"])
             assert both[kind]["area"] == pytest.approx(torch.trapezoid(curve).item() / 3, abs=1e-5)
-    assert "localisation against boxes and parts" in report.console.file.getvalue()
+    assert "localisation against boxes and parts" in said(report)
 
 
 def test_top5_and_calibration_of_known_logits():
@@ -103,7 +104,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(trained, photos, tmp_path, cap
         assert not out.exists()
         return error
 
-    assert "--split holdout: photos has train, test" in refused(trained, "--split", "holdout")
+    assert "--split must be one of train, test for photos; got holdout" in refused(
+        trained, "--split", "holdout"
+    )
     assert "--examples must be 0 or more; got -1" in refused(trained, "--examples", "-1")
     assert "no checkpoint at" in refused(tmp_path / "nowhere")
     assert "find any class folder" in refused(trained, "--data", "folder", "--root", tmp_path / "cache")

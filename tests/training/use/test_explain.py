@@ -1,4 +1,4 @@
-"""`ggam-fast explain` draws what the classifier computes, and all of its images or none."""
+"""`ggam-fast explain` draws what the classifier computes, for all images or for none."""
 
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from ggam_fast.training.run.train import train
 from ggam_fast.training.use import explain as explanation
 from ggam_fast.training.use.explain import ExplainConfig, explain, figure_names, look
 from tests.training.conftest import write_image
+from tests.training.runs import said
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_what_is_drawn_is_what_the_classifier_computes(run, photos):
         logits = checkpoint.model(inputs)[0]
     torch.testing.assert_close(seen.probabilities, logits.softmax(0))
     assert seen.of == logits.argmax()
-    # Grad-CAM by autograd: relu of the channels weighted by the mean derivative of the logit.
+    # By autograd, Grad-CAM is relu of the channels weighted by the mean derivative of the logit.
     asked = 1
     features = features.clone().requires_grad_()
     checkpoint.model.head(features)[0, asked].backward()
@@ -66,13 +67,13 @@ def test_one_figure_an_image_and_two_runs_side_by_side(run, unguided, photos, re
     paths = explain(config)
     assert [path.name for path in paths] == ["red-0.png.png", "blue-0.png.png", "1.png"]
     sizes = {Image.open(path).size for path in paths}
-    # The image, two maps of each run, and the bars.
+    # The figure has the image, two maps of each run, and the bars.
     assert sizes == {(round(100 * (2.5 * 5 + 3.6)), 310)}
     assert [labels for _, _, labels in drawn] == [["guidance 0.001", "no guidance"]] * 3
-    # Both runs are asked about the class that the first one predicts.
+    # Both runs show the class that the first one predicts.
     assert all(seen[0].of == seen[1].of == seen[0].probabilities.argmax() for _, seen, _ in drawn)
     assert any(not seen[0].grad_cam.allclose(seen[1].grad_cam) for _, seen, _ in drawn)
-    assert report.console.file.getvalue().count("no guidance: ") == 3
+    assert said(report).count("no guidance: ") == 3
 
 
 def test_a_class_can_be_asked_for(run, photos, report, tmp_path, monkeypatch):
@@ -115,7 +116,7 @@ def test_bad_input_is_one_line_and_draws_nothing(run, unguided, photos, tmp_path
     assert "bad.jpg: not an image file" in refused(good, bad, "--run", run)
     assert "gone.jpg: no such file" in refused(good, tmp_path / "gone.jpg", "--run", run)
     assert "red: " in refused(photos / "red", "--run", run)
-    assert "give one or more image files" in refused("--run", run)
+    assert "needs one or more image files" in refused("--run", run)
     assert "--class-name must be one of blue, green, red; got pink" in refused(
         good, "--run", run, "--class-name", "pink"
     )
@@ -126,7 +127,7 @@ def test_small_images_and_other_classes_are_refused(tiny_config, run, photos, re
     (photos / "red").rename(photos / "rouge")
     other = replace(tiny_config, run=replace(tiny_config.run, out=tmp_path / "other"))
     train(other, report)
-    with pytest.raises(TrainError, match="must be of the same classes"):
+    with pytest.raises(TrainError, match="must have the same classes"):
         explain(ExplainConfig((photos / "blue" / "0.png",), run, other.run.out))
     with pytest.raises(TrainError, match=r"0.png \(28 x 20\) is smaller than the crop of 64 x 64"):
         explanation.read(photos / "blue" / "0.png", 64)

@@ -1,4 +1,4 @@
-"""Exported files give what the eager classifier gives, for any batch, without this package."""
+"""Exported files give the results of the eager classifier for any batch, without this package."""
 
 import importlib.util
 import json
@@ -16,6 +16,7 @@ from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run.train import train
 from ggam_fast.training.use import export as exporting
 from ggam_fast.training.use.export import Deployed, ExportConfig, difference, export_run
+from tests.training.runs import said
 
 ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
@@ -59,7 +60,7 @@ def test_same_outputs_for_any_batch(run, report, tmp_path, kind, maps):
     assert description["classes"] == ["blue", "green", "red"]
     assert description["outputs"] == (["logits", "attention", "grad_cam"] if maps else ["logits"])
     assert description["inputs"] == {"images": ["N", 3, 64, 64]}
-    assert "largest difference from the eager model" in report.console.file.getvalue()
+    assert "largest difference from the eager model" in said(report)
 
 
 @pytest.mark.parametrize("head", [{"attention": "channel"}, {"cam_at": "attended"}, {"pool_type": "flatten"}])

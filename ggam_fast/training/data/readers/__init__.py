@@ -1,6 +1,6 @@
-"""One file a data set: from its own layout on disk to an `ImageSet`.
+"""Read data sets in their own layouts on disk into an `ImageSet`. Each data set has its own module.
 
-Nothing is downloaded. `READERS` maps the name that --data takes to the reader and what a user must know.
+Nothing is downloaded. `READERS` has the names that --data takes, each with its reader and its description.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from ggam_fast.training.errors import TrainError
 
 
 class Reader(NamedTuple):
-    """`read(root, cache)`; `holds`: what --root must hold; `annotations`: what can be localised."""
+    """How a data set is read and what it has.
+
+    `read(root, cache)` reads it. `holds` says what --root must hold. `annotations` names its annotations.
+    """
 
     read: Callable[[Path, Path], ImageSet]
     holds: str
@@ -26,13 +29,13 @@ class Reader(NamedTuple):
 READERS: dict[str, Reader] = {
     "elpv": Reader(
         elpv.read,
-        "(no --root: it comes with the `train` extra)",
+        "nothing, because elpv comes with the `train` extra",
         "none",
         "solar cells; Buerhop-Lutz, Deitsch et al.; CC BY-NC-SA 4.0",
     ),
     "folder": Reader(
         folder.read,
-        "class folders, or train/ and test/ (or val/) with class folders each",
+        "class folders, or train/ and test/ (or val/) that hold class folders",
         "none",
         "your own images",
     ),
@@ -40,7 +43,7 @@ READERS: dict[str, Reader] = {
         birds.read,
         "usr/ of the Debian packages tuxpaint-stamps-default and mate-backgrounds, unpacked",
         "boxes, masks",
-        "birds cut out and put before other backgrounds; GPL-2 and GPL-2+",
+        "cut-out birds on other backgrounds; GPL-2 and GPL-2+",
     ),
     "cub": Reader(
         cub.read,
@@ -76,17 +79,19 @@ READERS: dict[str, Reader] = {
 
 
 def read_images(name: str, root: Path | None, cache: Path) -> ImageSet:
-    """The data set `name` from `root`; what a reader has to make goes to `cache`.
+    """Read the data set `name` from `root`. `cache` takes the files that a reader makes.
 
     Raises:
-        TrainError: no root, or not what the reader expects there.
+        TrainError: `root` is missing, or it does not hold what the reader expects.
     """
     if name == "elpv":
         if root is not None:
-            raise TrainError("--root goes with another --data: elpv comes with its package")
+            raise TrainError(
+                f"--data elpv takes no --root, because elpv comes with its package; got --root {root}"
+            )
         return elpv.read(Path(), cache)
     if root is None:
-        raise TrainError(f"--data {name} needs --root DIR, which holds {READERS[name].holds}")
+        raise TrainError(f"--data {name} needs --root, a folder that holds {READERS[name].holds}")
     if not root.is_dir():
         raise TrainError(f"--root {root} is not a folder")
     return READERS[name].read(root, cache)

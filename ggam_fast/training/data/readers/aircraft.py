@@ -1,4 +1,4 @@
-"""FGVC-Aircraft in its official layout, with boxes; the credit line at the bottom is cut off."""
+"""FGVC-Aircraft in its official layout, with boxes. The credit line at the bottom is cut off."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ _FILES = (
 
 
 def read(root: Path, cache: Path) -> ImageSet:
-    """The 10,000 aircraft of 100 variants with the official three splits; or train/ and test/ folders of
-    them (their banner is cut off too)."""
+    """The 10,000 aircraft of 100 variants, in the three official splits or in train/ and test/ folders.
+
+    The banner is cut off in either case.
+    """
     if (root / "train").is_dir():
         return image_folder.read(root, cache).cropped(BANNER)
     base = base_folder(root, "fgvc-aircraft-2013b", _FILES)
     if base.name != "fgvc-aircraft-2013b":
-        raise TrainError(f"--root {root}: FGVC-Aircraft must lie in a folder called fgvc-aircraft-2013b")
+        raise TrainError(f"--root must hold FGVC-Aircraft in a folder called fgvc-aircraft-2013b; got {root}")
     files: list[Path] = []
     labels: list[int] = []
     splits = {}
@@ -40,7 +42,7 @@ def read(root: Path, cache: Path) -> ImageSet:
             files += [Path(path) for path in part._image_files]
             labels += part._labels
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise TrainError(f"--root {root}: not the layout of FGVC-Aircraft: {error}") from error
+        raise TrainError(f"--root {root} does not have the layout of FGVC-Aircraft: {error}") from error
     box = {}
     path = base / "data" / "images_box.txt"
     for line in lines(path):
@@ -48,7 +50,7 @@ def read(root: Path, cache: Path) -> ImageSet:
             image, x0, y0, x1, y1 = (int(number) for number in line.split())
         except ValueError as error:
             raise TrainError(f"{path}: expected an image and 4 numbers; got {line!r}") from error
-        # Corners counted from 1, the last ones included.
+        # Corners are counted from 1 and belong to the box.
         box[f"{image:07d}"] = [x0 - 1, y0 - 1, x1, y1]
     missing = [file.stem for file in files if file.stem not in box]
     if missing:
@@ -62,7 +64,7 @@ def read(root: Path, cache: Path) -> ImageSet:
         flips=((), (-1,)),
         notes=(
             "FGVC-Aircraft (Maji et al., arXiv 1306.5151), variants, official splits",
-            f"the lowest {BANNER} pixels of every image, its credit line, are cut off",
+            f"the lowest {BANNER} pixels of every image, which hold the credit line, are cut off",
         ),
         annotations=Annotations(torch.tensor([box[file.stem] for file in files], dtype=torch.float32)),
         banner=BANNER,

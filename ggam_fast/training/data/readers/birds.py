@@ -1,11 +1,11 @@
-"""birds-on-backgrounds: cut-out photographs of birds before photographs of other places.
+"""birds-on-backgrounds: cut-out photographs of birds on photographs of other places.
 
-One photograph a class, so a trained model shows how well it finds a known bird in a new scene, not how well
-it knows a species. Its worth is the exact masks that the cut-outs' alpha channels give: they say whether
-attention and Grad-CAM lie on the bird.
+Each class has one photograph. Accuracy therefore measures how well a model finds a known bird in a new scene,
+not how well it knows a species. The set is useful for its exact masks, which come from the alpha channels of
+the cut-outs. They show whether attention and Grad-CAM lie on the bird.
 
-Birds: Debian's tuxpaint-stamps-default (GPL-2). Backgrounds: mate-backgrounds (GPL-2+). No background is in
-two splits.
+The birds are from Debian's tuxpaint-stamps-default (GPL-2), the backgrounds from mate-backgrounds (GPL-2+).
+No background is in two splits.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ SPLIT_OF_BACKGROUND = {
     "test": ("Blinds", "Garden", "Storm", "TwoWings"),
 }
 SCENES = {"train": 24, "val": 6, "test": 12}
-"""Images of each bird in each split."""
+"""Number of images of each bird in each split."""
 
 SIZE = 288
 """Side of an image in pixels."""
 
-# A second picture of a bird that is there already.
+# These are second pictures of birds that the set already has.
 _LEFT_OUT = ("heron_greatblue_flying",)
 _OPAQUE = 127
-_LENGTH = (0.35, 0.8)  # of the bird's longer side, as a share of SIZE
-_TILT = 15.0  # degrees, either way
-_LIGHT = (0.8, 1.2)  # brightness and contrast of the bird, brightness of the background
-_CROP = (0.3, 1.0)  # of the background's shorter side
-_RECIPE = 1  # counts up with every change of what a scene looks like
+_LENGTH = (0.35, 0.8)  # the bird's longer side, as a share of SIZE
+_TILT = 15.0  # degrees to either side
+_LIGHT = (0.8, 1.2)  # factor for the bird's brightness and contrast and for the background's brightness
+_CROP = (0.3, 1.0)  # side of the crop, as a share of the background's shorter side
+_RECIPE = 1  # add 1 with every change of how a scene looks
 
 
 class _Scene(NamedTuple):
@@ -62,15 +62,15 @@ class _Scene(NamedTuple):
 
 
 def read(root: Path, cache: Path) -> ImageSet:
-    """The set from the two packages unpacked into `root`; composed into `cache` the first time."""
+    """The set made from the two packages unpacked into `root`. The first call composes it into `cache`."""
     birds = sorted(path for path in (root / STAMPS).glob("*.png") if path.stem not in _LEFT_OUT)
     places = {path.stem: path for path in sorted((root / BACKGROUNDS).glob("*.jpg"))}
     missing = [name for names in SPLIT_OF_BACKGROUND.values() for name in names if name not in places]
     if not birds:
-        raise TrainError(f"--root {root}: no *.png in {STAMPS}: unpack tuxpaint-stamps-default there")
+        raise TrainError(f"--root {root} has no *.png in {STAMPS}; unpack tuxpaint-stamps-default there")
     if missing:
         raise TrainError(
-            f"--root {root}: no {missing[0]}.jpg in {BACKGROUNDS}: unpack mate-backgrounds there"
+            f"--root {root} has no {missing[0]}.jpg in {BACKGROUNDS}; unpack mate-backgrounds there"
         )
     scenes = [
         _Scene(split, bird, index)
@@ -93,9 +93,9 @@ def read(root: Path, cache: Path) -> ImageSet:
         splits={split: torch.from_numpy(np.flatnonzero(splits == split)) for split in SCENES},
         flips=((), (-1,)),
         notes=(
-            "birds-on-backgrounds: one photograph a class, composed over backgrounds that no two splits "
-            "share. It measures recognition of a known bird in a new scene and, above all, localisation",
-            "birds: tuxpaint-stamps-default, GPL-2; backgrounds: mate-backgrounds, GPL-2+",
+            "birds-on-backgrounds: each class is one photograph on many backgrounds, and no background is in "
+            "two splits. The set measures how well a known bird is found in a new scene",
+            "birds from tuxpaint-stamps-default (GPL-2), backgrounds from mate-backgrounds (GPL-2+)",
         ),
         annotations=Annotations(boxes=_boxes(folder), masks=mask),
     )
@@ -109,7 +109,7 @@ def _boxes(folder: Path) -> Tensor:
 
 
 def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Path:
-    """The folder of the composed images; made whole or not at all."""
+    """The folder of the composed images. It is made whole or not at all."""
     inputs = [(path.name, path.stat().st_size) for path in sorted({scene.bird for scene in scenes})]
     inputs += [(path.name, path.stat().st_size) for path in places.values()]
     key = json.dumps([_RECIPE, SIZE, SCENES, SPLIT_OF_BACKGROUND, inputs])
@@ -119,7 +119,7 @@ def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Pat
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f".{folder.name}.lock", lambda: None):
-            if folder.is_dir():  # another process has made it meanwhile
+            if folder.is_dir():  # another process made it in the meantime
                 return folder
             part = Path(tempfile.mkdtemp(dir=cache, prefix=".birds-"))
             try:
@@ -164,7 +164,7 @@ def _cut_out(path: Path) -> Image.Image:
 def compose(
     bird: Image.Image, place: Image.Image, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
-    """A scene (RGB, SIZE x SIZE) with the bird (RGBA) somewhere whole in it, and its alpha channel (L)."""
+    """A scene (RGB, SIZE x SIZE) that holds the whole bird (RGBA), and the bird's alpha channel (L) in it."""
     side = int(min(place.size) * rng.uniform(*_CROP))
     x, y = (int(rng.integers(0, length - side + 1)) for length in place.size)
     scene = place.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (x, y, x + side, y + side))

@@ -18,16 +18,16 @@ _FILES = ("devkit/cars_meta.mat", "cars_train", "cars_test", *_ANNOTATIONS.value
 
 
 def read(root: Path, cache: Path) -> ImageSet:
-    """The 16,185 cars of 196 models with the official split; or train/ and test/ folders of them."""
+    """The 16,185 cars of 196 models, in the official split or in train/ and test/ folders."""
     if (root / "train").is_dir():
         return image_folder.read(root, cache)
     base = base_folder(root, "stanford_cars", _FILES)
     if base.name != "stanford_cars":
-        raise TrainError(f"--root {root}: Stanford Cars must lie in a folder called stanford_cars")
+        raise TrainError(f"--root must hold Stanford Cars in a folder called stanford_cars; got {root}")
     try:
         import scipy.io  # type: ignore[import-untyped]
     except ImportError as error:
-        raise TrainError("--data cars reads .mat files with SciPy: pip install scipy") from error
+        raise TrainError("--data cars needs SciPy to read .mat files: pip install scipy") from error
     files: list[Path] = []
     labels: list[int] = []
     boxes: list[list[float]] = []
@@ -39,10 +39,10 @@ def read(root: Path, cache: Path) -> ImageSet:
             files += [Path(path) for path, _ in cars._samples]
             labels += [int(label) for _, label in cars._samples]
             table = scipy.io.loadmat(base / name, squeeze_me=True)["annotations"]
-            # Corners counted from 1, the last ones included.
+            # Corners are counted from 1 and belong to the box.
             boxes += [[r["bbox_x1"] - 1, r["bbox_y1"] - 1, r["bbox_x2"], r["bbox_y2"]] for r in table]
     except Exception as error:  # SciPy raises errors of many kinds for a damaged file
-        raise TrainError(f"--root {root}: not the layout of Stanford Cars: {error}") from error
+        raise TrainError(f"--root {root} does not have the layout of Stanford Cars: {error}") from error
     return ImageSet(
         name="cars",
         files=tuple(files),

@@ -17,7 +17,7 @@ _PARTS = ("parts/parts.txt", "parts/part_locs.txt")
 
 
 def read(root: Path, cache: Path) -> ImageSet:
-    """The 11,788 birds of 200 species with the official split; or train/ and test/ folders of them."""
+    """The 11,788 birds of 200 species, in the official split or in train/ and test/ folders."""
     if (root / "train").is_dir():
         return image_folder.read(root, cache)
     base = base_folder(root, "CUB_200_2011", ("images", *_FILES))
@@ -29,12 +29,14 @@ def read(root: Path, cache: Path) -> ImageSet:
     boxes = {int(image): numbers for image, *numbers in _table(base / "bounding_boxes.txt", 5)}
     for name, table in zip(_FILES[1:], (label, None, train, boxes), strict=True):
         if table is not None and set(table) != set(ids):
-            raise TrainError(f"{base / name} is not about the images that images.txt lists")
+            raise TrainError(
+                f"{base / name} must have a line for each image in images.txt; it lacks some or has others"
+            )
     order = sorted(classes)
     position = {str(number): n for n, number in enumerate(order)}
     strangers = set(label.values()) - set(position)
     if strangers:
-        raise TrainError(f"{base / _FILES[1]}: class {min(strangers)} is not in classes.txt")
+        raise TrainError(f"{base / _FILES[1]} has class {min(strangers)}, which is not in classes.txt")
     xywh = torch.tensor([boxes[i] for i in ids])
     split_of_row = ["train" if train[i] == "1" else "test" for i in ids]
     names, parts = _parts(base, ids)
@@ -71,6 +73,6 @@ def _parts(base: Path, ids: list[int]) -> tuple[tuple[str, ...], torch.Tensor | 
     parts = torch.zeros(len(ids), len(names), 3)
     for image, part, *seen in _table(base / _PARTS[1], 5):
         if image not in row or part not in column:
-            raise TrainError(f"{base / _PARTS[1]}: no such image or part: {image:g} {part:g}")
+            raise TrainError(f"{base / _PARTS[1]} names an unknown image or part: {image:g} {part:g}")
         parts[row[int(image)], column[int(part)]] = torch.tensor(seen)
     return tuple(names[i] for i in sorted(names)), parts

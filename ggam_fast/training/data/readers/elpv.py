@@ -9,10 +9,10 @@ import torch
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.errors import TrainError
 
-# Modules of 60 cells are the commonest in elpv: cell types change at rows 60, 360, 540 and 900.
+# Most modules in elpv have 60 cells: the cell type changes at rows 60, 360, 540 and 900.
 BLOCK = 120
-# Of the 22 blocks: the choice, of those with a fifth to a quarter of the rows in each split,
-# whose class shares are closest to those of the whole set.
+# Each of these splits has a fifth to a quarter of the rows. Of all such choices from the 22 blocks, this one
+# has the class shares closest to those of the whole set.
 VAL_BLOCKS = (0, 9, 13, 16, 19)
 TEST_BLOCKS = (2, 4, 10, 15, 18)
 _TYPES = ("mono", "poly")
@@ -21,14 +21,13 @@ _TYPES = ("mono", "poly")
 def read(root: Path, cache: Path) -> ImageSet:
     """Electroluminescence photographs of 2,624 solar cells: 4 defect grades x 2 cell types.
 
-    The grade is how likely an expert thought a defect: 0, 33, 67 or 100 %. The set has no boxes
-    and no masks.
+    The grade is the probability of a defect that an expert gave: 0, 33, 67 or 100 %. The set has no boxes and
+    no masks.
 
-    It is split by blocks of consecutive rows, never at random: neighbouring rows come from the
-    same solar module and look alike. For 88 % of the images the nearest neighbour in feature
-    space lies within 82 rows, so a random split would test on what was trained on. With these
-    blocks 10 % of the test images have their nearest neighbour in the training split, with a
-    random split of three quarters 74 %.
+    The splits are blocks of consecutive rows, because neighbouring rows come from the same solar module and
+    look alike. For 88 % of the images the nearest neighbour in feature space lies within 82 rows. A random
+    split would therefore test on near copies of training images. With these blocks, 10 % of the test images
+    have their nearest neighbour in the training split. With a random split of three quarters it is 74 %.
     """
     try:
         import elpv_dataset
@@ -54,6 +53,6 @@ def read(root: Path, cache: Path) -> ImageSet:
         notes=(
             "elpv-dataset: Buerhop-Lutz, Deitsch et al., licence CC BY-NC-SA 4.0 "
             "(attribution, no commercial use, share alike)",
-            f"split by blocks of {BLOCK} consecutive rows: neighbouring rows show the same solar module",
+            f"the splits are blocks of {BLOCK} rows, because neighbouring rows show the same solar module",
         ),
     )

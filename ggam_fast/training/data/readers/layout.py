@@ -1,4 +1,4 @@
-"""What readers share: finding a data set's folder, and reading its text files."""
+"""What all readers do: find a data set's folder, and read its text files."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ggam_fast.training.errors import TrainError
 
 
 def base_folder(root: Path, name: str, needed: Sequence[str]) -> Path:
-    """`root / name`, or `root` itself, whichever holds everything that is needed.
+    """`root / name` or `root` itself, whichever holds all needed files.
 
     Raises:
-        TrainError: neither does; what is missing is named.
+        TrainError: neither holds them. The message names the missing ones.
     """
     folder = root / name if (root / name).is_dir() else root
     missing = [entry for entry in needed if not (folder / entry).exists()]
     if missing:
-        raise TrainError(f"--root {root}: {', '.join(missing)} not found in {folder}")
+        raise TrainError(f"--root {root} is incomplete: {', '.join(missing)} not found in {folder}")
     return folder
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file that hold something.
+    """The lines of a text file, without empty ones.
 
     Raises:
-        TrainError: it cannot be read.
+        TrainError: the file cannot be read.
     """
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -37,7 +37,7 @@ def lines(path: Path) -> list[str]:
 
 
 def numbered(path: Path) -> dict[int, str]:
-    """Lines of a number and a text: number -> text."""
+    """A dictionary from lines that hold a number and a text."""
     found = {}
     for line in lines(path):
         number, _, text = line.partition(" ")

@@ -1,4 +1,4 @@
-"""Data sets that torchvision reads and that need no more than that."""
+"""Data sets for which torchvision's reader suffices."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.data.readers.layout import base_folder
 from ggam_fast.training.errors import TrainError
 
-# In the trimaps 1 is the animal, 2 the background, 3 the border between them.
+# In the trimaps 1 is the animal, 2 the background and 3 the border between them.
 _BACKGROUND = 2
 
 
 def pets(root: Path, cache: Path) -> ImageSet:
-    """Oxford-IIIT Pet: 7,349 cats and dogs of 37 breeds, official split, masks from the trimaps."""
+    """Oxford-IIIT Pet: 7,349 cats and dogs of 37 breeds, in the official split, with masks from trimaps."""
     base = base_folder(
         root, "oxford-iiit-pet", ("images", "annotations/trainval.txt", "annotations/test.txt")
     )
@@ -51,7 +51,7 @@ def pets(root: Path, cache: Path) -> ImageSet:
 
 
 def flowers(root: Path, cache: Path) -> ImageSet:
-    """Oxford 102 Flowers: 8,189 images, official three splits."""
+    """Oxford 102 Flowers: 8,189 images, in the three official splits."""
     base = base_folder(root, "flowers-102", ("jpg", "imagelabels.mat", "setid.mat"))
     files: list[Path] = []
     labels: list[int] = []
@@ -76,9 +76,9 @@ def flowers(root: Path, cache: Path) -> ImageSet:
 def _open(dataset, base: Path, name: str, split: str):
     folder = {OxfordIIITPet: "oxford-iiit-pet", Flowers102: "flowers-102"}[dataset]
     if base.name != folder:
-        raise TrainError(f"--root: {name} must lie in a folder called {folder}; got {base}")
+        raise TrainError(f"--root must hold {name} in a folder called {folder}; got {base}")
     try:
         return dataset(base.parent, split)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise TrainError(f"--root {base.parent}: torchvision cannot read {name}: {reason}") from error
+        raise TrainError(f"--root {base.parent}: torchvision cannot read {name} there: {reason}") from error

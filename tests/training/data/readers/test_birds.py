@@ -19,7 +19,7 @@ class TestBirds:
     def test_counts_classes_and_notes(self, images):
         assert images.classes == ("crow", "duck")
         assert images.summary() == "18 images (8 train, 4 val, 6 test), 2 classes"
-        assert "one photograph a class" in images.notes[0]
+        assert "each class is one photograph" in images.notes[0]
         assert "GPL-2" in images.notes[1]
 
     def test_mask_and_box_are_where_the_bird_is(self, images):

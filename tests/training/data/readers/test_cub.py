@@ -26,7 +26,7 @@ def test_cub(tmp_path):
     assert found.part_names == ("beak", "left eye")
     assert found.parts[5].tolist() == [[5, 6.5, 1], [0, 0, 0]]
     assert images.read(0).size == (28, 20)
-    # The root may be the folder itself, and parts may be missing.
+    # --root may be the folder itself, and parts may be missing.
     shutil.rmtree(tmp_path / "CUB_200_2011" / "parts")
     assert read_images("cub", tmp_path / "CUB_200_2011", tmp_path).annotations.kinds() == ("boxes",)
 
@@ -44,12 +44,12 @@ def _cut(path: str, line: str):
     [
         (lambda base: (base / "images.txt").unlink(), r"images\.txt not found"),
         (_cut("images.txt", "twelve x.jpg"), "expected a number and a text"),
-        (_cut("train_test_split.txt", "99 1"), r"train_test_split\.txt is not about the images"),
+        (_cut("train_test_split.txt", "99 1"), r"train_test_split\.txt must have a line for each image"),
         (_cut("bounding_boxes.txt", "12 1.0 2.0"), "expected 5 numbers"),
         (_cut("bounding_boxes.txt", "12 1.0 2.0 x 4.0"), "expected 5 numbers"),
         (_cut("parts/part_locs.txt", "12 1 1.0 2.0"), "expected 5 numbers"),
         (_cut("image_class_labels.txt", "12 two"), "class two"),
-        (_cut("parts/part_locs.txt", "12 9 1.0 2.0 1"), "no such image or part"),
+        (_cut("parts/part_locs.txt", "12 9 1.0 2.0 1"), "unknown image or part"),
         (_cut("image_class_labels.txt", "12 77"), "class 77"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The solar cells: the published set, in splits that share no block."""
+"""elpv is the published set, in splits that share no block."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def elpv() -> ImageSet:
 def test_elpv_is_the_published_set(elpv):
     assert len(elpv.files) == 2624
     assert all(path.is_file() for path in elpv.files)
-    # Counts of (cell type, defect probability) in labels.csv.
+    # These are the counts of (cell type, defect probability) in labels.csv.
     assert torch.bincount(elpv.labels).tolist() == [588, 117, 56, 313, 920, 178, 50, 402]
     assert elpv.classes[0] == "mono 0 %"
     assert elpv.classes[7] == "poly 100 %"

@@ -87,11 +87,11 @@ def _single_image(root: Path) -> Path:
     [
         (lambda root: root / "missing", "is not a folder"),
         (lambda root: None, "--root"),
-        (_one_class, "one class"),
+        (_one_class, "two or more classes"),
         (_empty_class, "empty"),
-        (_no_test, "none of test/"),
+        (_no_test, "must have one of test/"),
         (_stranger, "zebra"),
-        (_single_image, "one image"),
+        (_single_image, "must hold two or more images"),
     ],
 )
 def test_bad_folder_is_one_line(tmp_path, make, words):

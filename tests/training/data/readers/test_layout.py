@@ -1,4 +1,4 @@
-"""What readers share: the folder of a data set, and its text files."""
+"""What all readers do: find a data set's folder, and read its text files."""
 
 import pytest
 

@@ -1,5 +1,6 @@
 """The number of processes that `pytest` starts."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,5 +36,5 @@ def test_all_cores_without_paths(
     command = [sys.executable, "-m", "pytest", "-rP", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ("worker gw0 1" in done.stdout) == distributed
+    assert bool(re.search(r"worker gw\d+ 1", done.stdout)) == distributed
     assert ("worker None" in done.stdout) != distributed

@@ -103,14 +103,18 @@ class GGAMHeadBase(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.rd_channels = 0
+        self._reduction = rd_ratio, rd_channels
         if self.attention in ("channel_spatial", "channel"):
-            self.rd_channels = self._reduced_channels(rd_ratio, rd_channels)
-            self.fc1 = nn.Linear(in_features, self.rd_channels, **factory)
-            self.fc2 = nn.Linear(self.rd_channels, in_features, **factory)
+            self._build_channel_mlp(factory)
         self.drop = nn.Dropout(drop_rate)
         self.classifier = self._build_classifier(factory) if classifier is None else classifier
         # A tuple, as a module would be registered twice.
         self._built = (self.classifier,) if classifier is None else ()
+
+    def _build_channel_mlp(self, factory: dict[str, Any]) -> None:
+        self.rd_channels = self._reduced_channels(*self._reduction)
+        self.fc1 = nn.Linear(self.in_features, self.rd_channels, **factory)
+        self.fc2 = nn.Linear(self.rd_channels, self.in_features, **factory)
 
     def _reduced_channels(self, rd_ratio: float, rd_channels: int | None) -> int:
         if rd_channels is None:
@@ -201,31 +205,50 @@ class GGAMHeadBase(nn.Module):
         width = self.hidden_size or self.pooled_features
         return nn.Linear(width, self.num_classes, **factory)
 
-    def reset(self, num_classes: int, pool_type: str | None = None, reset_other: bool = False) -> None:
-        """Replace the last layer for `num_classes` (0: none), as timm's classifier heads do.
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Replace the last layer for `num_classes` (0: none), as timm's `reset_classifier` asks its heads.
 
         A new `pool_type` that changes the pooled width, or `reset_other=True` (which also drops the
         hidden layer), rebuilds the whole classifier; a custom classifier is replaced by the default one.
+        New `in_features` rebuild `fc1` and `fc2` as well. `device` and `dtype` are those of the new layers;
+        None for those of the layers in place.
         Raises ValueError or TypeError, and changes nothing, if the default classifier cannot be built.
         """
-        before = self.num_classes, self.pool_type, self.hidden_size
+        names = "num_classes", "pool_type", "hidden_size", "in_features", "rd_channels"
+        before = {name: getattr(self, name) for name in names}
+        mlp = {name: layer for name, layer in self._modules.items() if name in ("fc1", "fc2")}
         width = None if self._custom_classifier or self.pool_type == "" else self.pooled_features
         like = next(self.parameters(), torch.empty(0))
-        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        factory: dict[str, Any] = {"device": device or like.device, "dtype": dtype or like.dtype}
         try:
             self.num_classes = checks.positive_int("num_classes", num_classes, minimum=0)
             if pool_type is not None:
                 self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
             if reset_other:
                 self.hidden_size = 0
+            if in_features is not None and in_features != self.in_features:
+                self.in_features = checks.positive_int("in_features", in_features)
+                if mlp:
+                    self._build_channel_mlp(factory)
             hidden = type(self.classifier) is nn.Sequential and len(self.classifier) == 5
             keeps = hidden and bool(self.hidden_size) and width == self.pooled_features
             keeps = keeps and self.pool_type != ""
             new = self._last_linear(factory) if keeps else self._build_classifier(factory)
         except (TypeError, ValueError):
-            self.num_classes, self.pool_type, self.hidden_size = before
+            vars(self).update(before)
+            self._modules.update(mlp)
             raise
-        new.train(self.training)
+        for layer in (new, *(self._modules[name] for name in mlp)):
+            assert layer is not None
+            layer.train(self.training)
         if keeps:
             assert isinstance(self.classifier, nn.Sequential)
             self.classifier[4] = new

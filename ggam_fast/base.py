@@ -13,7 +13,8 @@ from .norm import SettlingBatchNorm1d
 class GGAMOutput(NamedTuple):
     """What a head returns for features and a target.
 
-    Maps have the spatial shape of the input: (N, H, W), or (N, L) for `input_fmt="NLC"`.
+    Maps have the spatial shape of the input: (N, H, W), or (N, L) for `input_fmt="NLC"`, where L
+    does not count `prefix_tokens`.
     """
 
     logits: Tensor
@@ -61,6 +62,7 @@ class GGAMHeadBase(nn.Module):
         norm_eps: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.ELU,
         input_fmt: str = "NCHW",
+        prefix_tokens: int = 0,
         feat_size: int | tuple[int, int] | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -91,6 +93,7 @@ class GGAMHeadBase(nn.Module):
         if not 0.0 <= checks.number("drop_rate", drop_rate) < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate!r}")
         self.input_fmt = checks.one_of("input_fmt", input_fmt, checks.INPUT_FMT)
+        self.prefix_tokens = checks.prefix_tokens(prefix_tokens, self.input_fmt)
         self.feat_size = checks.feat_size(feat_size)
         self.backend = checks.one_of("backend", backend, checks.BACKEND)
         for name, layer in (("norm_layer", norm_layer), ("act_layer", act_layer)):
@@ -298,6 +301,17 @@ class GGAMHeadBase(nn.Module):
         if self.num_classes == 0:
             raise ValueError("target was given, but num_classes=0: there is no class score to explain")
 
+    def _without_prefix(self, features: Tensor) -> Tensor:
+        """Tokens that are positions of the image."""
+        if self.prefix_tokens == 0 or not isinstance(features, Tensor) or features.dim() != 3:
+            return features
+        if features.shape[1] <= self.prefix_tokens:
+            raise ValueError(
+                f"features must have tokens (N, L, C) beside the prefix_tokens={self.prefix_tokens}; "
+                f"got shape {tuple(features.shape)}"
+            )
+        return features[:, self.prefix_tokens :]
+
     def _check_positions(self, spatial_shape: tuple[int, ...]) -> None:
         if self.pool_type != "flatten" or self.feat_size is None:
             return
@@ -313,5 +327,7 @@ class GGAMHeadBase(nn.Module):
         names = ("attention", "spatial_norm", "pool_type", "attention_scale", "cam_at", "cam_class",
         "cam_detach",
                  "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend")  # fmt: skip
+        if self.prefix_tokens:
+            names += ("prefix_tokens",)
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.in_features}, {self.num_classes}, {options}"

@@ -75,6 +75,8 @@ class GGAMHead(GGAMHeadBase):
             custom classifier.
         norm_eps: eps of the classifier's first norm, finite and >= 0; None for the layer's own, 1e-5.
         input_fmt: "NCHW", read in place in NCHW and in channels-last memory; "NHWC"; or "NLC".
+        prefix_tokens: tokens in front of an "NLC" input that are no positions, such as a class token and
+            registers: they are cut off, and get no gradient from the head.
         feat_size: (H, W) for "flatten". Its features are in the order C, H, W for every input format.
         backend: "auto" (Triton for a GPU tensor, torch for others), "triton" or "torch".
         device: of the parameters.
@@ -100,6 +102,7 @@ class GGAMHead(GGAMHeadBase):
     ) -> Tensor | GGAMOutput:
         """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
         self._check_request(target, pre_logits)
+        features = self._without_prefix(features)
         if (
             type(self) is GGAMHead
             and recorded is not None
@@ -152,7 +155,7 @@ class GGAMHead(GGAMHeadBase):
 
     def _check(self, features: Tensor, target: Tensor | None) -> None:
         """Raise where they do not fit the head or each other."""
-        x = self._inputs(features)[0]
+        x = self._inputs(self._without_prefix(features))[0]
         if target is not None:
             checks.target(target, x.shape[0], self.num_classes, self.ignore_index)
 
@@ -174,6 +177,7 @@ class GGAMHead(GGAMHeadBase):
             loss = GGAMLoss(weight, smoothing, self.ignore_index)(out, target)
             return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
         terms = self._loss_terms(weight, smoothing)
+        features = self._without_prefix(features)
         if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
             replayed = recorded.fused(self, features, target, terms)
             if replayed is not None:

@@ -324,10 +324,8 @@ class GGAMHeadBase(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        names = ("attention", "spatial_norm", "pool_type", "attention_scale", "cam_at", "cam_class",
-        "cam_detach",
-                 "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend")  # fmt: skip
-        if self.prefix_tokens:
-            names += ("prefix_tokens",)
+        names = ["attention", "spatial_norm", "pool_type", "attention_scale", "cam_at", "cam_class",
+                 "cam_detach", "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend",
+                 *["prefix_tokens"] * bool(self.prefix_tokens)]  # fmt: skip
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.in_features}, {self.num_classes}, {options}"

@@ -114,7 +114,8 @@ def replace_head(
             `dtype` are read off the model where they are not given.
 
     Raises:
-        TypeError: `model` is no module, or one that hides the model (compiled, scripted, DataParallel).
+        TypeError: `model` is no module, or one that hides the model (compiled, scripted, sharded,
+            DataParallel).
         ValueError: there is no layer of that name; the features are pooled already, or are no tensor; a
             parameter would be left without a gradient; or an option of the head does not fit.
 
@@ -293,6 +294,9 @@ def _check_model(model: object) -> None:
             f"model must be the module itself; got {type(model).__name__}: replace the head first, and wrap, "
             "compile or trace the result"
         )
+    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    if sharded is not None:
+        raise TypeError(f"model must not be sharded yet; got {sharded} sharded: replace the head, then shard")
 
 
 def _input_size(model: Any, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -302,9 +306,10 @@ def _input_size(model: Any, given: Sequence[int] | None) -> tuple[int, ...]:
         return tuple(checks.positive_int("input_size", n) for n in given)
     configured = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(configured.get("input_size", (3, 224, 224)))
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(
-        model, "image_size", None
-    )
+    # timm's, torchvision's and transformers' ViTs know the size they were built for.
+    parts = ((getattr(model, "patch_embed", None), "img_size"), (model, "image_size"),
+             (getattr(model, "config", None), "image_size"))  # fmt: skip
+    built = next((s for s in (getattr(part, name, None) for part, name in parts) if s is not None), None)
     if isinstance(built, int):
         built = (built, built)
     if isinstance(built, (tuple, list)) and len(built) == 2:

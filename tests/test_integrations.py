@@ -268,7 +268,7 @@ def test_hugging_face(kind: str, layer: str, prefix: int, options: dict[str, Any
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(num_labels=3, **options)
     model = getattr(transformers, f"{kind}ForImageClassification")(config)
-    model = ggam_fast.replace_head(model, K, feature_layer=layer, input_size=(3, 32, 32), rd_ratio=0.25)
+    model = ggam_fast.replace_head(model, K, feature_layer=layer, rd_ratio=0.25)
     assert model.get_classifier() is model.classifier
     assert model.classifier.prefix_tokens == prefix
     x = torch.randn(3, 3, 32, 32)
@@ -412,6 +412,13 @@ def test_parameters_of_another_output_are_named() -> None:
     model.aux1.requires_grad_(False)
     model.aux2.requires_grad_(False)
     ggam_fast.replace_head(model, K)
+
+
+def test_a_sharded_model_is_refused() -> None:
+    model: Any = MakesFeatures()
+    model.body.weight.full_tensor = None  # what tells a DTensor from others
+    with pytest.raises(TypeError, match=r"got body\.weight sharded: replace the head, then shard"):
+        ggam_fast.replace_head(model, K)
 
 
 def test_a_second_head_is_refused(guided: Any) -> None:

@@ -5,10 +5,14 @@ from .backends import differentiable as _differentiable  # noqa: F401  (register
 from .base import GGAMOutput
 from .functional import cam
 from .head import GGAMHead
+from .integrations import create_model, replace_head
 from .losses import GGAMLoss
 
 if checks.TRITON_AVAILABLE:
     from .backends import triton as _triton  # noqa: F401  (registers the backend and its operators)
 
-__all__ = ["GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference"]
+__all__ = [
+    "GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "create_model", "functional", "presets", "reference",
+    "replace_head",
+]  # fmt: skip
 __version__ = "0.2.0"

@@ -13,7 +13,8 @@ from .norm import SettlingBatchNorm1d
 class GGAMOutput(NamedTuple):
     """The output of a head for features and a target.
 
-    Maps have the spatial shape of the input: (N, H, W), or (N, L) for `input_fmt="NLC"`.
+    Maps have the spatial shape of the input: (N, H, W), or (N, L) for `input_fmt="NLC"`, where L
+    does not count `prefix_tokens`.
     """
 
     logits: Tensor
@@ -61,6 +62,7 @@ class GGAMHeadBase(nn.Module):
         norm_eps: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.ELU,
         input_fmt: str = "NCHW",
+        prefix_tokens: int = 0,
         feat_size: int | tuple[int, int] | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -91,6 +93,7 @@ class GGAMHeadBase(nn.Module):
         if not 0.0 <= checks.number("drop_rate", drop_rate) < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate!r}")
         self.input_fmt = checks.one_of("input_fmt", input_fmt, checks.INPUT_FMT)
+        self.prefix_tokens = checks.prefix_tokens(prefix_tokens, self.input_fmt)
         self.feat_size = checks.feat_size(feat_size)
         self.backend = checks.one_of("backend", backend, checks.BACKEND)
         for name, layer in (("norm_layer", norm_layer), ("act_layer", act_layer)):
@@ -103,14 +106,18 @@ class GGAMHeadBase(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.rd_channels = 0
+        self._reduction = rd_ratio, rd_channels
         if self.attention in ("channel_spatial", "channel"):
-            self.rd_channels = self._reduced_channels(rd_ratio, rd_channels)
-            self.fc1 = nn.Linear(in_features, self.rd_channels, **factory)
-            self.fc2 = nn.Linear(self.rd_channels, in_features, **factory)
+            self._build_channel_mlp(factory)
         self.drop = nn.Dropout(drop_rate)
         self.classifier = self._build_classifier(factory) if classifier is None else classifier
         # In a tuple, because a plain attribute would register the module twice.
         self._built = (self.classifier,) if classifier is None else ()
+
+    def _build_channel_mlp(self, factory: dict[str, Any]) -> None:
+        self.rd_channels = self._reduced_channels(*self._reduction)
+        self.fc1 = nn.Linear(self.in_features, self.rd_channels, **factory)
+        self.fc2 = nn.Linear(self.rd_channels, self.in_features, **factory)
 
     def _reduced_channels(self, rd_ratio: float, rd_channels: int | None) -> int:
         if rd_channels is None:
@@ -203,31 +210,50 @@ class GGAMHeadBase(nn.Module):
         width = self.hidden_size or self.pooled_features
         return nn.Linear(width, self.num_classes, **factory)
 
-    def reset(self, num_classes: int, pool_type: str | None = None, reset_other: bool = False) -> None:
-        """Replace the last layer by one for `num_classes` (0: none), as timm's classifier heads do.
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Replace the last layer by one for `num_classes` (0: none), as timm's `reset_classifier` asks.
 
         A `pool_type` that changes the pooled width rebuilds the whole classifier.  `reset_other=True`
-        rebuilds it without the hidden layer.  The default classifier replaces a custom one.
+        rebuilds it without the hidden layer.  The default classifier replaces a custom one.  New
+        `in_features` rebuild `fc1` and `fc2` as well.  `device` and `dtype` are those of the new layers;
+        None keeps those of the layers in place.
         If the default classifier cannot be built, this raises ValueError or TypeError and changes nothing.
         """
-        before = self.num_classes, self.pool_type, self.hidden_size
+        names = "num_classes", "pool_type", "hidden_size", "in_features", "rd_channels"
+        before = {name: getattr(self, name) for name in names}
+        mlp = {name: layer for name, layer in self._modules.items() if name in ("fc1", "fc2")}
         width = None if self._custom_classifier or self.pool_type == "" else self.pooled_features
         like = next(self.parameters(), torch.empty(0))
-        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        factory: dict[str, Any] = {"device": device or like.device, "dtype": dtype or like.dtype}
         try:
             self.num_classes = checks.positive_int("num_classes", num_classes, minimum=0)
             if pool_type is not None:
                 self.pool_type = checks.one_of("pool_type", pool_type, checks.POOL_TYPE)
             if reset_other:
                 self.hidden_size = 0
+            if in_features is not None and in_features != self.in_features:
+                self.in_features = checks.positive_int("in_features", in_features)
+                if mlp:
+                    self._build_channel_mlp(factory)
             hidden = type(self.classifier) is nn.Sequential and len(self.classifier) == 5
             keeps = hidden and bool(self.hidden_size) and width == self.pooled_features
             keeps = keeps and self.pool_type != ""
             new = self._last_linear(factory) if keeps else self._build_classifier(factory)
         except (TypeError, ValueError):
-            self.num_classes, self.pool_type, self.hidden_size = before
+            vars(self).update(before)
+            self._modules.update(mlp)
             raise
-        new.train(self.training)
+        for layer in (new, *(self._modules[name] for name in mlp)):
+            assert layer is not None
+            layer.train(self.training)
         if keeps:
             assert isinstance(self.classifier, nn.Sequential)
             self.classifier[4] = new
@@ -277,6 +303,17 @@ class GGAMHeadBase(nn.Module):
         if self.num_classes == 0:
             raise ValueError("target was given, but num_classes=0: there is no class score to explain")
 
+    def _without_prefix(self, features: Tensor) -> Tensor:
+        """Tokens that are positions of the image."""
+        if self.prefix_tokens == 0 or not isinstance(features, Tensor) or features.dim() != 3:
+            return features
+        if features.shape[1] <= self.prefix_tokens:
+            raise ValueError(
+                f"features must have tokens (N, L, C) beside the prefix_tokens={self.prefix_tokens}; "
+                f"got shape {tuple(features.shape)}"
+            )
+        return features[:, self.prefix_tokens :]
+
     def _check_positions(self, spatial_shape: tuple[int, ...]) -> None:
         if self.pool_type != "flatten" or self.feat_size is None:
             return
@@ -289,8 +326,8 @@ class GGAMHeadBase(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        names = ("attention", "spatial_norm", "pool_type", "attention_scale", "cam_at", "cam_class",
-        "cam_detach",
-                 "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend")  # fmt: skip
+        names = ["attention", "spatial_norm", "pool_type", "attention_scale", "cam_at", "cam_class",
+                 "cam_detach", "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend",
+                 *["prefix_tokens"] * bool(self.prefix_tokens)]  # fmt: skip
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.in_features}, {self.num_classes}, {options}"

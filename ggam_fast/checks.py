@@ -85,11 +85,26 @@ def feat_size(value: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return positive_int("feat_size", pair[0]), positive_int("feat_size", pair[1])
 
 
+def prefix_tokens(value: int, input_fmt: str) -> int:
+    """Return an int of at least 0, and of 0 for maps, else raise."""
+    if positive_int("prefix_tokens", value, minimum=0) and input_fmt != "NLC":
+        raise ValueError(f'prefix_tokens={value} needs input_fmt="NLC"; got input_fmt={input_fmt!r}')
+    return value
+
+
 class FeatureMap(NamedTuple):
     """Features viewed as (N, C, L), and the spatial shape for the maps that are returned."""
 
     features: Tensor
     spatial_shape: tuple[int, ...]
+
+
+_RANK_HINTS = {
+    2: ". These are pooled already, and the map before pooling is needed: build a timm model with "
+    'num_classes=0, global_pool="", and give a torchvision model to ggam_fast.replace_head',
+    3: '. For tokens (N, L, C) give input_fmt="NLC", and prefix_tokens= for class and register tokens',
+    4: '. For a map give input_fmt="NCHW" or "NHWC"',
+}
 
 
 def feature_map(features: Tensor, input_fmt: str = "NCHW", in_features: int | None = None) -> FeatureMap:
@@ -107,7 +122,7 @@ def feature_map(features: Tensor, input_fmt: str = "NCHW", in_features: int | No
     if features.dim() != rank:
         raise ValueError(
             f"features must be ({', '.join(input_fmt)}), {rank}-dimensional; "
-            f"got shape {tuple(features.shape)}"
+            f"got shape {tuple(features.shape)}{_RANK_HINTS.get(features.dim(), '')}"
         )
     if input_fmt == "NCHW":
         spatial_shape = tuple(features.shape[2:])
@@ -118,9 +133,12 @@ def feature_map(features: Tensor, input_fmt: str = "NCHW", in_features: int | No
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"features must have channels and positions; got shape {tuple(features.shape)}")
     if in_features is not None and x.shape[1] != in_features:
+        other = {"NCHW": (-1, "NHWC"), "NHWC": (1, "NCHW")}.get(input_fmt)
+        fits = other is not None and features.shape[other[0]] == in_features
+        hint = f"; if its layout is {other[1]}, give input_fmt={other[1]!r}" if other and fits else ""
         raise ValueError(
             f"features must have {in_features} channels ({input_fmt}); "
-            f"got {x.shape[1]} in shape {tuple(features.shape)}"
+            f"got {x.shape[1]} in shape {tuple(features.shape)}{hint}"
         )
     if 1 not in (x.stride(1), x.stride(2)):
         x = x.contiguous()

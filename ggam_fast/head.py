@@ -76,6 +76,8 @@ class GGAMHead(GGAMHeadBase):
             custom classifier.
         norm_eps: eps of the classifier's first norm, finite and >= 0. None keeps the layer's default, 1e-5.
         input_fmt: "NCHW", read in place from NCHW and from channels-last memory; "NHWC"; or "NLC".
+        prefix_tokens: how many tokens in front of an "NLC" input are no positions, such as a class token and
+            registers. The head cuts them off and gives them no gradient.
         feat_size: (H, W) for "flatten". The flattened vector has the order C, H, W for every input format.
         backend: "auto" (Triton for GPU tensors, torch for others), "triton" or "torch".
         device: device of the parameters.
@@ -102,6 +104,7 @@ class GGAMHead(GGAMHeadBase):
     ) -> Tensor | GGAMOutput:
         """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
         self._check_request(target, pre_logits)
+        features = self._without_prefix(features)
         if (
             type(self) is GGAMHead
             and recorded is not None
@@ -175,6 +178,7 @@ class GGAMHead(GGAMHeadBase):
             loss = GGAMLoss(weight, smoothing, self.ignore_index)(out, target)
             return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
         terms = self._loss_terms(weight, smoothing)
+        features = self._without_prefix(features)
         if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
             replayed = recorded.fused(self, features, target, terms, self._check)
             if replayed is not None:

@@ -19,6 +19,7 @@ class GGAMHeadReference(GGAMHeadBase):
         self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
     ) -> Tensor | GGAMOutput:
         self._check_request(target, pre_logits)
+        features = self._without_prefix(features)
         a, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
         self._check_positions(spatial_shape)
         if target is None:

@@ -30,7 +30,7 @@ LAYERS = (
     ("recorded",),
     ("compiled", "losses"),
     ("functional", "head", "reference"),
-    ("presets",),
+    ("presets", "integrations"),
 )  # fmt: skip
 """Each module imports from the rows above its own alone."""
 
@@ -73,7 +73,8 @@ def own(names: Iterator[str]) -> set[str]:
 
 def test_public_names() -> None:
     assert ggam_fast.__all__ == [
-        "GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference",
+        "GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "create_model", "functional", "presets", "reference",
+        "replace_head",
     ]  # fmt: skip
     assert all(hasattr(ggam_fast, name) for name in ggam_fast.__all__)
     assert ggam_fast.cam is functional.cam
@@ -175,11 +176,17 @@ out = head(torch.rand(4, 32, 3, 3), torch.tensor([0, 1, 2, 3]))
 ggam_fast.GGAMLoss()(out, torch.tensor([0, 1, 2, 3])).backward()
 assert "ggam_fast.backends.triton" not in sys.modules
 try:
+    ggam_fast.create_model("resnet18", 5)
+except ImportError as error:
+    print(error)
+try:
     ggam_fast.GGAMHead(32, 5, backend="triton")(torch.rand(4, 32, 3, 3))
 except RuntimeError as error:
     print(error)
 """
-    assert 'backend="triton" needs the package triton' in run(code)
+    printed = run(code)
+    assert 'backend="triton" needs the package triton' in printed
+    assert "create_model needs timm: pip install timm" in printed
 
 
 @pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")

@@ -31,6 +31,13 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"guidance_reduction must be one of 'mean', 'sum'; got 'none'",
     ),
     ({"input_fmt": "NCL"}, ValueError, r"input_fmt must be one of 'NCHW', 'NHWC', 'NLC'; got 'NCL'"),
+    ({"prefix_tokens": -1}, ValueError, r"prefix_tokens must be at least 0; got -1"),
+    ({"prefix_tokens": True}, TypeError, r"prefix_tokens must be an int; got True"),
+    (
+        {"prefix_tokens": 1},
+        ValueError,
+        r"prefix_tokens=1 needs input_fmt=\"NLC\"; got input_fmt='NCHW'",
+    ),
     ({"backend": "cuda"}, ValueError, r"backend must be one of 'auto', 'triton', 'torch'; got 'cuda'"),
     ({"rd_ratio": 2.0}, ValueError, r"rd_ratio must be in \(0, 1\]; got 2.0"),
     ({"rd_ratio": 0.0}, ValueError, r"rd_ratio must be in \(0, 1\]; got 0.0"),
@@ -72,6 +79,33 @@ def test_constructor(
 ) -> None:
     with pytest.raises(error, match=message):
         kind(**{"in_features": C, "num_classes": K, **options})
+
+
+@pytest.mark.parametrize("kind", [GGAMHead, GGAMHeadReference])
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        (
+            {},
+            (N, C),
+            r'num_classes=0, global_pool="", .* torchvision model to ggam_fast.replace_head',
+        ),
+        ({}, (N, H * W, C), r'For tokens \(N, L, C\) give input_fmt="NLC", and prefix_tokens='),
+        ({}, (N, H, W, C), r"must have 16 channels .* if its layout is NHWC, give input_fmt='NHWC'"),
+        ({"input_fmt": "NHWC"}, (N, C, H, W), r"if its layout is NCHW, give input_fmt='NCHW'"),
+        ({"input_fmt": "NLC"}, (N, C, H, W), r'For a map give input_fmt="NCHW" or "NHWC"'),
+        (
+            {"input_fmt": "NLC", "prefix_tokens": 2},
+            (N, 2, C),
+            r"tokens \(N, L, C\) beside the prefix_tokens=2; got shape \(2, 2, 16\)",
+        ),
+    ],
+)
+def test_features_of_another_form_say_what_to_do(
+    kind: type[nn.Module], options: dict[str, Any], shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(C, K, **options)(torch.rand(shape))
 
 
 def test_a_bad_option_is_refused_even_where_it_has_no_say() -> None:

@@ -7,9 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ggam_fast import GGAMHead, checks
+from ggam_fast import GGAMHead, checks, functional
 from tests.head.heads import BACKENDS, poolings
-from tests.parity import C, H, N, W, as_format, features, hard_target, pair, relative_error
+from tests.parity import (
+    C,
+    H,
+    N,
+    W,
+    as_format,
+    assert_parity,
+    combine,
+    features,
+    gradients,
+    hard_target,
+    pair,
+    relative_error,
+)
 
 
 @pytest.mark.parametrize("input_fmt", checks.INPUT_FMT)
@@ -107,3 +120,38 @@ def test_shapes_follow_the_input_format(device: torch.device) -> None:
         assert head(as_format(x, input_fmt), target).spatial_attention.shape == shape
     plain = GGAMHead(C, 0, pool_type="", input_fmt="NHWC").to(device, torch.float64)
     assert plain(as_format(x, "NHWC")).shape == (N, H, W, C)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cam_detach": False}, {"pool_type": "max"}, {"pool_type": "flatten", "feat_size": (H, W)}],
+)
+def test_prefix_tokens_are_no_positions(options: dict[str, Any], backend: str, device: torch.device) -> None:
+    """A class token and a register change nothing and get no gradient, in the head and in its reference."""
+    keywords = {"hidden_size": 10, "input_fmt": "NLC", "prefix_tokens": 2, **options}
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    head, reference = pair(device=device, dtype=dtype, backend=backend, **keywords)
+    plain, _ = pair(device=device, dtype=dtype, backend=backend, **{**keywords, "prefix_tokens": 0})
+    plain.load_state_dict(head.state_dict())
+    target, patches = hard_target(device), as_format(features(device, dtype), "NLC")
+    tokens = torch.cat([torch.randn(N, 2, C, device=device, dtype=dtype), patches], 1).requires_grad_()
+    patches = patches.clone().requires_grad_()
+
+    expected = plain(patches, target)
+    expected_gradients = gradients(combine(expected), patches, plain)
+    for module, tolerance in ((head, 1e-5), (reference, 1e-4)):
+        out = module(tokens, target)
+        assert out.spatial_attention.shape == (N, H * W)
+        assert_parity(out, expected, tolerance)
+        found = gradients(combine(out), tokens, module)
+        assert not found["features"][:, :2].any()
+        found["features"] = found["features"][:, 2:]
+        assert_parity(found, expected_gradients, tolerance)
+
+    loss, _ = functional.fused_ggam_loss(head, tokens, target)
+    assert relative_error(loss, functional.fused_ggam_loss(plain, patches, target).loss) < 1e-5
+    head.eval(), plain.eval()
+    assert relative_error(head(tokens), plain(patches)) < 1e-5
+    assert "prefix_tokens=2" in repr(head)
+    assert "prefix_tokens" not in repr(plain)

@@ -127,6 +127,40 @@ def test_reset_that_fails_changes_nothing(arguments: tuple[Any, ...], device: to
     assert list(before) == list(head.state_dict())
 
 
+@pytest.mark.parametrize("kind", [GGAMHead, GGAMHeadReference])
+@pytest.mark.parametrize(("given", "width"), [({"rd_channels": 6}, 6), ({"rd_ratio": 1 / 4}, C // 2)])
+def test_reset_takes_other_features(
+    kind: type[GGAMHead], given: dict[str, Any], width: int, device: torch.device
+) -> None:
+    """As timm asks for after layers below the head were pruned."""
+    head = kind(C, K, hidden_size=10, **given).to(device).eval()
+    x = torch.cat([features(device, torch.float32)] * 2, 1)
+    head.reset(3, in_features=2 * C, device=device, dtype=torch.float32)
+    assert (head.in_features, head.rd_channels, head.fc1.out_features) == (2 * C, width, width)
+    assert head(x, hard_target(device, k=3)).cam_weights.shape == (N, 2 * C)
+    assert not any(m.training for m in head.modules())
+    head.reset(4, reset_other=True, in_features=C, dtype=torch.float64)
+    assert {p.dtype for p in head.parameters()} == {torch.float64}
+    assert head(features(device)).shape == (N, 4)
+
+
+def test_reset_to_features_that_do_not_fit_changes_nothing(device: torch.device) -> None:
+    head = GGAMHead(C, K, rd_channels=6, hidden_size=10, device=device).eval()
+    x = features(device, torch.float32)
+    expected, parts = head(x), dict(head.named_modules())
+    for wrong, match in ((0, "in_features must be at least 1"), (4, "rd_channels must be between 1 and")):
+        with pytest.raises(ValueError, match=match):
+            head.reset(3, in_features=wrong)
+        assert (head.num_classes, head.in_features, head.rd_channels) == (K, C, 6)
+        assert dict(head.named_modules()) == parts
+    with pytest.raises(ValueError, match="pool_type"):
+        head.reset(3, "bogus", in_features=2 * C)
+    with pytest.raises(ValueError, match="needs feat_size"):
+        head.reset(3, "flatten", in_features=2 * C)
+    assert head.fc1.in_features == C
+    assert torch.equal(head(x), expected)
+
+
 def test_meta_device() -> None:
     head = GGAMHead(C, K, device="meta")
     out = head(torch.empty(2, C, H, W, device="meta"), torch.empty(2, dtype=torch.int64, device="meta"))

@@ -5,10 +5,19 @@ from .backends import differentiable as _differentiable  # noqa: F401  (register
 from .base import GGAMOutput
 from .functional import cam
 from .head import GGAMHead
-from .losses import GGAMLoss
+from .losses import GGAMLoss, GGAMLossParts
 
 if checks.TRITON_AVAILABLE:
     from .backends import triton as _triton  # noqa: F401  (registers itself and the operators)
 
-__all__ = ["GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference"]
+__all__ = [
+    "GGAMHead",
+    "GGAMLoss",
+    "GGAMLossParts",
+    "GGAMOutput",
+    "cam",
+    "functional",
+    "presets",
+    "reference",
+]
 __version__ = "0.2.0"

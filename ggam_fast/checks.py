@@ -163,6 +163,15 @@ def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float,
     return guidance_weight, label_smoothing
 
 
+def class_weights(value: Tensor | None) -> Tensor | None:
+    """Return None or a float tensor (K,), else raise."""
+    if value is not None:
+        _floating("weight", value, "(K,), one number a class")
+        if value.dim() != 1:
+            raise ValueError(f"weight must be (K,), one number a class; got shape {tuple(value.shape)}")
+    return value
+
+
 def scores(logits: Tensor, batch: int, num_classes: int) -> None:
     """Raise unless a classifier returned one score for every image and class."""
     if tuple(logits.shape) != (batch, num_classes):
@@ -189,6 +198,11 @@ def target(value: Tensor, batch: int, num_classes: int, ignore_index: int | None
                 f"got {tuple(value.shape)}"
             )
         return value
+    if tuple(value.shape) == (batch, num_classes):
+        raise TypeError(
+            f"target must be class indices (N,), or class probabilities (N, K) in a floating-point type; got "
+            f"{value.dtype} of shape {tuple(value.shape)}: call .float() on one-hot rows, or .argmax(1)"
+        )
     if value.dtype != torch.int64:
         raise TypeError(
             f"target must be int64 class indices (N,) or float class probabilities (N, K); got {value.dtype}"

@@ -6,22 +6,40 @@ from torch import Tensor
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int | None = None
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Mean over the images that count, 0 where there is none; `target` as `checks.target` returns it."""
+    """Of each image ("none"), or the mean over the images that count, 0 where there is none.
+
+    `target` as `checks.target` returns it.  With `weight` (K,) the mean is torch's: over the labels' weights,
+    and over the batch for probabilities.
+    """
+    counts = None
     if target.is_floating_point():
         target = target.to(logits.dtype)
     elif ignore_index is not None:
         counts = target != ignore_index
         target = target.masked_fill(~counts, 0)
         # A loss of a constant: not even what is not finite in an ignored image's logits gets through.
-        losses = F.cross_entropy(
-            torch.where(counts.unsqueeze(-1), logits, 0.0), target,
-            reduction="none", label_smoothing=label_smoothing,
-        )  # fmt: skip
-        return (losses * counts).sum() / counts.sum().clamp(min=1)
-    total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
-    return total / max(logits.shape[0], 1)
+        logits = torch.where(counts.unsqueeze(-1), logits, 0.0)
+    if reduction == "mean" and counts is None and (weight is None or target.is_floating_point()):
+        total = F.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=label_smoothing)
+        return total / max(logits.shape[0], 1)
+    losses = F.cross_entropy(logits, target, weight, reduction="none", label_smoothing=label_smoothing)
+    if counts is not None:
+        losses = losses * counts
+    if reduction == "none":
+        return losses
+    if weight is None:
+        assert counts is not None
+        return losses.sum() / counts.sum().clamp(min=1)
+    shares = weight[target] if counts is None else weight[target] * counts
+    share = shares.sum()
+    return losses.sum() / torch.where(share > 0, share, 1.0)
 
 
 def reduce_batch(per_image: Tensor, reduction: str, share: Tensor | None = None) -> Tensor:

@@ -261,20 +261,22 @@ def guidance_loss(
     """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.guidance`).
 
     `channel_attention` is S (N, C), non-negative, rows summing to 1; `cam_weights` is beta (N, C), any
-    range. Returns a scalar, the "mean" or "sum" over the batch; None is the mean for "symmetric", the sum
-    for "forward", as in their sources. S is clamped to the smallest normal
+    range. Returns a scalar, the "mean" or "sum" over the batch, or (N,) for "none"; None is the mean for
+    "symmetric", the sum for "forward", as in their sources. S is clamped to the smallest normal
     number before its logarithm; the head works from the logits of S and needs no clamp.
     """
     checks.matrix("channel_attention", channel_attention, "(N, C)")
     checks.small("cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)")
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)
-    reduction = checks.reduction("reduction", reduction, divergence)
+    if reduction is None:
+        reduction = checks.reduction("reduction", None, divergence)
+    checks.one_of("reduction", reduction, (*checks.REDUCTION, "none"))
     s = channel_attention.to(precision.compute_dtype(channel_attention))
     log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
     temperature = checks.temperature(cam_temperature)
     per_image = guidance.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
-    return entropy.reduce_batch(per_image, reduction)
+    return per_image if reduction == "none" else entropy.reduce_batch(per_image, reduction)
 
 
 def cam(features: Tensor, cam_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto") -> Tensor:

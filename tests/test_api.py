@@ -76,7 +76,7 @@ def own(names: Iterator[str]) -> set[str]:
 
 def test_public_names() -> None:
     assert ggam_fast.__all__ == [
-        "GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "functional", "presets", "reference",
+        "GGAMHead", "GGAMLoss", "GGAMLossParts", "GGAMOutput", "cam", "functional", "presets", "reference",
     ]  # fmt: skip
     assert all(hasattr(ggam_fast, name) for name in ggam_fast.__all__)
     assert ggam_fast.cam is functional.cam

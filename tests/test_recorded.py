@@ -927,6 +927,7 @@ def test_ignored_images(form: str, value: float, device: torch.device) -> None:
 # ---- GGAMLoss
 
 
+@pytest.mark.filterwarnings("ignore:.*plain logits")
 @pytest.mark.parametrize("kind", ["hard", "soft", "ignored"])
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_loss_alone(
@@ -956,11 +957,25 @@ def test_the_loss_alone(
     assert made(recordings) == 1
 
 
+@pytest.mark.parametrize("option", ["weight", "reduction", "return_parts"])
+def test_other_losses_are_not_recorded(
+    option: str, device: torch.device, recordings: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GGAM_FAST_BACKEND", "triton")
+    logits, target = torch.randn(N, K, device=device), drawn_target("hard", device)
+    GGAMLoss(0)(logits, target)
+    assert made(recordings) == 1
+    value = {"weight": torch.ones(K, device=device), "reduction": "none", "return_parts": True}[option]
+    options: dict[str, Any] = {option: value}
+    GGAMLoss(0, **options)(logits, target)
+    assert made(recordings) == 1
+
+
 def test_a_soft_target_can_be_learned(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GGAM_FAST_BACKEND", "triton")
     logits = torch.randn(N, K, device=device, requires_grad=True)
     target = torch.rand(N, K, device=device, requires_grad=True)
-    (found,) = torch.autograd.grad(GGAMLoss()(logits, target), target)
+    (found,) = torch.autograd.grad(GGAMLoss(0)(logits, target), target)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits, target), target)
     torch.testing.assert_close(found, expected)
 

@@ -9,7 +9,7 @@ All raise ValueError or TypeError naming the argument, what came and what is exp
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks, entropy, guidance, precision, step
 from .backends import registry
@@ -212,7 +212,7 @@ def grad_cam_means(
 
 
 def fused_ggam_loss(
-    head: GGAMHeadBase,
+    head: nn.Module,
     features: Tensor,
     target: Tensor,
     *,
@@ -230,23 +230,40 @@ def fused_ggam_loss(
     `label_smoothing` in [0, 1]. `loss` is a scalar in float32 (float64 for float64 features); it can be
     scaled (GradScaler) and differentiated once, not by torch.func, which has no vmap of it either; `out`
     carries no gradient. With `cam_detach=False`, `pool_type="flatten"` or "", or where gradients are
-    disabled, this is the composition above. The head's own forward hooks do not run: under DDP or FSDP call
+    disabled, this is the composition above. `head` may be inside torch.compile or torch's CheckpointWrapper:
+    the head itself is used, not compiled (compile the function that calls this) and nothing is computed
+    twice. The head's own forward hooks do not run: under DDP or FSDP call
     this inside the wrapped module's forward, and let FSDP shard a module around the head.
 
     Raises:
         TypeError: `head` is no GGAMHead, or is sharded itself; otherwise what the head and GGAMLoss raise.
         RuntimeError: in a backward with create_graph=True.
     """
+    head, given = _unwrapped(head), head
     fused = getattr(head, "fused_loss", None)
     if not isinstance(head, GGAMHeadBase) or fused is None:
-        hint = "; call fused_ggam_loss inside the wrapped module's forward" if hasattr(head, "module") else ""
-        raise TypeError(f"head must be a GGAMHead; got {type(head).__name__}{hint}")
+        inner = isinstance(getattr(head, "module", None), nn.Module)  # DDP, FSDP, DataParallel
+        hint = "; call fused_ggam_loss inside the wrapped module's forward" if inner else ""
+        raise TypeError(f"head must be a GGAMHead; got {type(given).__name__}{hint}")
     if any(hasattr(p, "full_tensor") for p in head.parameters()):
         raise TypeError(
             "head must have whole parameters; they are sharded DTensors: shard a module around the head, "
             "or use GGAMLoss()(head(features, target), target)"
         )
     return fused(features, target, guidance_weight, label_smoothing)
+
+
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile, and of CheckpointWrapper
+
+
+def _unwrapped(head: nn.Module) -> nn.Module:
+    """The module inside wrappers that change no result."""
+    while isinstance(head, nn.Module):
+        inner = next((m for name, m in head._modules.items() if name in _INNER and m is not None), None)
+        if inner is None:
+            break
+        head = inner
+    return head
 
 
 def guidance_loss(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
 
 from . import checks
 from .norm import SettlingBatchNorm1d
@@ -274,6 +275,17 @@ class GGAMHeadBase(nn.Module):
             raise ValueError("pre_logits=True returns features, not scores: call it without target")
         if self.num_classes == 0:
             raise ValueError("target was given, but num_classes=0: there is no class score to explain")
+
+    def _leaf(self, features: Proxy, *rest: Any) -> Any:
+        """The whole head as one node of the graph that `torch.fx` traces, as torch's own layers are."""
+        tracer = features.tracer
+        name = tracer.path_of_module(self) if isinstance(tracer, Tracer) else ""
+        if not name:
+            raise TypeError(
+                f"{type(self).__name__} is a leaf of torch.fx and has no operations to trace: trace a module "
+                "that holds it"
+            )
+        return tracer.create_proxy("call_module", name, (features, *rest), {})
 
     def _check_positions(self, spatial_shape: tuple[int, ...]) -> None:
         if self.pool_type != "flatten" or self.feat_size is None:

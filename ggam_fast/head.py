@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from . import checks, step
 from .autograd import Anchored
@@ -99,6 +100,8 @@ class GGAMHead(GGAMHeadBase):
         self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
     ) -> Tensor | GGAMOutput:
         """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
+        if isinstance(features, Proxy):
+            return self._leaf(features, target, pre_logits)
         self._check_request(target, pre_logits)
         if (
             type(self) is GGAMHead

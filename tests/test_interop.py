@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ggam_fast import GGAMHead, GGAMLoss
 from ggam_fast.classifier.layers import known_layers
 from ggam_fast.functional import ggam_attention
+from ggam_fast.reference import GGAMHeadReference
 from tests.head.heads import pooled_classifier
 from tests.parity import C, K, N, assert_parity, combine, features, gradients, hard_target, pair
 
@@ -235,3 +236,53 @@ def test_two_processes_get_the_gradients_of_one(worker: Any, tmp_path: Path) -> 
     model(images, target).backward()
     expected = {n: p.grad for n, p in model.named_parameters()}
     assert_parity(found, expected, 1e-10)  # type: ignore[arg-type]
+
+
+class Guided(nn.Module):
+    """A model as a user writes it: logits and the guidance of a head behind a layer."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, C, 1), head
+
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.fc(self.conv(images), target)
+        return out.logits, out.guidance_loss
+
+
+class Plain(Guided):
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc(self.conv(images)).relu()
+
+
+@pytest.mark.parametrize("kind", [GGAMHead, GGAMHeadReference])
+@pytest.mark.parametrize("options", [{}, {"classifier": nn.Linear(C, K)}], ids=["default", "own"])
+def test_a_leaf_of_symbolic_trace(
+    kind: type[nn.Module], options: dict[str, Any], device: torch.device
+) -> None:
+    head = kind(C, K, **options)
+    images, target = torch.rand(N, 3, 4, 4, device=device), hard_target(device)
+    for model, given in ((Plain(head), (images,)), (Guided(head), (images, target))):
+        model.to(device).eval()
+        traced = torch.fx.symbolic_trace(model)
+        assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["conv", "fc"]
+        torch.testing.assert_close(traced(*given), model(*given), rtol=0, atol=0)
+        traced.delete_all_unused_submodules()
+        assert traced.fc is model.fc
+        pickle.loads(pickle.dumps(traced))
+
+
+def test_a_head_alone_is_no_graph(device: torch.device) -> None:
+    with pytest.raises(TypeError, match=r"GGAMHead is a leaf of torch.fx .*trace a module that holds it"):
+        torch.fx.symbolic_trace(GGAMHead(C, K, device=device))
+
+
+def test_torchvisions_feature_extractor(device: torch.device) -> None:
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = Plain(GGAMHead(C, K)).to(device).eval()
+    train, evaluation = extraction.get_graph_node_names(model)
+    assert train == evaluation == ["images", "conv", "fc", "relu"]
+    images = torch.rand(N, 3, 4, 4, device=device)
+    found = extraction.create_feature_extractor(model, {"conv": "map", "fc": "logits"})(images)
+    torch.testing.assert_close(found["map"], model.conv(images))
+    torch.testing.assert_close(found["logits"], model.fc(model.conv(images)))

@@ -1,7 +1,7 @@
 """What the head and its eager reference share: constructor, parameters, state, timm's surface."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,29 +41,29 @@ class GGAMHeadBase(nn.Module):
         in_features: int,
         num_classes: int,
         *,
-        attention: str = "channel_spatial",
-        spatial_norm: str = "softmax",
+        attention: checks.Attention = "channel_spatial",
+        spatial_norm: checks.SpatialNorm = "softmax",
         rd_ratio: float = 1 / 16,
         rd_channels: int | None = None,
-        pool_type: str = "avg",
-        attention_scale: str = "unit_mean",
+        pool_type: checks.PoolType = "avg",
+        attention_scale: checks.AttentionScale = "unit_mean",
         hidden_size: int | None = 512,
         classifier: nn.Module | None = None,
-        cam_at: str = "features",
-        cam_class: str = "label",
+        cam_at: checks.CamAt = "features",
+        cam_class: checks.CamClass = "label",
         cam_detach: bool = True,
-        cam_norm: str = "sigmoid",
+        cam_norm: checks.CamNorm = "sigmoid",
         cam_temperature: float = 1.0,
-        divergence: str = "symmetric",
-        guidance_reduction: str | None = None,
+        divergence: checks.Divergence = "symmetric",
+        guidance_reduction: checks.Reduction | None = None,
         ignore_index: int | None = None,
         drop_rate: float = 0.0,
         norm_layer: Callable[..., nn.Module] = SettlingBatchNorm1d,
         norm_eps: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.ELU,
-        input_fmt: str = "NCHW",
+        input_fmt: checks.InputFmt = "NCHW",
         feat_size: int | tuple[int, int] | None = None,
-        backend: str = "auto",
+        backend: checks.Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,6 +112,18 @@ class GGAMHeadBase(nn.Module):
         self.classifier = self._build_classifier(factory) if classifier is None else classifier
         # A tuple, as a module would be registered twice.
         self._built = (self.classifier,) if classifier is None else ()
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, features: Tensor, target: None = ..., pre_logits: bool = ...) -> Tensor: ...
+        @overload
+        def __call__(self, features: Tensor, target: Tensor, pre_logits: bool = ...) -> GGAMOutput: ...
+        @overload
+        def __call__(
+            self, features: Tensor, target: Tensor | None, pre_logits: bool = ...
+        ) -> Tensor | GGAMOutput: ...
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
     def _reduced_channels(self, rd_ratio: float, rd_channels: int | None) -> int:
         if rd_channels is None:
@@ -202,7 +214,9 @@ class GGAMHeadBase(nn.Module):
         width = self.hidden_size or self.pooled_features
         return nn.Linear(width, self.num_classes, **factory)
 
-    def reset(self, num_classes: int, pool_type: str | None = None, reset_other: bool = False) -> None:
+    def reset(
+        self, num_classes: int, pool_type: checks.PoolType | None = None, reset_other: bool = False
+    ) -> None:
         """Replace the last layer for `num_classes` (0: none), as timm's classifier heads do.
 
         A new `pool_type` that changes the pooled width, or `reset_other=True` (which also drops the

@@ -3,22 +3,34 @@ argument, what came and what is expected."""
 
 import os
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-ATTENTION = ("channel_spatial", "channel", "spatial", "none")
-SPATIAL_NORM = ("softmax", "sum", "sigmoid")
-POOL_TYPE = ("avg", "max", "flatten", "")
-ATTENTION_SCALE = ("unit_mean", "printed")
-CAM_AT = ("features", "attended")
-CAM_CLASS = ("label", "predicted")
-CAM_NORM = ("sigmoid", "softmax", "standardized")
-DIVERGENCE = ("symmetric", "forward")
-REDUCTION = ("mean", "sum")
-INPUT_FMT = ("NCHW", "NHWC", "NLC")
-BACKEND = ("auto", "triton", "torch")
+Attention = Literal["channel_spatial", "channel", "spatial", "none"]
+SpatialNorm = Literal["softmax", "sum", "sigmoid"]
+PoolType = Literal["avg", "max", "flatten", ""]
+AttentionScale = Literal["unit_mean", "printed"]
+CamAt = Literal["features", "attended"]
+CamClass = Literal["label", "predicted"]
+CamNorm = Literal["sigmoid", "softmax", "standardized"]
+Divergence = Literal["symmetric", "forward"]
+Reduction = Literal["mean", "sum"]
+InputFmt = Literal["NCHW", "NHWC", "NLC"]
+Backend = Literal["auto", "triton", "torch"]
+
+ATTENTION: tuple[str, ...] = get_args(Attention)
+SPATIAL_NORM: tuple[str, ...] = get_args(SpatialNorm)
+POOL_TYPE: tuple[str, ...] = get_args(PoolType)
+ATTENTION_SCALE: tuple[str, ...] = get_args(AttentionScale)
+CAM_AT: tuple[str, ...] = get_args(CamAt)
+CAM_CLASS: tuple[str, ...] = get_args(CamClass)
+CAM_NORM: tuple[str, ...] = get_args(CamNorm)
+DIVERGENCE: tuple[str, ...] = get_args(Divergence)
+REDUCTION: tuple[str, ...] = get_args(Reduction)
+INPUT_FMT: tuple[str, ...] = get_args(InputFmt)
+BACKEND: tuple[str, ...] = get_args(Backend)
 
 
 def one_of(argument: str, value: object, allowed: tuple[str, ...]) -> str:

@@ -6,7 +6,7 @@ and float64 on the torch backend; small tensors are float32 (float64 for float64
 All raise ValueError or TypeError naming the argument, what came and what is expected.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,20 @@ from .backends.registry import get_backend, get_differentiable
 from .base import GGAMHeadBase
 from .closed_form import ChannelMLP, Options
 from .step import FusedLoss
+
+__all__ = [
+    "FusedLoss",
+    "GGAMAttention",
+    "GradCamMeans",
+    "cam",
+    "channel_sum",
+    "fused_ggam_loss",
+    "ggam_attention",
+    "grad_cam_means",
+    "grad_cam_weights",
+    "guidance_loss",
+    "spatial_sum",
+]
 
 
 class GGAMAttention(NamedTuple):
@@ -44,7 +58,11 @@ def _weights(argument: str, value: Tensor, shape: tuple[int, ...], names: str, l
 
 
 def channel_sum(
-    features: Tensor, channel_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto"
+    features: Tensor,
+    channel_weights: Tensor,
+    *,
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> Tensor:
     """out[n, l] = sum_c channel_weights[n, c] * A[n, c, l], a map (N, H, W). Differentiable to any order.
 
@@ -59,7 +77,11 @@ def channel_sum(
 
 
 def spatial_sum(
-    features: Tensor, spatial_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto"
+    features: Tensor,
+    spatial_weights: Tensor,
+    *,
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> Tensor:
     """out[n, c] = sum_l spatial_weights[n, l] * A[n, c, l], (N, C). Differentiable to any order.
 
@@ -113,12 +135,12 @@ def ggam_attention(
     fc2_weight: Tensor | None = None,
     fc2_bias: Tensor | None = None,
     *,
-    attention: str = "channel_spatial",
-    spatial_norm: str = "softmax",
-    pool_type: str = "avg",
-    attention_scale: str = "unit_mean",
-    input_fmt: str = "NCHW",
-    backend: str = "auto",
+    attention: checks.Attention = "channel_spatial",
+    spatial_norm: checks.SpatialNorm = "softmax",
+    pool_type: checks.PoolType = "avg",
+    attention_scale: checks.AttentionScale = "unit_mean",
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> GGAMAttention:
     """Channel-spatial attention and pooling as one autograd node (equations in `ggam_fast.closed_form`).
 
@@ -148,13 +170,13 @@ def grad_cam_weights(
     fc2_weight: Tensor | None = None,
     fc2_bias: Tensor | None = None,
     *,
-    attention: str = "channel_spatial",
-    spatial_norm: str = "softmax",
-    pool_type: str = "avg",
-    attention_scale: str = "unit_mean",
-    cam_at: str = "features",
-    input_fmt: str = "NCHW",
-    backend: str = "auto",
+    attention: checks.Attention = "channel_spatial",
+    spatial_norm: checks.SpatialNorm = "softmax",
+    pool_type: checks.PoolType = "avg",
+    attention_scale: checks.AttentionScale = "unit_mean",
+    cam_at: checks.CamAt = "features",
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
     differentiable: bool = False,
 ) -> Tensor:
     """beta (N, C) = mean over positions of d y / d A, in closed form (equations in `ggam_fast.closed_form`).
@@ -187,8 +209,8 @@ def grad_cam_means(
     grad: Tensor,
     spatial_attention: Tensor | None = None,
     *,
-    input_fmt: str = "NCHW",
-    backend: str = "auto",
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> GradCamMeans:
     """Both reductions Grad-CAM takes of a dense gradient G, in one pass over (A, G):
 
@@ -270,10 +292,10 @@ def guidance_loss(
     channel_attention: Tensor,
     cam_weights: Tensor,
     *,
-    cam_norm: str = "sigmoid",
+    cam_norm: checks.CamNorm = "sigmoid",
     cam_temperature: float = 1.0,
-    divergence: str = "symmetric",
-    reduction: str | None = None,
+    divergence: checks.Divergence = "symmetric",
+    reduction: checks.Reduction | Literal["none"] | None = None,
 ) -> Tensor:
     """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.guidance`).
 
@@ -286,17 +308,22 @@ def guidance_loss(
     checks.small("cam_weights", cam_weights, tuple(channel_attention.shape), "(N, C)")
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)
-    if reduction is None:
-        reduction = checks.reduction("reduction", None, divergence)
-    checks.one_of("reduction", reduction, (*checks.REDUCTION, "none"))
+    how = checks.reduction("reduction", None, divergence) if reduction is None else reduction
+    checks.one_of("reduction", how, (*checks.REDUCTION, "none"))
     s = channel_attention.to(precision.compute_dtype(channel_attention))
     log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
     temperature = checks.temperature(cam_temperature)
     per_image = guidance.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
-    return per_image if reduction == "none" else entropy.reduce_batch(per_image, reduction)
+    return per_image if how == "none" else entropy.reduce_batch(per_image, how)
 
 
-def cam(features: Tensor, cam_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto") -> Tensor:
+def cam(
+    features: Tensor,
+    cam_weights: Tensor,
+    *,
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
+) -> Tensor:
     """Grad-CAM's heat map (N, H, W): relu(sum_c beta_c A_c), not scaled.
 
     Source: Selvaraju et al. (arXiv 1610.02391), eq. 2.

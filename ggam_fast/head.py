@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,14 @@ class GGAMHead(GGAMHeadBase):
         (torch.Size([4, 10]), torch.Size([4, 512]))
     """
 
+    @overload
+    def forward(self, features: Tensor, target: None = None, pre_logits: bool = False) -> Tensor: ...
+    @overload
+    def forward(self, features: Tensor, target: Tensor, pre_logits: bool = False) -> GGAMOutput: ...
+    @overload
+    def forward(
+        self, features: Tensor, target: Tensor | None, pre_logits: bool = False
+    ) -> Tensor | GGAMOutput: ...
     def forward(
         self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
     ) -> Tensor | GGAMOutput:

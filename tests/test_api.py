@@ -26,6 +26,7 @@ LAYERS = (
     ("autograd", "backends.triton.classifier", "backends.triton.features_grad", "backends.triton.guidance",
      "backends.triton.layers", "backends.triton.pooling"),
     ("backends.differentiable", "backends.triton.sums", "classifier.rules"),
+    ("backends.triton.flops",),
     ("backends.triton", "classifier.scores", "step"),
     ("recorded",),
     ("compiled", "losses"),

@@ -3,6 +3,7 @@ memory and its launches.  `launch` allocates and launches, `register` makes oper
 
 from ggam_fast.backends import registry
 
+from . import flops as _flops  # noqa: F401  (registers itself)
 from .classifier import Classifier
 from .features_grad import FeaturesGrad
 from .guidance import Guidance

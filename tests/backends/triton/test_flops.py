@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ggam_fast import GGAMHead, GGAMLoss, checks
 from ggam_fast.functional import channel_sum, fused_ggam_loss, grad_cam_means, spatial_sum
 from ggam_fast.reference import GGAMHeadReference
-from tests.parity import C, K, N, OPTIONS, draws, features, hard_target
+from tests.parity import OPTIONS, C, K, N, draws, features, hard_target
 
 if not checks.TRITON_AVAILABLE:
     pytest.skip("needs triton", allow_module_level=True)

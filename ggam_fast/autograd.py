@@ -3,6 +3,7 @@
     channel_sum(A, s)[l] = sum_c s_c A_cl        d/dA = s (x) u    d/ds = spatial_sum(A, u)
     spatial_sum(A, t)[c] = sum_l t_l A_cl        d/dA = w (x) t    d/dt = channel_sum(A, w)
 
+Both are linear in each argument, and their forward-mode derivatives are themselves on the tangents.
 Everything GGAM does to A goes through these two contractions.  Each backward is made of the other one and
 an outer product, so derivatives of derivatives stay inside the set, and no kernel needs a second-order
 version of itself.  `Attention` and `HeldGradient` are the closed form as one node; differentiated twice,
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends.registry import full_precision, get_backend, get_differentiable
 from .backends.torch import Backend, CamTerms, softmax_grad
@@ -41,6 +43,12 @@ class Function(torch.autograd.Function):
         vars(cls.forward)["__signature__"] = inspect.signature(cls.forward)
 
 
+def forward_mode() -> bool:
+    """Whether derivatives go forward (`torch.func.jvp`, `jacfwd`): only the contractions and torch's own
+    operations have those."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 class ChannelSum(Function):
     """channel_sum(A (N, C, L), s (N, C)) -> (N, L)"""
 
@@ -53,7 +61,13 @@ class ChannelSum(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
         ctx.backend = inputs[2]
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor, dw: Tensor, _: None) -> Tensor:
+        features, w = ctx.saved_tensors
+        return ChannelSum.apply(da, w, ctx.backend) + ChannelSum.apply(features, dw, ctx.backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +94,13 @@ class SpatialSum(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
         ctx.backend = inputs[2]
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor, dw: Tensor, _: None) -> Tensor:
+        features, w = ctx.saved_tensors
+        return SpatialSum.apply(da, w, ctx.backend) + SpatialSum.apply(features, dw, ctx.backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -595,13 +595,19 @@ def test_functorch_is_not_recorded(form: str, device: torch.device, recordings: 
     assert relative_error(both[1], head(x.detach())) < 1e-6
 
 
-@pytest.mark.parametrize("form", ["guided", "logits"])
-def test_forward_mode_is_refused_not_wrong(form: str, device: torch.device) -> None:
+@every_form
+def test_forward_mode_is_not_recorded(form: str, device: torch.device, recordings: dict[Any, Any]) -> None:
     head, (x, target) = make(device).eval().requires_grad_(False), data(device)
     x = x.detach()
-    run(form, head, x, target)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
-        forward(form, head, forward_ad.make_dual(x, torch.ones_like(x)), target)
+    run(form, head, x.requires_grad_(), target)
+    before, tangent = made(recordings), torch.randn_like(x)
+    name = "loss" if form == "fused" else "logits"
+    (gradient,) = torch.autograd.grad(forward(form, head, x, target)[name].sum(), x)
+    with forward_ad.dual_level():
+        y = forward(form, head, forward_ad.make_dual(x.detach(), tangent), target)[name]
+        found = forward_ad.unpack_dual(y).tangent
+    assert made(recordings) == before
+    torch.testing.assert_close(found.sum(), (gradient * tangent).sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_subclass_of_tensor_is_not_recorded(device: torch.device, recordings: dict[Any, Any]) -> None:

@@ -61,13 +61,7 @@ class ChannelSum(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
         ctx.backend = inputs[2]
-
-    @staticmethod
-    def jvp(ctx: Any, da: Tensor, dw: Tensor, _: None) -> Tensor:
-        features, w = ctx.saved_tensors
-        return ChannelSum.apply(da, w, ctx.backend) + ChannelSum.apply(features, dw, ctx.backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +72,7 @@ class ChannelSum(Function):
             if ctx.needs_input_grad[0]:
                 da = (s.unsqueeze(-1) * u.unsqueeze(-2)).to(features.dtype)
             if ctx.needs_input_grad[1]:
-                ds = SpatialSum.apply(features, u, ctx.backend)
+                ds = spatial_sum(features, u, ctx.backend)
         return da, ds, None
 
 
@@ -94,13 +88,7 @@ class SpatialSum(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
         ctx.backend = inputs[2]
-
-    @staticmethod
-    def jvp(ctx: Any, da: Tensor, dw: Tensor, _: None) -> Tensor:
-        features, w = ctx.saved_tensors
-        return SpatialSum.apply(da, w, ctx.backend) + SpatialSum.apply(features, dw, ctx.backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,8 +99,48 @@ class SpatialSum(Function):
             if ctx.needs_input_grad[0]:
                 da = (w.unsqueeze(-1) * t.unsqueeze(-2)).to(features.dtype)
             if ctx.needs_input_grad[1]:
-                dt = ChannelSum.apply(features, w, ctx.backend)
+                dt = channel_sum(features, w, ctx.backend)
         return da, dt, None
+
+
+def channel_sum(features: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """ChannelSum, with a forward mode where it is asked for."""
+    node: Any = ForwardChannelSum if forward_mode() else ChannelSum
+    return node.apply(features, weights, backend)
+
+
+def spatial_sum(features: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """SpatialSum, with a forward mode where it is asked for."""
+    node: Any = ForwardSpatialSum if forward_mode() else SpatialSum
+    return node.apply(features, weights, backend)
+
+
+class ForwardChannelSum(ChannelSum):
+    """ChannelSum with a jvp: torch.compile traces no Function that has one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ChannelSum.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor, ds: Tensor, _: None) -> Tensor:
+        features, s = ctx.saved_tensors
+        return channel_sum(da, s, ctx.backend) + channel_sum(features, ds, ctx.backend)
+
+
+class ForwardSpatialSum(SpatialSum):
+    """SpatialSum with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        SpatialSum.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor, dt: Tensor, _: None) -> Tensor:
+        features, t = ctx.saved_tensors
+        return spatial_sum(da, t, ctx.backend) + spatial_sum(features, dt, ctx.backend)
 
 
 class Linear(Function):

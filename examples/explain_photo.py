@@ -27,7 +27,8 @@ def photo(path: Path | None, side: int) -> Tensor:
     from torchvision.transforms import functional as T  # type: ignore[import-untyped]
 
     image = T.center_crop(T.resize(Image.open(path).convert("RGB"), [side]), [side])
-    return T.normalize(T.to_tensor(image), list(MEAN), list(STD)).unsqueeze(0)
+    normalised: Tensor = T.normalize(T.to_tensor(image), list(MEAN), list(STD))
+    return normalised.unsqueeze(0)
 
 
 def main() -> None:

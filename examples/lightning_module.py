@@ -25,7 +25,7 @@ class Guided(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, target = batch
         out = self.model.head(self.model.backbone(images), target)
-        loss = self.loss_fn(out, target)
+        loss: Tensor = self.loss_fn(out, target)
         self.losses.append(loss.item())
         self.log("guidance", out.guidance_loss)
         return loss

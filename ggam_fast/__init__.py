@@ -6,13 +6,13 @@ from .base import GGAMOutput
 from .functional import cam
 from .head import GGAMHead
 from .integrations import create_model, replace_head
-from .losses import GGAMLoss
+from .losses import GGAMLoss, GGAMLossParts
 
 if checks.TRITON_AVAILABLE:
     from .backends import triton as _triton  # noqa: F401  (registers the backend and its operators)
 
 __all__ = [
-    "GGAMHead", "GGAMLoss", "GGAMOutput", "cam", "create_model", "functional", "presets", "reference",
-    "replace_head",
+    "GGAMHead", "GGAMLoss", "GGAMLossParts", "GGAMOutput", "cam", "create_model", "functional", "presets",
+    "reference", "replace_head",
 ]  # fmt: skip
 __version__ = "0.2.0"

@@ -3,6 +3,7 @@
     channel_sum(A, s)[l] = sum_c s_c A_cl        d/dA = s (x) u    d/ds = spatial_sum(A, u)
     spatial_sum(A, t)[c] = sum_l t_l A_cl        d/dA = w (x) t    d/dt = channel_sum(A, w)
 
+Both are linear in each argument, so the forward-mode derivative of each is itself on the tangents.
 Everything GGAM does to A goes through these two contractions.  The backward of each one is an outer product
 and the other contraction, so no kernel needs a second-order version.  `Attention` and `HeldGradient` are the
 closed form as one node.  Second derivatives of `Attention` go through the contractions.
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends.registry import full_precision, get_backend, get_differentiable
 from .backends.torch import Backend, CamTerms, softmax_grad
@@ -40,6 +42,12 @@ class Function(torch.autograd.Function):
         vars(cls.forward)["__signature__"] = inspect.signature(cls.forward)
 
 
+def forward_mode() -> bool:
+    """Whether derivatives go forward (`torch.func.jvp`, `jacfwd`): only the contractions and torch's own
+    operations have those."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 class ChannelSum(Function):
     """channel_sum(A (N, C, L), s (N, C)) -> (N, L)"""
 
@@ -63,7 +71,7 @@ class ChannelSum(Function):
             if ctx.needs_input_grad[0]:
                 da = (s.unsqueeze(-1) * u.unsqueeze(-2)).to(features.dtype)
             if ctx.needs_input_grad[1]:
-                ds = SpatialSum.apply(features, u, ctx.backend)
+                ds = spatial_sum(features, u, ctx.backend)
         return da, ds, None
 
 
@@ -90,8 +98,48 @@ class SpatialSum(Function):
             if ctx.needs_input_grad[0]:
                 da = (w.unsqueeze(-1) * t.unsqueeze(-2)).to(features.dtype)
             if ctx.needs_input_grad[1]:
-                dt = ChannelSum.apply(features, w, ctx.backend)
+                dt = channel_sum(features, w, ctx.backend)
         return da, dt, None
+
+
+def channel_sum(features: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """ChannelSum, with a forward mode where it is asked for."""
+    node: Any = ForwardChannelSum if forward_mode() else ChannelSum
+    return node.apply(features, weights, backend)
+
+
+def spatial_sum(features: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """SpatialSum, with a forward mode where it is asked for."""
+    node: Any = ForwardSpatialSum if forward_mode() else SpatialSum
+    return node.apply(features, weights, backend)
+
+
+class ForwardChannelSum(ChannelSum):
+    """ChannelSum with a jvp: torch.compile traces no Function that has one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ChannelSum.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor, ds: Tensor, _: None) -> Tensor:
+        features, s = ctx.saved_tensors
+        return channel_sum(da, s, ctx.backend) + channel_sum(features, ds, ctx.backend)
+
+
+class ForwardSpatialSum(SpatialSum):
+    """SpatialSum with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        SpatialSum.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor, dt: Tensor, _: None) -> Tensor:
+        features, t = ctx.saved_tensors
+        return spatial_sum(da, t, ctx.backend) + spatial_sum(features, dt, ctx.backend)
 
 
 class Linear(Function):

@@ -1,10 +1,11 @@
 """The base of the head and of its eager reference: constructor, parameters, state and timm's interface."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
 
 from . import checks
 from .norm import SettlingBatchNorm1d
@@ -41,30 +42,30 @@ class GGAMHeadBase(nn.Module):
         in_features: int,
         num_classes: int,
         *,
-        attention: str = "channel_spatial",
-        spatial_norm: str = "softmax",
+        attention: checks.Attention = "channel_spatial",
+        spatial_norm: checks.SpatialNorm = "softmax",
         rd_ratio: float = 1 / 16,
         rd_channels: int | None = None,
-        pool_type: str = "avg",
-        attention_scale: str = "unit_mean",
+        pool_type: checks.PoolType = "avg",
+        attention_scale: checks.AttentionScale = "unit_mean",
         hidden_size: int | None = 512,
         classifier: nn.Module | None = None,
-        cam_at: str = "features",
-        cam_class: str = "label",
+        cam_at: checks.CamAt = "features",
+        cam_class: checks.CamClass = "label",
         cam_detach: bool = True,
-        cam_norm: str = "sigmoid",
+        cam_norm: checks.CamNorm = "sigmoid",
         cam_temperature: float = 1.0,
-        divergence: str = "symmetric",
-        guidance_reduction: str | None = None,
+        divergence: checks.Divergence = "symmetric",
+        guidance_reduction: checks.Reduction | None = None,
         ignore_index: int | None = None,
         drop_rate: float = 0.0,
         norm_layer: Callable[..., nn.Module] = SettlingBatchNorm1d,
         norm_eps: float | None = None,
         act_layer: Callable[..., nn.Module] = nn.ELU,
-        input_fmt: str = "NCHW",
+        input_fmt: checks.InputFmt = "NCHW",
         prefix_tokens: int = 0,
         feat_size: int | tuple[int, int] | None = None,
-        backend: str = "auto",
+        backend: checks.Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -113,6 +114,18 @@ class GGAMHeadBase(nn.Module):
         self.classifier = self._build_classifier(factory) if classifier is None else classifier
         # In a tuple, because a plain attribute would register the module twice.
         self._built = (self.classifier,) if classifier is None else ()
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, features: Tensor, target: None = ..., pre_logits: bool = ...) -> Tensor: ...
+        @overload
+        def __call__(self, features: Tensor, target: Tensor, pre_logits: bool = ...) -> GGAMOutput: ...
+        @overload
+        def __call__(
+            self, features: Tensor, target: Tensor | None, pre_logits: bool = ...
+        ) -> Tensor | GGAMOutput: ...
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
     def _build_channel_mlp(self, factory: dict[str, Any]) -> None:
         self.rd_channels = self._reduced_channels(*self._reduction)
@@ -213,7 +226,7 @@ class GGAMHeadBase(nn.Module):
     def reset(
         self,
         num_classes: int,
-        pool_type: str | None = None,
+        pool_type: checks.PoolType | None = None,
         reset_other: bool = False,
         in_features: int | None = None,
         device: torch.device | str | None = None,
@@ -313,6 +326,17 @@ class GGAMHeadBase(nn.Module):
                 f"got shape {tuple(features.shape)}"
             )
         return features[:, self.prefix_tokens :]
+
+    def _leaf(self, features: Proxy, *rest: Any) -> Any:
+        """The whole head as one node of the graph that `torch.fx` traces, as torch's own layers are."""
+        tracer = features.tracer
+        name = tracer.path_of_module(self) if isinstance(tracer, Tracer) else ""
+        if not name:
+            raise TypeError(
+                f"{type(self).__name__} is a leaf of torch.fx and has no operations to trace: trace a module "
+                "that holds it"
+            )
+        return tracer.create_proxy("call_module", name, (features, *rest), {})
 
     def _check_positions(self, spatial_shape: tuple[int, ...]) -> None:
         if self.pool_type != "flatten" or self.feat_size is None:

@@ -5,22 +5,34 @@ Each error is one sentence that names the argument, what came and what is expect
 
 import os
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-ATTENTION = ("channel_spatial", "channel", "spatial", "none")
-SPATIAL_NORM = ("softmax", "sum", "sigmoid")
-POOL_TYPE = ("avg", "max", "flatten", "")
-ATTENTION_SCALE = ("unit_mean", "printed")
-CAM_AT = ("features", "attended")
-CAM_CLASS = ("label", "predicted")
-CAM_NORM = ("sigmoid", "softmax", "standardized")
-DIVERGENCE = ("symmetric", "forward")
-REDUCTION = ("mean", "sum")
-INPUT_FMT = ("NCHW", "NHWC", "NLC")
-BACKEND = ("auto", "triton", "torch")
+Attention = Literal["channel_spatial", "channel", "spatial", "none"]
+SpatialNorm = Literal["softmax", "sum", "sigmoid"]
+PoolType = Literal["avg", "max", "flatten", ""]
+AttentionScale = Literal["unit_mean", "printed"]
+CamAt = Literal["features", "attended"]
+CamClass = Literal["label", "predicted"]
+CamNorm = Literal["sigmoid", "softmax", "standardized"]
+Divergence = Literal["symmetric", "forward"]
+Reduction = Literal["mean", "sum"]
+InputFmt = Literal["NCHW", "NHWC", "NLC"]
+Backend = Literal["auto", "triton", "torch"]
+
+ATTENTION: tuple[str, ...] = get_args(Attention)
+SPATIAL_NORM: tuple[str, ...] = get_args(SpatialNorm)
+POOL_TYPE: tuple[str, ...] = get_args(PoolType)
+ATTENTION_SCALE: tuple[str, ...] = get_args(AttentionScale)
+CAM_AT: tuple[str, ...] = get_args(CamAt)
+CAM_CLASS: tuple[str, ...] = get_args(CamClass)
+CAM_NORM: tuple[str, ...] = get_args(CamNorm)
+DIVERGENCE: tuple[str, ...] = get_args(Divergence)
+REDUCTION: tuple[str, ...] = get_args(Reduction)
+INPUT_FMT: tuple[str, ...] = get_args(InputFmt)
+BACKEND: tuple[str, ...] = get_args(Backend)
 
 
 def one_of(argument: str, value: object, allowed: tuple[str, ...]) -> str:
@@ -190,6 +202,15 @@ def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float,
     return guidance_weight, label_smoothing
 
 
+def class_weights(value: Tensor | None) -> Tensor | None:
+    """Return None or a float tensor (K,), else raise."""
+    if value is not None:
+        _floating("weight", value, "(K,), one number a class")
+        if value.dim() != 1:
+            raise ValueError(f"weight must be (K,), one number a class; got shape {tuple(value.shape)}")
+    return value
+
+
 def scores(logits: Tensor, batch: int, num_classes: int) -> None:
     """Raise unless a classifier returned one score for every image and class."""
     if tuple(logits.shape) != (batch, num_classes):
@@ -224,6 +245,11 @@ def target(
                 f"got {tuple(value.shape)}"
             )
         return value
+    if tuple(value.shape) == (batch, num_classes):
+        raise TypeError(
+            f"target must be class indices (N,), or class probabilities (N, K) in a floating-point type; got "
+            f"{value.dtype} of shape {tuple(value.shape)}: call .float() on one-hot rows, or .argmax(1)"
+        )
     if value.dtype != torch.int64:
         raise TypeError(
             f"target must be int64 class indices (N,) or float class probabilities (N, K); got {value.dtype}"

@@ -6,25 +6,40 @@ from torch import Tensor
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int | None = None
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    ignore_index: int | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Mean cross entropy of the images that are not ignored, 0 if there are none.
+    """The cross entropy of each image ("none"), or its mean over the images that are not ignored ("mean").
 
-    `checks.target` must have checked `target`.
+    The mean of no image is 0.  `checks.target` must have checked `target`.  With class weights (K,) the mean
+    is torch's: over the labels' weights, and over the batch for probabilities.
     """
+    counts = None
     if target.is_floating_point():
         target = target.to(logits.dtype)
     elif ignore_index is not None:
         counts = target != ignore_index
         target = target.masked_fill(~counts, 0)
         # An ignored image gets constant logits, so infinities and NaN in its own cannot reach the mean.
-        losses = F.cross_entropy(
-            torch.where(counts.unsqueeze(-1), logits, 0.0), target,
-            reduction="none", label_smoothing=label_smoothing,
-        )  # fmt: skip
-        return (losses * counts).sum() / counts.sum().clamp(min=1)
-    total = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
-    return total / max(logits.shape[0], 1)
+        logits = torch.where(counts.unsqueeze(-1), logits, 0.0)
+    if reduction == "mean" and counts is None and (weight is None or target.is_floating_point()):
+        total = F.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=label_smoothing)
+        return total / max(logits.shape[0], 1)
+    losses = F.cross_entropy(logits, target, weight, reduction="none", label_smoothing=label_smoothing)
+    if counts is not None:
+        losses = losses * counts
+    if reduction == "none":
+        return losses
+    if weight is None:
+        assert counts is not None
+        return losses.sum() / counts.sum().clamp(min=1)
+    shares = weight[target] if counts is None else weight[target] * counts
+    share = shares.sum()
+    return losses.sum() / torch.where(share > 0, share, 1.0)
 
 
 def reduce_batch(per_image: Tensor, reduction: str, share: Tensor | None = None) -> Tensor:

@@ -6,10 +6,10 @@ and float64 on the torch backend. Small tensors are float32 (float64 for float64
 Bad input raises a ValueError or TypeError that names the argument, what came and what is expected.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checks, entropy, guidance, precision, step
 from .backends import registry
@@ -17,6 +17,20 @@ from .backends.registry import get_backend, get_differentiable
 from .base import GGAMHeadBase
 from .closed_form import ChannelMLP, Options
 from .step import FusedLoss
+
+__all__ = [
+    "FusedLoss",
+    "GGAMAttention",
+    "GradCamMeans",
+    "cam",
+    "channel_sum",
+    "fused_ggam_loss",
+    "ggam_attention",
+    "grad_cam_means",
+    "grad_cam_weights",
+    "guidance_loss",
+    "spatial_sum",
+]
 
 
 class GGAMAttention(NamedTuple):
@@ -44,7 +58,11 @@ def _weights(argument: str, value: Tensor, shape: tuple[int, ...], names: str, l
 
 
 def channel_sum(
-    features: Tensor, channel_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto"
+    features: Tensor,
+    channel_weights: Tensor,
+    *,
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> Tensor:
     """out[n, l] = sum_c channel_weights[n, c] * A[n, c, l], a map (N, H, W). Differentiable to any order.
 
@@ -59,7 +77,11 @@ def channel_sum(
 
 
 def spatial_sum(
-    features: Tensor, spatial_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto"
+    features: Tensor,
+    spatial_weights: Tensor,
+    *,
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> Tensor:
     """out[n, c] = sum_l spatial_weights[n, l] * A[n, c, l], (N, C). Differentiable to any order.
 
@@ -113,12 +135,12 @@ def ggam_attention(
     fc2_weight: Tensor | None = None,
     fc2_bias: Tensor | None = None,
     *,
-    attention: str = "channel_spatial",
-    spatial_norm: str = "softmax",
-    pool_type: str = "avg",
-    attention_scale: str = "unit_mean",
-    input_fmt: str = "NCHW",
-    backend: str = "auto",
+    attention: checks.Attention = "channel_spatial",
+    spatial_norm: checks.SpatialNorm = "softmax",
+    pool_type: checks.PoolType = "avg",
+    attention_scale: checks.AttentionScale = "unit_mean",
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> GGAMAttention:
     """Channel-spatial attention and pooling as one autograd node (equations in `ggam_fast.closed_form`).
 
@@ -148,13 +170,13 @@ def grad_cam_weights(
     fc2_weight: Tensor | None = None,
     fc2_bias: Tensor | None = None,
     *,
-    attention: str = "channel_spatial",
-    spatial_norm: str = "softmax",
-    pool_type: str = "avg",
-    attention_scale: str = "unit_mean",
-    cam_at: str = "features",
-    input_fmt: str = "NCHW",
-    backend: str = "auto",
+    attention: checks.Attention = "channel_spatial",
+    spatial_norm: checks.SpatialNorm = "softmax",
+    pool_type: checks.PoolType = "avg",
+    attention_scale: checks.AttentionScale = "unit_mean",
+    cam_at: checks.CamAt = "features",
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
     differentiable: bool = False,
 ) -> Tensor:
     """beta (N, C) = mean over positions of d y / d A, in closed form (equations in `ggam_fast.closed_form`).
@@ -189,8 +211,8 @@ def grad_cam_means(
     grad: Tensor,
     spatial_attention: Tensor | None = None,
     *,
-    input_fmt: str = "NCHW",
-    backend: str = "auto",
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
 ) -> GradCamMeans:
     """The two reductions of a dense gradient G that Grad-CAM needs, in one pass over (A, G):
 
@@ -214,7 +236,7 @@ def grad_cam_means(
 
 
 def fused_ggam_loss(
-    head: GGAMHeadBase,
+    head: nn.Module,
     features: Tensor,
     target: Tensor,
     *,
@@ -236,6 +258,9 @@ def fused_ggam_loss(
     `loss` is a scalar in float32 (float64 for float64 features). It can be scaled (GradScaler) and
     differentiated once. torch.func can neither differentiate nor vmap it. `out` carries no gradient.
 
+    `head` may be inside torch.compile or torch's CheckpointWrapper. The head itself then runs, not compiled:
+    compile the function that calls this.
+
     The head's own forward hooks do not run. Under DDP or FSDP call this inside the wrapped module's forward,
     and let FSDP shard a module around the head.
 
@@ -244,10 +269,12 @@ def fused_ggam_loss(
         ValueError: an input does not fit the head or GGAMLoss.
         RuntimeError: in a backward with create_graph=True.
     """
+    head, given = _unwrapped(head), head
     fused = getattr(head, "fused_loss", None)
     if not isinstance(head, GGAMHeadBase) or fused is None:
-        hint = "; call fused_ggam_loss inside the wrapped module's forward" if hasattr(head, "module") else ""
-        raise TypeError(f"head must be a GGAMHead; got {type(head).__name__}{hint}")
+        inner = isinstance(getattr(head, "module", None), nn.Module)  # DDP, FSDP, DataParallel
+        hint = "; call fused_ggam_loss inside the wrapped module's forward" if inner else ""
+        raise TypeError(f"head must be a GGAMHead; got {type(given).__name__}{hint}")
     if any(hasattr(p, "full_tensor") for p in head.parameters()):
         raise TypeError(
             "head must have whole parameters; got sharded DTensors: shard a module around the head, "
@@ -256,20 +283,33 @@ def fused_ggam_loss(
     return fused(features, target, guidance_weight, label_smoothing)
 
 
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile, and of CheckpointWrapper
+
+
+def _unwrapped(head: nn.Module) -> nn.Module:
+    """The module inside wrappers that change no result."""
+    while isinstance(head, nn.Module):
+        inner = next((m for name, m in head._modules.items() if name in _INNER and m is not None), None)
+        if inner is None:
+            break
+        head = inner
+    return head
+
+
 def guidance_loss(
     channel_attention: Tensor,
     cam_weights: Tensor,
     *,
-    cam_norm: str = "sigmoid",
+    cam_norm: checks.CamNorm = "sigmoid",
     cam_temperature: float = 1.0,
-    divergence: str = "symmetric",
-    reduction: str | None = None,
+    divergence: checks.Divergence = "symmetric",
+    reduction: checks.Reduction | Literal["none"] | None = None,
 ) -> Tensor:
     """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.guidance`).
 
     `channel_attention` is S (N, C), non-negative, with rows that sum to 1. `cam_weights` is beta (N, C), any
-    range. The result is a scalar, the "mean" or "sum" over the batch. reduction=None is the mean for
-    "symmetric" and the sum for "forward", as in their sources. S is clamped to the smallest normal number
+    range. The result is a scalar, the "mean" or "sum" over the batch, or (N,) for "none". None is the mean
+    for "symmetric" and the sum for "forward", as in their sources. S is clamped to the smallest normal number
     before its logarithm. The head uses the logits of S and needs no clamp.
     """
     checks.matrix("channel_attention", channel_attention, "(N, C)")
@@ -278,15 +318,22 @@ def guidance_loss(
     )
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)
-    reduction = checks.reduction("reduction", reduction, divergence)
+    how = checks.reduction("reduction", None, divergence) if reduction is None else reduction
+    checks.one_of("reduction", how, (*checks.REDUCTION, "none"))
     s = channel_attention.to(precision.compute_dtype(channel_attention))
     log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
     temperature = checks.temperature(cam_temperature)
     per_image = guidance.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
-    return entropy.reduce_batch(per_image, reduction)
+    return per_image if how == "none" else entropy.reduce_batch(per_image, how)
 
 
-def cam(features: Tensor, cam_weights: Tensor, *, input_fmt: str = "NCHW", backend: str = "auto") -> Tensor:
+def cam(
+    features: Tensor,
+    cam_weights: Tensor,
+    *,
+    input_fmt: checks.InputFmt = "NCHW",
+    backend: checks.Backend = "auto",
+) -> Tensor:
     """Grad-CAM's heat map (N, H, W): relu(sum_c beta_c A_c), without any scaling.
 
     Source: Selvaraju et al. (arXiv 1610.02391), eq. 2.

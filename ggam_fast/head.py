@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from . import checks, step
-from .autograd import Anchored
+from .autograd import Anchored, forward_mode
 from .backends.layer import Layer
 from .backends.registry import autocasts, full_precision
 from .backends.torch import TORCH
@@ -99,10 +101,20 @@ class GGAMHead(GGAMHeadBase):
         (torch.Size([4, 10]), torch.Size([4, 512]))
     """
 
+    @overload
+    def forward(self, features: Tensor, target: None = None, pre_logits: bool = False) -> Tensor: ...
+    @overload
+    def forward(self, features: Tensor, target: Tensor, pre_logits: bool = False) -> GGAMOutput: ...
+    @overload
+    def forward(
+        self, features: Tensor, target: Tensor | None, pre_logits: bool = False
+    ) -> Tensor | GGAMOutput: ...
     def forward(
         self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
     ) -> Tensor | GGAMOutput:
         """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
+        if isinstance(features, Proxy):
+            return self._leaf(features, target, pre_logits)
         self._check_request(target, pre_logits)
         features = self._without_prefix(features)
         if (
@@ -118,7 +130,9 @@ class GGAMHead(GGAMHeadBase):
             if replayed is not None:
                 return replayed
         x, spatial_shape, mlp, options, backend = self._inputs(features)
-        second_order = target is not None and not self.cam_detach and torch.is_grad_enabled()
+        forward = forward_mode()
+        second_order = target is not None and not self.cam_detach and (forward or torch.is_grad_enabled())
+        composed = second_order or forward
 
         if target is not None:
             target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
@@ -133,18 +147,24 @@ class GGAMHead(GGAMHeadBase):
             checks.scores(out.logits, x.shape[0], self.num_classes)
             return _with_map(out, spatial_shape)
 
-        attended = step.ggam_attention(x, mlp, options, backend, differentiable=second_order)
+        attended = step.ggam_attention(x, mlp, options, backend, differentiable=composed)
+        stages = "torch" if forward else backend
         if target is None:
-            return self._classify(layers, attended.pooled, spatial_shape, pre_logits, backend)
-        logits, pull_back = self._score(layers, attended.pooled, spatial_shape, not second_order, backend)
+            return self._classify(layers, attended.pooled, spatial_shape, pre_logits, stages)
+        if forward and (layers is None or self.pool_type == ""):
+            raise NotImplementedError(
+                "a custom classifier's Grad-CAM is autograd's and has no forward mode (torch.func.jvp): call "
+                "the head without target, or use reverse mode (torch.func.vjp, backward)"
+            )
+        logits, pull_back = self._score(layers, attended.pooled, spatial_shape, not second_order, stages)
         checks.scores(logits, x.shape[0], self.num_classes)
         seed, share = TORCH.class_scores(logits, target, self.cam_class, self.ignore_index)
         (v,), _ = pull_back([seed])
         terms = self._loss_terms()
-        if second_order:
+        if composed:
             with full_precision(x):
                 beta = step.grad_cam_weights(
-                    x, mlp, options, attended, v, self.cam_at, backend, differentiable=True
+                    x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
                 )
                 log_s = torch.log_softmax(attended.channel_logits, -1)
                 norm = (self.cam_norm, self.cam_temperature, self.divergence)
@@ -173,7 +193,8 @@ class GGAMHead(GGAMHeadBase):
         """The head followed by `GGAMLoss`, fused: see `functional.fused_ggam_loss`."""
         weight, smoothing = checks.loss_weights(guidance_weight, label_smoothing)
         self._check_request(target, pre_logits=False)
-        if not self.cam_detach or self.pool_type in ("flatten", "") or not torch.is_grad_enabled():
+        shares = self.cam_detach and self.pool_type not in ("flatten", "") and torch.is_grad_enabled()
+        if not shares or forward_mode():
             out = self(features, target)
             loss = GGAMLoss(weight, smoothing, self.ignore_index)(out, target)
             return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))

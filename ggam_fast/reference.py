@@ -7,6 +7,7 @@ method. The tests compare the rest of the library with this file in float64.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from . import checks
 from .base import GGAMHeadBase, GGAMOutput
@@ -18,6 +19,8 @@ class GGAMHeadReference(GGAMHeadBase):
     def forward(
         self, features: Tensor, target: Tensor | None = None, pre_logits: bool = False
     ) -> Tensor | GGAMOutput:
+        if isinstance(features, Proxy):
+            return self._leaf(features, target, pre_logits)
         self._check_request(target, pre_logits)
         features = self._without_prefix(features)
         a, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)

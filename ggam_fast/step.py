@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import Attention, Guidance, HeldGradient
+from .autograd import Attention, Guidance, HeldGradient, forward_mode
 from .backends.layer import Layer
 from .backends.registry import full_precision, get_backend, get_differentiable
 from .backends.torch import Backend, Guided, cam_weights
@@ -56,7 +56,7 @@ def ggam_attention(
     It runs as one node, or with `differentiable` through the contractions.
     """
     with full_precision(features):
-        if differentiable:
+        if differentiable or forward_mode():
             return attend(get_differentiable(backend), features, mlp, options)
         if not torch.is_grad_enabled():
             return attend(get_backend(backend), features, mlp, options)
@@ -78,10 +78,12 @@ def grad_cam_weights(
     With `differentiable`, beta has derivatives of every order; otherwise it is detached.
     """
     graph = nullcontext() if differentiable else torch.no_grad()
-    stages = get_differentiable(backend) if differentiable else get_backend(backend)
+    forward = differentiable or forward_mode()
+    stages = get_differentiable(backend) if forward else get_backend(backend)
     with graph, full_precision(features):
         terms, s = cam_terms_of(stages, features, mlp, options, attended, grad_pooled, cam_at)
-        return cam_weights(terms, s, features.shape[2])
+        beta = cam_weights(terms, s, features.shape[2])
+        return beta if differentiable else beta.detach()  # of forward mode too
 
 
 class LossTerms(NamedTuple):

@@ -157,10 +157,23 @@ def test_func_grad_and_per_sample_gradients(name: str, device: torch.device) -> 
 
 
 @both
-def test_forward_mode_is_refused(name: str, device: torch.device) -> None:
+def test_forward_mode(name: str, device: torch.device) -> None:
+    """By itself, over reverse mode, and mapped over a basis (jacfwd)."""
     x, weights = (t.detach() for t in inputs(name, device))
-    with pytest.raises(RuntimeError, match=r"jvp|forward mode|functorch"):
-        torch.func.jvp(CONTRACTIONS[name], (x, weights), (x, weights))
+    ours, equation = CONTRACTIONS[name], EQUATIONS[name]
+    tangents = torch.randn_like(x), torch.randn_like(weights)
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return torch.einsum(equation, x, w)
+
+    assert gradcheck(
+        ours, (x.requires_grad_(), weights.requires_grad_()), check_forward_ad=True, check_backward_ad=False
+    )
+    x, weights = x.detach(), weights.detach()
+    found, expected = (torch.func.jvp(f, (x, weights), tangents) for f in (ours, plain))
+    torch.testing.assert_close(found, expected)
+    h, e = (torch.func.hessian(lambda x, f=f: f(x, weights).exp().sum())(x) for f in (ours, plain))
+    torch.testing.assert_close(h, e)
 
 
 @both

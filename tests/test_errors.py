@@ -136,6 +136,8 @@ FORWARD: list[tuple[Any, Any, type[Exception], str]] = [
     (GOOD, [0, 4], TypeError, r"target must be a tensor; got list"),
     (GOOD, LABELS.int(), TypeError, r"target must be int64 class indices .* got torch.int32"),
     (GOOD, LABELS.bool(), TypeError, r"target must be int64 class indices .* got torch.bool"),
+    (GOOD, torch.eye(N, K).long(), TypeError, r"torch.int64 of shape \(2, 5\): call .float\(\) on"),
+    (GOOD, torch.eye(N, K).bool(), TypeError, r"got torch.bool of shape \(2, 5\): .* or .argmax\(1\)"),
     (GOOD, LABELS[:1], ValueError, r"target with class indices must be \(N,\) = \(2,\); got \(1,\)"),
     (
         GOOD,
@@ -223,6 +225,19 @@ LOSS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: GGAMLoss(-0.1), ValueError, r"guidance_weight must be finite and not negative; got -0.1"),
     (lambda: GGAMLoss(float("inf")), ValueError, r"guidance_weight must be finite and not negative; got inf"),
     (lambda: GGAMLoss(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
+    (lambda: GGAMLoss(weight=[1.0]), TypeError, r"weight must be a floating-point tensor \(K,\).*; got list"),
+    (lambda: GGAMLoss(weight=torch.ones(K, 1)), ValueError, r"weight must be \(K,\).*; got shape \(5, 1\)"),
+    (
+        lambda: GGAMLoss(0, weight=torch.ones(3))(torch.rand(N, K), LABELS),
+        ValueError,
+        r"weight must be \(K,\) = \(5,\); got \(3,\)",
+    ),
+    (lambda: GGAMLoss(reduction="sum"), ValueError, r"reduction must be one of 'mean', 'none'; got 'sum'"),
+    (
+        lambda: GGAMLoss(reduction="none"),
+        ValueError,
+        r'reduction="none" needs guidance_weight=0.*guidance_weight=0.1.*functional.guidance_loss',
+    ),
     (lambda: GGAMLoss()("logits", LABELS), TypeError, r"out must be .*GGAMOutput.*; got str"),
     (lambda: GGAMLoss()(torch.rand(N), LABELS), ValueError, r"out must be .*\(N, K\).*; got shape \(2,\)"),
     (lambda: GGAMLoss()(torch.rand(N, K), torch.tensor([0, 5])), ValueError, r"target must be in \[0, 5\)"),
@@ -360,7 +375,7 @@ FUNCTIONAL: list[tuple[Callable[[], Any], type[Exception], str]] = [
         r"cam_temperature must be positive",
     ),
     (lambda: functional.guidance_loss(S, S, divergence="kl"), ValueError, r"divergence must be one of"),
-    (lambda: functional.guidance_loss(S, S, reduction="none"), ValueError, r"reduction must be one of"),
+    (lambda: functional.guidance_loss(S, S, reduction="all"), ValueError, r"reduction must be one of"),
     (lambda: cam(GOOD, S[:, 1:]), ValueError, r"channel_weights must be \(N, C\)"),
 ]
 

@@ -15,9 +15,22 @@ from torch.utils.checkpoint import checkpoint
 
 from ggam_fast import GGAMHead, GGAMLoss
 from ggam_fast.classifier.layers import known_layers
-from ggam_fast.functional import ggam_attention
+from ggam_fast.functional import fused_ggam_loss, ggam_attention
+from ggam_fast.reference import GGAMHeadReference
 from tests.head.heads import pooled_classifier
-from tests.parity import C, K, N, assert_parity, combine, features, gradients, hard_target, pair
+from tests.parity import (
+    OPTIONS,
+    C,
+    K,
+    N,
+    assert_parity,
+    combine,
+    draws,
+    features,
+    gradients,
+    hard_target,
+    pair,
+)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -235,3 +248,113 @@ def test_two_processes_get_the_gradients_of_one(worker: Any, tmp_path: Path) -> 
     model(images, target).backward()
     expected = {n: p.grad for n, p in model.named_parameters()}
     assert_parity(found, expected, 1e-10)  # type: ignore[arg-type]
+
+
+FORWARD = {
+    "attention": OPTIONS["attention"], "spatial_norm": OPTIONS["spatial_norm"], "cam_at": OPTIONS["cam_at"],
+    "cam_class": OPTIONS["cam_class"], "cam_norm": OPTIONS["cam_norm"], "cam_detach": (True, False),
+    "pool_type": ("avg", "max"), "hidden_size": (0, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", list(draws(FORWARD, 12, "forward mode")), ids=str)
+def test_forward_mode(options: dict[str, Any], device: torch.device) -> None:
+    """<dy, J dx> is <J^T dy, dx>, of logits and of the loss in both forms."""
+    head, _ = pair(device=device, **options)
+    head.eval()
+    x, target = features(device), hard_target(device)
+    tangent = torch.randn_like(x)
+
+    def logits(x: Tensor) -> Tensor:
+        return head(x)
+
+    def guided(x: Tensor) -> Tensor:
+        return GGAMLoss(0.5)(head(x, target), target)
+
+    def fused(x: Tensor) -> Tensor:
+        return fused_ggam_loss(head, x, target, guidance_weight=0.5).loss
+
+    for function in (logits, guided, fused):
+        y, dy = torch.func.jvp(function, (x,), (tangent,))
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        torch.testing.assert_close(y.detach(), out.detach())
+        seed = torch.randn_like(out)
+        (gradient,) = torch.autograd.grad(out, leaf, seed)
+        torch.testing.assert_close((seed * dy).sum().detach(), (gradient * tangent).sum())
+
+
+@pytest.mark.parametrize("cam_detach", [True, False])
+def test_hessian(cam_detach: bool, device: torch.device) -> None:
+    """Forward over reverse, as torch.func.hessian does it, against reverse over reverse."""
+    head = GGAMHead(4, 3, rd_channels=2, hidden_size=0, cam_detach=cam_detach, device=device).double().eval()
+    x, target = torch.rand(2, 4, 2, 2, device=device).double(), torch.tensor([0, 2], device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        return GGAMLoss()(head(x, target), target)
+
+    found = torch.func.hessian(loss)(x)
+    torch.testing.assert_close(found, torch.func.jacrev(torch.func.jacrev(loss))(x))
+
+
+def test_what_has_no_forward_mode_says_so(device: torch.device) -> None:
+    own = nn.Sequential(nn.Linear(C, 9), nn.Tanh(), nn.Linear(9, K))
+    head = GGAMHead(C, K, classifier=own).to(device, torch.float64)
+    x, target = features(device), hard_target(device)
+    with pytest.raises(
+        NotImplementedError, match=r"custom classifier.*no forward mode.*without target, or use"
+    ):
+        torch.func.jvp(lambda x: head(x, target).guidance_loss, (x,), (x,))
+    found = torch.func.jvp(head, (x,), (x,))[1]
+    expected = torch.autograd.functional.jvp(head, x, x)[1]  # by reverse mode, twice
+    torch.testing.assert_close(found, expected)
+
+
+class Guided(nn.Module):
+    """A model as a user writes it: logits and the guidance of a head behind a layer."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, C, 1), head
+
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.fc(self.conv(images), target)
+        return out.logits, out.guidance_loss
+
+
+class Plain(Guided):
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc(self.conv(images)).relu()
+
+
+@pytest.mark.parametrize("kind", [GGAMHead, GGAMHeadReference])
+@pytest.mark.parametrize("options", [{}, {"classifier": nn.Linear(C, K)}], ids=["default", "own"])
+def test_a_leaf_of_symbolic_trace(
+    kind: type[nn.Module], options: dict[str, Any], device: torch.device
+) -> None:
+    head = kind(C, K, **options)
+    images, target = torch.rand(N, 3, 4, 4, device=device), hard_target(device)
+    for model, given in ((Plain(head), (images,)), (Guided(head), (images, target))):
+        model.to(device).eval()
+        traced = torch.fx.symbolic_trace(model)
+        assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["conv", "fc"]
+        torch.testing.assert_close(traced(*given), model(*given), rtol=0, atol=0)
+        traced.delete_all_unused_submodules()
+        assert traced.fc is model.fc
+        pickle.loads(pickle.dumps(traced))
+
+
+def test_a_head_alone_is_no_graph(device: torch.device) -> None:
+    with pytest.raises(TypeError, match=r"GGAMHead is a leaf of torch.fx .*trace a module that holds it"):
+        torch.fx.symbolic_trace(GGAMHead(C, K, device=device))
+
+
+def test_torchvisions_feature_extractor(device: torch.device) -> None:
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model = Plain(GGAMHead(C, K)).to(device).eval()
+    train, evaluation = extraction.get_graph_node_names(model)
+    assert train == evaluation == ["images", "conv", "fc", "relu"]
+    images = torch.rand(N, 3, 4, 4, device=device)
+    found = extraction.create_feature_extractor(model, {"conv": "map", "fc": "logits"})(images)
+    torch.testing.assert_close(found["map"], model.conv(images))
+    torch.testing.assert_close(found["logits"], model.fc(model.conv(images)))

@@ -1,6 +1,9 @@
 """The guidance loss and GGAMLoss against formulas written out in float64."""
 
+import copy
 import math
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from ggam_fast import GGAMLoss, GGAMOutput
+from ggam_fast import GGAMHead, GGAMLoss, GGAMLossParts, GGAMOutput, checks
 from ggam_fast.functional import guidance_loss
 from ggam_fast.guidance import kl_guidance, log_cam_norm
 from tests.parity import OPTIONS, relative_error
@@ -49,6 +52,7 @@ def test_written_out(cam_norm: str, divergence: str, temperature: float, log_s: 
     for reduction, expected in (("mean", each.mean()), ("sum", each.sum())):
         found = guidance_loss(s, beta, reduction=reduction, **options)
         torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(guidance_loss(s, beta, reduction="none", **options), each)
     default = each.sum() if divergence == "forward" else each.mean()
     torch.testing.assert_close(guidance_loss(s, beta, **options), default)
 
@@ -157,14 +161,14 @@ def test_ggam_loss(weight: float, smoothing: float, soft: bool, device: torch.de
 
 def test_plain_logits_are_the_cross_entropy(device: torch.device) -> None:
     logits, target = output(device).logits, torch.tensor([1, 0, 3], device=device)
-    torch.testing.assert_close(GGAMLoss(2.0)(logits, target), F.cross_entropy(logits, target))
+    torch.testing.assert_close(GGAMLoss(2.0)(logits.detach(), target), F.cross_entropy(logits, target))
 
 
 @pytest.mark.parametrize("soft", [True, False])
 def test_empty_batch_is_zero(soft: bool, device: torch.device) -> None:
     logits = torch.zeros(0, K, device=device, requires_grad=True)
     target = torch.zeros(0, K, device=device) if soft else torch.zeros(0, dtype=torch.int64, device=device)
-    loss = GGAMLoss()(logits, target)
+    loss = GGAMLoss(0)(logits, target)
     assert loss == 0
     loss.backward()
 
@@ -183,3 +187,127 @@ def test_half_logits_are_summed_in_float32(dtype: torch.dtype, device: torch.dev
     loss = GGAMLoss()(logits, target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.cpu(), torch.tensor(20.0), rtol=1e-4, atol=0)
+
+
+@pytest.fixture(params=["torch", "recorded"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loss in torch's operations, or replayed."""
+    if request.param == "recorded":
+        if not checks.TRITON_AVAILABLE:
+            pytest.skip("needs triton")
+        monkeypatch.setenv("GGAM_FAST_BACKEND", "triton")
+    return request.param
+
+
+def leaf(device: torch.device) -> Tensor:
+    return torch.randn(N, K, device=device, requires_grad=True)
+
+
+def told(function: Any, *arguments: Any) -> list[warnings.WarningMessage]:
+    """The warnings about a missing guidance."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        function(*arguments)
+    return [w for w in found if "plain logits" in str(w.message)]
+
+
+def test_a_loss_without_guidance_says_so_once(path: str, device: torch.device) -> None:
+    logits, target = leaf(device), torch.tensor([1, 0, 3], device=device)
+    loss = GGAMLoss(0.5)
+    (warning,) = told(loss, logits, target)
+    assert warning.category is UserWarning
+    assert warning.filename == __file__
+    assert "GGAMLoss(guidance_weight=0.5)" in str(warning.message)
+    assert "loss_fn(model(images, target), target)" in str(warning.message)
+    assert not told(loss, logits, target)
+    assert told(copy.deepcopy(GGAMLoss(0.5)), logits, target)
+    strict = GGAMLoss(0.5, strict=True)
+    with pytest.raises(TypeError, match=r"plain logits.*model\(images, target\)"):
+        strict(logits, target)
+
+
+def test_what_has_nothing_to_guide_is_silent(path: str, device: torch.device) -> None:
+    logits, target = leaf(device), torch.tensor([1, 0, 3], device=device)
+    out = GGAMOutput(*[logits] * 4, torch.rand((), device=device))
+    for loss, given in ((GGAMLoss(0, strict=True), logits), (GGAMLoss(strict=True), out)):
+        assert not told(loss, given, target)
+    assert not told(GGAMLoss(strict=True), logits.detach(), target)
+    with torch.no_grad():
+        head = GGAMHead(C, K, hidden_size=0, device=device)
+        assert not told(GGAMLoss(strict=True), head(torch.rand(N, C, 2, 2, device=device)), target)
+
+
+def test_a_compiled_loss_without_guidance_says_so(device: torch.device) -> None:
+    logits, target = leaf(device), torch.tensor([1, 0, 3], device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(GGAMLoss(0.5), backend="eager", fullgraph=True)
+    assert len(told(compiled, logits, target)) == 1
+    assert not told(compiled, logits, target)
+    strict = torch.compile(GGAMLoss(0.5, strict=True), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="plain logits"):
+        strict(logits, target)
+
+
+def test_parts(path: str, device: torch.device) -> None:
+    out, target = output(device), torch.tensor([0, 4, 2], device=device)
+    parts = GGAMLoss(0.5, return_parts=True)(out, target)
+    assert isinstance(parts, GGAMLossParts)
+    torch.testing.assert_close(parts.cross_entropy, F.cross_entropy(out.logits, target))
+    torch.testing.assert_close(parts.guidance, out.guidance_loss)
+    torch.testing.assert_close(parts.loss, parts.cross_entropy + 0.5 * parts.guidance)
+    inputs = [out.logits, out.guidance_loss]
+    for a, b in zip(
+        torch.autograd.grad(parts.loss, inputs),
+        torch.autograd.grad(GGAMLoss(0.5)(out, target), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    plain = GGAMLoss(0, return_parts=True)(out.logits, target)
+    assert plain.guidance == 0
+    torch.testing.assert_close(plain.loss, plain.cross_entropy)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["hard", "soft", "ignored"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_weights_and_reductions_are_torchs(
+    smoothing: float, kind: str, weighted: bool, reduction: Any, path: str, device: torch.device
+) -> None:
+    logits, target = output(device).logits.float(), torch.tensor([0, 4, 2], device=device)
+    ignore = None
+    if kind == "soft":
+        target = torch.rand(N, K, device=device).softmax(1)
+    elif kind == "ignored":
+        ignore, target[1] = -7, -7
+    weight = torch.rand(K, device=device) if weighted else None
+    expected = F.cross_entropy(
+        logits, target, weight, ignore_index=-100 if ignore is None else ignore,
+        reduction=reduction, label_smoothing=smoothing,
+    )  # fmt: skip
+    loss = GGAMLoss(0, smoothing, ignore, weight=weight, reduction=reduction)
+    torch.testing.assert_close(loss(logits, target), expected)
+    out = GGAMOutput(*[logits] * 4, torch.tensor(float("inf"), device=device))
+    if reduction == "none":  # a guidance that nobody asked for stays out
+        torch.testing.assert_close(loss(out, target), expected)
+    assert list(loss.state_dict()) == (["weight"] if weighted else [])
+
+
+def test_weights_that_leave_nothing_are_zero(device: torch.device) -> None:
+    weight = torch.tensor([0.0, 1.0], device=device)
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    logits = torch.randn(2, 2, device=device, requires_grad=True)
+    loss = GGAMLoss(0, weight=weight)(logits, target)
+    assert loss == 0
+    loss.backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_guidance_of_each_image(device: torch.device) -> None:
+    """What `reduction="none"` names in its error is the head's guidance before its mean."""
+    head = GGAMHead(C, K, hidden_size=0, device=device)
+    out = head(torch.rand(N, C, 3, 3, device=device), torch.tensor([0, 4, 2], device=device))
+    each = guidance_loss(out.channel_attention, out.cam_weights, reduction="none")
+    assert each.shape == (N,)
+    torch.testing.assert_close(each.mean(), out.guidance_loss)

@@ -595,13 +595,19 @@ def test_functorch_is_not_recorded(form: str, device: torch.device, recordings: 
     assert relative_error(both[1], head(x.detach())) < 1e-6
 
 
-@pytest.mark.parametrize("form", ["guided", "logits"])
-def test_forward_mode_is_refused_not_wrong(form: str, device: torch.device) -> None:
+@every_form
+def test_forward_mode_is_not_recorded(form: str, device: torch.device, recordings: dict[Any, Any]) -> None:
     head, (x, target) = make(device).eval().requires_grad_(False), data(device)
     x = x.detach()
-    run(form, head, x, target)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
-        forward(form, head, forward_ad.make_dual(x, torch.ones_like(x)), target)
+    run(form, head, x.requires_grad_(), target)
+    before, tangent = made(recordings), torch.randn_like(x)
+    name = "loss" if form == "fused" else "logits"
+    (gradient,) = torch.autograd.grad(forward(form, head, x, target)[name].sum(), x)
+    with forward_ad.dual_level():
+        y = forward(form, head, forward_ad.make_dual(x.detach(), tangent), target)[name]
+        found = forward_ad.unpack_dual(y).tangent
+    assert made(recordings) == before
+    torch.testing.assert_close(found.sum(), (gradient * tangent).sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_subclass_of_tensor_is_not_recorded(device: torch.device, recordings: dict[Any, Any]) -> None:
@@ -927,6 +933,7 @@ def test_ignored_images(form: str, value: float, device: torch.device) -> None:
 # ---- GGAMLoss
 
 
+@pytest.mark.filterwarnings("ignore:.*plain logits")
 @pytest.mark.parametrize("kind", ["hard", "soft", "ignored"])
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_loss_alone(
@@ -956,11 +963,25 @@ def test_the_loss_alone(
     assert made(recordings) == 1
 
 
+@pytest.mark.parametrize("option", ["weight", "reduction", "return_parts"])
+def test_other_losses_are_not_recorded(
+    option: str, device: torch.device, recordings: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GGAM_FAST_BACKEND", "triton")
+    logits, target = torch.randn(N, K, device=device), drawn_target("hard", device)
+    GGAMLoss(0)(logits, target)
+    assert made(recordings) == 1
+    value = {"weight": torch.ones(K, device=device), "reduction": "none", "return_parts": True}[option]
+    options: dict[str, Any] = {option: value}
+    GGAMLoss(0, **options)(logits, target)
+    assert made(recordings) == 1
+
+
 def test_a_soft_target_can_be_learned(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GGAM_FAST_BACKEND", "triton")
     logits = torch.randn(N, K, device=device, requires_grad=True)
     target = torch.rand(N, K, device=device, requires_grad=True)
-    (found,) = torch.autograd.grad(GGAMLoss()(logits, target), target)
+    (found,) = torch.autograd.grad(GGAMLoss(0)(logits, target), target)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits, target), target)
     torch.testing.assert_close(found, expected)
 

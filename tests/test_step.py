@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -276,6 +277,37 @@ def test_a_second_derivative_is_refused_not_wrong(device: torch.device) -> None:
     head.eval()  # whose batch norm moves nothing
     with pytest.raises(RuntimeError, match=r"fused_ggam_loss can be differentiated once.*torch.func.grad"):
         torch.func.grad(lambda a: fused_ggam_loss(head, a, target).loss)(x.detach())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_wrappers_that_change_nothing(compiled: bool, device: torch.device) -> None:
+    head, _ = parity.pair(device=device, dtype=torch.float32)
+    x, target = parity.features(device, torch.float32).requires_grad_(), parity.hard_target(device)
+    head.eval()
+    expected = result(head, *fused_ggam_loss(head, x, target, **WEIGHTS), x)
+    for wrapped in (
+        torch.compile(head),
+        checkpoint_wrapper(head),
+        torch.compile(checkpoint_wrapper(head)),
+        checkpoint_wrapper(torch.compile(head)),
+    ):
+
+        def step(x: Tensor, wrapped: nn.Module = wrapped) -> tuple[Tensor, GGAMOutput]:
+            return tuple(fused_ggam_loss(wrapped, x, target, **WEIGHTS))
+
+        run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
+        x.grad = None
+        assert_same(result(head, *run(x), x), expected, 1e-5)
+
+
+def test_wrappers_that_synchronise_are_refused_with_a_hint(device: torch.device) -> None:
+    head, _ = parity.pair(device=device)
+    x, target = parity.features(device), parity.hard_target(device)
+    for wrapped in (nn.DataParallel(head), checkpoint_wrapper(nn.DataParallel(head))):
+        with pytest.raises(TypeError, match=r"got \w+; call fused_ggam_loss inside the wrapped module"):
+            fused_ggam_loss(wrapped, x, target)
+    with pytest.raises(TypeError, match=r"head must be a GGAMHead; got OptimizedModule$"):
+        fused_ggam_loss(torch.compile(nn.Linear(2, 2)), x, target)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ggam_fast.autograd import ChannelSum, SpatialSum
+from ggam_fast.autograd import channel_sum, spatial_sum
 
 from .registry import register_differentiable
 from .torch import Backend
@@ -20,7 +20,7 @@ class DifferentiableBackend(Backend):
     def channel_sum(self, features: Tensor, weights: Tensor) -> Tensor:
         if self._traced:
             return super().channel_sum(features, weights)
-        return ChannelSum.apply(features, weights, self.name)
+        return channel_sum(features, weights, self.name)
 
     @property
     def _traced(self) -> bool:
@@ -30,7 +30,7 @@ class DifferentiableBackend(Backend):
     def spatial_sum(self, features: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> Tensor:
         if weights is None or self._traced:  # torch's own sum of A has all its derivatives
             return super().spatial_sum(features, weights, scale)
-        return SpatialSum.apply(features, weights, self.name) * scale
+        return spatial_sum(features, weights, self.name) * scale
 
     def attention_backward(
         self,

@@ -6,6 +6,7 @@ Each file holds a group of stages: first the backend's methods, then the functio
 
 from ggam_fast.backends import registry
 
+from . import flops as _flops  # noqa: F401  (registers itself)
 from .classifier import Classifier
 from .features_grad import FeaturesGrad
 from .guidance import Guidance

@@ -115,8 +115,10 @@ class GGAMHead(GGAMHeadBase):
         """Logits (N, K); with `target` a GGAMOutput; with `pre_logits` the last layer's input."""
         if isinstance(features, Proxy):
             return self._leaf(features, target, pre_logits)
-        self._check_request(target, pre_logits)
-        features = self._without_prefix(features)
+        if target is not None:
+            self._check_request(target, pre_logits)
+        if self.prefix_tokens:
+            features = self._without_prefix(features)
         if (
             type(self) is GGAMHead
             and recorded is not None

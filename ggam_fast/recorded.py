@@ -137,6 +137,7 @@ _shape = Tensor.shape.__get__  # type: ignore[attr-defined]
 _type = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _device = Tensor.get_device
 _dense = Tensor.is_contiguous
+_alignment = (15).__and__  # of an address, in bytes
 PROPERTIES = (_shape, _type, _device, _dense)
 _needs_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -166,7 +167,7 @@ def _call(form: str, head: GGAMHeadBase, features: Tensor, target: Tensor | None
     key = (
         form, grad_mode, torch.is_inference_mode_enabled(), *triton_options(), *structure, features.stride(),
         *map(_shape, given), *map(_type, given), *map(_device, given), *map(_dense, given),
-        *(map(_needs_grad, given) if grad_mode else ()), *[address & 15 for address in addresses],
+        *(map(_needs_grad, given) if grad_mode else ()), *map(_alignment, addresses),
     )  # fmt: skip
     return Call(key, given, addresses, parameters, len(buffers))
 

@@ -1,6 +1,7 @@
 """A stopped and resumed run has the log of a run without a stop."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ def test_logs_of_a_run_that_was_stopped_are_those_of_one_that_was_not(tiny_confi
         stop_after(patch, 9)
         with pytest.raises(Stopped):
             train(config, report)
+    time.sleep(1.1)  # TensorBoard orders the files of a run by the second in which they began
     train(replace(config, run=replace(config.run, resume=out)), report)
     steps = list(range(1, 25))
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """ggam_fast: Grad-CAM guided channel-spatial attention (arXiv 2101.09666), fused."""
 
 from . import checks, functional, presets, reference
-from .backends import differentiable as _differentiable  # noqa: F401  (registers itself)
+from . import differentiable as _differentiable  # noqa: F401  (registers itself)
 from .base import GGAMOutput
 from .functional import cam
 from .head import GGAMHead

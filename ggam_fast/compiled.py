@@ -21,7 +21,6 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from . import recorded, step
 from .autograd import Function
-from .backends.layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer
 from .backends.registry import full_precision, get_backend
 from .backends.triton.launch import NotRecordable, Number, Recorder, plan
 from .backends.triton.record import Pass, Recording
@@ -29,6 +28,7 @@ from .backends.triton.register import define
 from .base import GGAMOutput
 from .classifier.rules import scores
 from .closed_form import ChannelMLP, Options, held_grads
+from .layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer
 from .norm import move
 from .step import FusedLoss, LossTerms
 

@@ -10,7 +10,6 @@ from torch.fx import Proxy
 
 from . import checks, step
 from .autograd import Anchored, forward_mode
-from .backends.layer import Layer
 from .backends.registry import autocasts, full_precision
 from .backends.torch import TORCH
 from .base import GGAMHeadBase, GGAMOutput
@@ -20,6 +19,7 @@ from .classifier.scores import custom_scores
 from .closed_form import ChannelMLP, Options
 from .entropy import reduce_batch
 from .guidance import kl_guidance
+from .layer import Layer
 from .losses import GGAMLoss
 from .step import FusedLoss, LossTerms
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends.layer import Layer
+from .layer import Layer
 
 
 class SettlingBatchNorm1d(nn.BatchNorm1d):

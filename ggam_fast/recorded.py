@@ -22,7 +22,6 @@ from torch.autograd import forward_ad
 
 from . import checks, step
 from .autograd import Function
-from .backends.layer import Layer
 from .backends.torch import TORCH
 from .backends.triton import classifier
 from .backends.triton.launch import options as triton_options
@@ -32,6 +31,7 @@ from .classifier.layers import known_layers
 from .classifier.rules import scores
 from .closed_form import ChannelMLP, Options
 from .entropy import cross_entropy
+from .layer import Layer
 from .norm import SettlingBatchNorm1d
 from .step import FusedLoss, LossTerms
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .autograd import Attention, Guidance, HeldGradient, forward_mode
-from .backends.layer import Layer
 from .backends.registry import full_precision, get_backend, get_differentiable
 from .backends.torch import Backend, Guided, cam_weights
 from .base import GGAMOutput
@@ -41,6 +40,7 @@ from .closed_form import (
     pull_back_to_mean,
 )
 from .entropy import cross_entropy, reduce_batch
+from .layer import Layer
 from .precision import as_type, compute_dtype
 
 

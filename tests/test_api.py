@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS = ROOT / "ggam_fast", ROOT / "kernels"
 
 LAYERS = (
-    ("_checkout", "backends.layer"),
+    ("_checkout", "layer"),
     ("checks", "guidance", "norm", "precision", "backends.triton.launch"),
     ("base", "entropy", "backends.torch", "backends.triton.record"),
     ("closed_form", "classifier.layers", "backends.registry", "backends.triton.register"),
     ("autograd", "backends.triton.classifier", "backends.triton.features_grad", "backends.triton.guidance",
      "backends.triton.layers", "backends.triton.pooling"),
-    ("backends.differentiable", "backends.triton.sums", "classifier.rules"),
+    ("differentiable", "backends.triton.sums", "classifier.rules"),
     ("backends.triton.flops",),
     ("backends.triton", "classifier.scores", "step"),
     ("recorded",),

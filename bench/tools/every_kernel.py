@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bench.measure import environment
-from ggam_fast.backends.layer import BATCH_NORM, ELU, RELU, Layer
 from ggam_fast.backends.torch import CamTerms
 from ggam_fast.backends.triton import TRITON, classifier, pooling
 from ggam_fast.backends.triton.launch import launch, thread
+from ggam_fast.layer import BATCH_NORM, ELU, RELU, Layer
 
 MAPS = ((5, 130, 196), (7, 40, 35), (3, 257, 256))
 CLASSES = (200, 5000)  # with 200, a program holds all classes of an image; with 5000, it loops over them

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ggam_fast.guidance import kl_guidance_with_grad
+from ggam_fast.layer import ELU, RELU, Layer
 from ggam_fast.norm import settle
 from ggam_fast.precision import as_type, as_types, compute_dtype
-
-from .layer import ELU, RELU, Layer
 
 aten = torch.ops.aten
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ggam_fast.backends.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
+from ggam_fast.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
 from ggam_fast.norm import SettlingBatchNorm1d
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ggam_fast.autograd import Linear
-from ggam_fast.backends.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
 from ggam_fast.backends.registry import get_backend
 from ggam_fast.backends.torch import TORCH, Backend, batch_norm
+from ggam_fast.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
 from ggam_fast.precision import as_types
 
 

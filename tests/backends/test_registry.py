@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ggam_fast  # noqa: F401  (registers the backends)
 from ggam_fast import checks
 from ggam_fast.backends import registry
-from ggam_fast.backends.differentiable import DifferentiableBackend
 from ggam_fast.backends.registry import autocasts, full_precision
 from ggam_fast.backends.torch import Backend
+from ggam_fast.differentiable import DifferentiableBackend
 
 needs_triton = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
 OPERATORS = registry._TRACED.get("triton")

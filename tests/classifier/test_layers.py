@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ggam_fast import GGAMHead
-from ggam_fast.backends.layer import BATCH_NORM
 from ggam_fast.base import GGAMHeadBase
 from ggam_fast.classifier.layers import known_layers, read
+from ggam_fast.layer import BATCH_NORM
 from ggam_fast.norm import SettlingBatchNorm1d
 from ggam_fast.reference import GGAMHeadReference
 from tests.parity import C, K, N, relative_error

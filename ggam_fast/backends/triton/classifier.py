@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ggam_fast.backends.layer import ELU, Layer
 from ggam_fast.backends.torch import Entropy
+from ggam_fast.layer import ELU, Layer
 
 from .launch import FP_FUSION, contiguous, empty, launch, pair, per_image, plan, runs, small
 from .register import KernelBackend, operator

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ggam_fast.backends.layer import ELU, RELU, Layer
 from ggam_fast.backends.torch import Backend
 from ggam_fast.classifier.layers import read
+from ggam_fast.layer import ELU, RELU, Layer
 from ggam_fast.norm import SettlingBatchNorm1d
 
 from .cases import check, weights  # first: it skips without triton

@@ -6,8 +6,8 @@ A masked element that were taken for 0 would be the largest of values far below 
 import pytest
 import torch
 
-from ggam_fast.backends.layer import BATCH_NORM, Layer
 from ggam_fast.backends.torch import Backend, CamTerms, spatial_norm, spatial_norm_grad
+from ggam_fast.layer import BATCH_NORM, Layer
 
 from .cases import check, weights  # first: it skips without triton
 

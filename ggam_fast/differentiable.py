@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ggam_fast.autograd import channel_sum, spatial_sum
-
-from .registry import register_differentiable
-from .torch import Backend
+from .autograd import channel_sum, spatial_sum
+from .backends.registry import register_differentiable
+from .backends.torch import Backend
 
 
 class DifferentiableBackend(Backend):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ggam_fast.backends.layer import BATCH_NORM, Layer
+from ggam_fast.layer import BATCH_NORM, Layer
 
 
 @pytest.mark.parametrize(

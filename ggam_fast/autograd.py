@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .backends.registry import full_precision, get_backend, get_differentiable
@@ -46,6 +47,11 @@ def forward_mode() -> bool:
     """Whether derivatives go forward (`torch.func.jvp`, `jacfwd`): only the contractions and torch's own
     operations have those."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def batched(grad: Tensor | None) -> bool:
+    """Whether the gradient is a batch of gradients: `is_grads_batched`, or vmap around autograd."""
+    return grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad))
 
 
 class ChannelSum(Function):

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .backends.torch import Backend, CamTerms
+from .layer import LayerGradient
 from .precision import as_type, compute_dtype
 
 
@@ -198,8 +199,11 @@ def pull_back_to_channels(
     _, channels, positions = features.shape
     if options.pool_type == "avg" and options.attention == "channel_spatial":
         scale = options.kappa(channels, positions) / positions
-        found = backend.attention_backward(features, grads_pooled, scale, grad_spatial, t, total, norm)
-        return [Pulled(None, first, s, s, *pair) for first, pair in zip(grads_pooled, found, strict=True)]
+        pairs = backend.attention_backward(features, grads_pooled, scale, grad_spatial, t, total, norm)
+        found = []
+        for first, (du, ds) in zip(grads_pooled, pairs, strict=True):
+            found.append(Pulled(None, first, s, s, du, ds))
+        return found
     return [_pull_back_one(backend, features, options, attended, s, g, grad_spatial) for g in grads_pooled]
 
 
@@ -264,8 +268,7 @@ def pull_back_to_mean(
         return Factors(first_mean, first, channel, du, None, None, None)
     assert mlp.fc1_weight is not None
     assert mlp.fc2_weight is not None
-    (dh,) = backend.product([de], mlp.fc2_weight, mask=attended.hidden)
-    (dg,) = backend.product([dh], mlp.fc1_weight)
+    dh, dg = backend.channel_mlp_grad(de, attended.hidden, mlp.fc1_weight, mlp.fc2_weight)
     return Factors(first_mean, first, channel, du, dg, de, dh)
 
 
@@ -321,6 +324,39 @@ def mlp_factors(attended: Attended, f: Factors) -> list[tuple[Tensor, Tensor]]:
     return [(f.grad_hidden, attended.mean), (f.grad_logits, attended.hidden)]
 
 
+class Held(NamedTuple):
+    """The factors of dA, and the layers' gradients or their factors."""
+
+    factors: Factors
+    weights: Tensor  # (N, L): kappa T
+    peak_index: Tensor
+    layers: list[LayerGradient]  # of the classifier, last layer first, then of fc1 and fc2
+
+
+def hold(mlp: ChannelMLP, attended: Attended, f: Factors, layers: Sequence[LayerGradient]) -> Held:
+    """The factors together with those of the channel MLP; `layers` has the classifier's."""
+    parameters = [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)]
+    of_mlp = [
+        LayerGradient(*p, *pair, True) for p, pair in zip(parameters, mlp_factors(attended, f), strict=False)
+    ]
+    return Held(f, attended.spatial_weights, attended.peak_index, [*layers, *of_mlp])
+
+
+def held_features_grad(
+    backend: Backend, features: Tensor, options: Options, held: Held, scale: Tensor | None = None
+) -> Tensor:
+    """dA times the scalar `scale`."""
+    return features_grad(backend, features, options, held.weights, held.peak_index, held.factors, scale)
+
+
+def held_layer_grads(
+    backend: Backend, held: Held, scale: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of each held layer's weight and bias times the scalar `scale`."""
+    pairs = [(layer.left, layer.right) for layer in held.layers]
+    return held_grads(backend, pairs, [layer.product for layer in held.layers], scale)
+
+
 def mlp_grads(backend: Backend, attended: Attended, f: Factors) -> list[Tensor | None]:
     """d fc1 and d fc2 in the type of the small tensors; None without channel attention."""
     factors = mlp_factors(attended, f)
@@ -340,8 +376,10 @@ def held_grads(
     factors = [pair for pair, product in zip(layers, products, strict=True) if product]
     vectors = [x for pair, product in zip(layers, products, strict=True) if not product for x in pair]
     pairs, whole = backend.parameter_grads(factors, vectors, scale)
-    multiplied, rest = iter(pairs), iter(whole)
-    return [next(multiplied) if product else (next(rest), next(rest)) for product in products]
+    multiplied, rest, found = iter(pairs), iter(whole), []
+    for product in products:
+        found.append(next(multiplied) if product else (next(rest), next(rest)))
+    return found
 
 
 def like_parameters(grads: Sequence[Tensor | None], mlp: Sequence[Tensor | None]) -> list[Tensor | None]:

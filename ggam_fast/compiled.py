@@ -26,8 +26,7 @@ from .backends.triton.launch import NotRecordable, Number, Recorder, plan
 from .backends.triton.record import Pass, Recording
 from .backends.triton.register import define
 from .base import GGAMOutput
-from .classifier.rules import scores
-from .closed_form import ChannelMLP, Options, held_grads
+from .closed_form import ChannelMLP, Options, held_grads, held_layer_grads
 from .layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer
 from .norm import move
 from .step import FusedLoss, LossTerms
@@ -426,16 +425,14 @@ def _record(spec: Spec, given: list[Tensor], with_mean: bool, layer_numbers: Seq
     recorder, numbers = Recorder(), [Number(1.0), Number(0.0), Number(1.0)]
     words: tuple[Any, ...] = spec.terms
     terms = LossTerms(*words, *(numbers[i] for i in (2, 0, 1)))
-    visited: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), recorder:
         twins = recorder.like_each(given)
         x, target, *rest = twins
         mean = rest.pop(0) if with_mean else None
         mlp, layers = spec.stand(rest, layer_numbers)
-        out, guided, held = step.fused_forward(
-            recorded.BACKEND, x.flatten(2), mlp, spec.options,
-            lambda pooled: scores(layers, pooled, True, recorded.BACKEND, visited), target, terms, mean,
-        )  # fmt: skip
+        out, guided, held, visited = step.fused_forward(
+            get_backend(recorded.BACKEND), x.flatten(2), mlp, spec.options, layers, target, terms, mean
+        )
         f = held.factors
         kept = [held.weights] if _scaled(spec.options) else []
         kept += [t for t in (f.first, f.channel, f.grad_map, f.grad_mean) if t is not None]
@@ -776,7 +773,9 @@ def _drop_in_forward(
     words: tuple[Any, ...] = spec.terms
     mlp, layers = spec.stand(left, layer_numbers)
     terms = LossTerms(*words, *[temperature]) if words else None
-    out, seen = step.drop_in_forward(recorded.BACKEND, x, mlp, options, layers, target, terms, mean)
+    out, seen = step.drop_in_forward(
+        get_backend(recorded.BACKEND), x, mlp, options, layers, target, terms, mean
+    )
     attended, maps, kept = seen.attended, [], []
     assert attended.channel is not None
     if options.uses_spatial:
@@ -871,13 +870,13 @@ def _record_drop_in_grads(
             of_s, _, of_guidance, *maps = rest
             of_s, of_t = of_s if options.uses_channel else None, maps[0] if maps else None
         held = step.drop_in_factors(
-            recorded.BACKEND, done.features, done.mlp, options, done.for_backward, logits, of_guidance, of_s,
-            of_t,
+            get_backend(recorded.BACKEND), done.features, done.mlp, options, done.for_backward, logits,
+            of_guidance, of_s, of_t,
         )  # fmt: skip
         f = held.factors
         made = [x for x in (f.first, f.grad_map, f.grad_mean) if x is not None]
         if trained:
-            pairs = step.held_layer_grads(recorded.BACKEND, held)
+            pairs = held_layer_grads(get_backend(recorded.BACKEND), held)
             made += _apart(pairs, [not layer.product for layer in held.layers])
         whole, notes = recorder.together(made), recorder.take()
         if lost := _touched(notes) & passed - {*map(_storage, twins)} - recorder.parts.keys():

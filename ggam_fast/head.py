@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from . import checks, step
 from .autograd import Anchored, forward_mode
-from .backends.registry import autocasts, full_precision
+from .backends.registry import autocasts, full_precision, looked_into
 from .backends.torch import TORCH
 from .base import GGAMHeadBase, GGAMOutput
 from .classifier.layers import hooked, known_layers, modules_of
@@ -19,9 +19,9 @@ from .classifier.scores import custom_scores
 from .closed_form import ChannelMLP, Options
 from .entropy import reduce_batch
 from .guidance import kl_guidance
-from .layer import Layer
+from .layer import DROPOUT, Layer
 from .losses import GGAMLoss
-from .step import FusedLoss, LossTerms
+from .step import FusedLoss, Inputs, LossTerms
 
 if checks.TRITON_AVAILABLE:
     from . import compiled, recorded
@@ -128,30 +128,31 @@ class GGAMHead(GGAMHeadBase):
             if target is None:
                 replayed = recorded.logits(self, features, self._check)
             else:
-                replayed = recorded.guided(self, features, target, self._loss_terms, self._check)
+                replayed = recorded.guided(self, features, target, self._check)
             if replayed is not None:
                 return replayed
-        x, spatial_shape, mlp, options, backend = self._inputs(features)
+        inputs = self._check(features, target)
+        x, spatial_shape, mlp, options, backend, layers, target, terms = inputs
         forward = forward_mode()
         second_order = target is not None and not self.cam_detach and (forward or torch.is_grad_enabled())
         composed = second_order or forward
 
-        if target is not None:
-            target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
-        layers = known_layers(self.classifier, self.drop)
         if not pre_logits and self._compiles_whole(x, mlp, options, layers, target, backend):
             assert compiled is not None
             assert layers is not None
-            terms, whole = None if target is None else self._loss_terms(), self._whole(features)
-            out = compiled.drop_in(x, mlp, options, layers, target, terms, whole)
+            out = compiled.drop_in(x, mlp, options, layers, target, terms, self._whole(features))
             if target is None:
                 return out.logits
             checks.scores(out.logits, x.shape[0], self.num_classes)
             return _with_map(out, spatial_shape)
 
+        if not (pre_logits or second_order) and self._runs_whole(inputs):
+            out = step.drop_in(inputs, self.num_classes)
+            return out.logits if target is None else out
+
         attended = step.ggam_attention(x, mlp, options, backend, differentiable=composed)
         stages = "torch" if forward else backend
-        if target is None:
+        if target is None or terms is None:
             return self._classify(layers, attended.pooled, spatial_shape, pre_logits, stages)
         if forward and (layers is None or self.pool_type == ""):
             raise NotImplementedError(
@@ -162,7 +163,6 @@ class GGAMHead(GGAMHeadBase):
         checks.scores(logits, x.shape[0], self.num_classes)
         seed, share = TORCH.class_scores(logits, target, self.cam_class, self.ignore_index)
         (v,), _ = pull_back([seed])
-        terms = self._loss_terms()
         if composed:
             with full_precision(x):
                 beta = step.grad_cam_weights(
@@ -177,11 +177,15 @@ class GGAMHead(GGAMHeadBase):
         t = attended.spatial.unflatten(1, spatial_shape)
         return GGAMOutput(logits, s, t, beta, guidance)
 
-    def _check(self, features: Tensor, target: Tensor | None) -> None:
-        """Raise an error if features and target do not fit the head or each other."""
-        x = self._inputs(features)[0]
+    def _check(self, features: Tensor, target: Tensor | None) -> Inputs:
+        """What the equations need of a call.  Raise an error if features and target do not fit."""
+        x, shape, mlp, options, backend = self._inputs(features)
+        terms = None
         if target is not None:
-            checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
+            target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
+            terms = self._loss_terms()
+        layers = known_layers(self.classifier, self.drop)
+        return Inputs(x, shape, mlp, options, backend, layers, target, terms)
 
     def _loss_terms(self, guidance_weight: float = 1.0, label_smoothing: float = 0.0) -> LossTerms:
         return LossTerms(
@@ -201,36 +205,31 @@ class GGAMHead(GGAMHeadBase):
             loss = GGAMLoss(weight, smoothing, self.ignore_index)(out, target)
             return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
         terms = self._loss_terms(weight, smoothing)
-        features = self._without_prefix(features)
+        if self.prefix_tokens:
+            features = self._without_prefix(features)
         if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
             replayed = recorded.fused(self, features, target, terms, self._check)
             if replayed is not None:
                 return replayed
-        x, spatial_shape, mlp, options, backend = self._inputs(features)
-        target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
-
-        layers = known_layers(self.classifier, self.drop)
-        if self._compiles_whole(x, mlp, options, layers, target, backend):
+        x, spatial_shape, mlp, options, backend, layers, labels, _ = self._check(features, target)
+        assert labels is not None
+        if self._compiles_whole(x, mlp, options, layers, labels, backend):
             assert compiled is not None
             assert layers is not None
             whole = self._whole(features)
-            loss, out = compiled.fused_loss(x, mlp, options, layers, target, terms, whole)
+            loss, out = compiled.fused_loss(x, mlp, options, layers, labels, terms, whole)
             checks.scores(out.logits, x.shape[0], self.num_classes)
             return FusedLoss(loss, _with_map(out, spatial_shape))
 
         def score(pooled: Tensor) -> Scores:
-            if layers is not None:
-                result = scores(layers, pooled, True, backend)
-            else:
-                if torch.compiler.is_compiling():
-                    anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
-                    pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
-                with torch.enable_grad():
-                    result = self._score(None, pooled, spatial_shape, True, backend)
-            checks.scores(result.logits, x.shape[0], self.num_classes)
-            return result
+            if torch.compiler.is_compiling():
+                anchor = next((p for p in (x, *mlp) if p is not None and p.requires_grad), None)
+                pooled = pooled if anchor is None else Anchored.apply(pooled, anchor)
+            with torch.enable_grad():
+                return self._score(None, pooled, spatial_shape, True, backend)
 
-        loss, out = step.fused_loss(x, mlp, options, backend, score, layers is not None, target, terms)
+        classifier = score if layers is None else layers
+        loss, out = step.fused_loss(x, mlp, options, backend, classifier, labels, terms, self.num_classes)
         return FusedLoss(loss, _with_map(out, spatial_shape))
 
     def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
@@ -278,6 +277,12 @@ class GGAMHead(GGAMHeadBase):
         return (
             type(self) is GGAMHead and self.cam_detach and compiled.applies(x, mlp, options, layers, target)
         )
+
+    def _runs_whole(self, inputs: Inputs) -> bool:
+        """Whether a step is one autograd node, which no tracer or transform looks into."""
+        if inputs.backend != "triton" or inputs.layers is None or inputs.options.dense or looked_into():
+            return False
+        return not any(layer.kind == DROPOUT and layer.training and layer.p for layer in inputs.layers)
 
     def _whole(self, features: Tensor) -> Tensor | None:
         """The features (N, C, H, W) themselves if they are channels-last, else None."""

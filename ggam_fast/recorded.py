@@ -17,25 +17,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from . import checks, step
-from .autograd import Function
-from .backends.torch import TORCH
-from .backends.triton import classifier
+from .autograd import Function, batched
+from .backends.registry import get_backend
+from .backends.triton import cross_entropy as whole
 from .backends.triton.launch import options as triton_options
 from .backends.triton.record import NotRecordable, Number, Pass, Recorder, Recording
 from .base import GGAMHeadBase, GGAMOutput
-from .classifier.layers import known_layers
-from .classifier.rules import scores
-from .closed_form import ChannelMLP, Options
+from .closed_form import ChannelMLP, Options, held_features_grad, held_layer_grads
 from .entropy import cross_entropy
 from .layer import Layer
 from .norm import SettlingBatchNorm1d
-from .step import FusedLoss, LossTerms
+from .step import FusedLoss, Inputs, LossTerms
 
-Check = Callable[[Tensor, Tensor | None], object]
+Check = Callable[[Tensor, Tensor | None], Inputs]
 
 BACKEND = "triton"
 enabled = True
@@ -184,15 +181,19 @@ def _recordable(call: Call) -> bool:
     )
 
 
-def _recording(call: Call, valid: Callable[[], object], record: Callable[[], Recording]) -> Recording | None:
+def _recording(
+    call: Call, checked: Callable[[], Any], record: Callable[[Any], Recording]
+) -> Recording | None:
+    """The recording for the call, made if there is none."""
     try:
         return _recordings[call.key]
     except KeyError:
-        valid()
+        inputs = checked()
     made: Recording | None = None
     if _recordable(call):
         with suppress(NotRecordable):
-            made = record()
+            made = record(inputs)
+            made.checked = True
     remember(call.key, made)
     return made
 
@@ -220,20 +221,19 @@ class Blueprint(NamedTuple):
     target: int | None
 
     @classmethod
-    def read(cls, head: GGAMHeadBase, call: Call, has_target: bool) -> "Blueprint":
+    def read(cls, head: GGAMHeadBase, call: Call, inputs: Inputs) -> "Blueprint":
         """The blueprint of the head at the time of the call."""
         at = {id(x): i for i, x in enumerate(call.given)}
-        options = Options(head.attention, head.spatial_norm, head.pool_type, head.attention_scale)
-        linear = (head.fc1, head.fc2) if options.uses_channel else ()
         layers = []
-        for layer in known_layers(head.classifier, head.drop) or []:
+        for layer in inputs.layers or []:
             tensors = {n: getattr(layer, n) for n in _TENSORS}
             where = {n: at[id(x)] for n, x in tensors.items() if id(x) in at}
             layers.append((_with_tensors(layer, {}), where))
-        mlp = tuple(at[id(p)] for layer in linear for p in (layer.weight, layer.bias))
-        return cls((head.input_fmt, head.in_features), options, mlp, layers, 1 if has_target else None)
+        mlp = tuple(at[id(p)] for p in inputs.mlp if p is not None)
+        target = None if inputs.target is None else 1
+        return cls((head.input_fmt, head.in_features), inputs.options, mlp, layers, target)
 
-    def stand(self, given: list[Tensor]) -> "Stand":
+    def stand(self, given: list[Tensor]) -> Inputs:
         """The head with these tensors."""
         x, shape = checks.feature_map(given[0], *self.features)
         mlp = ChannelMLP(*[given[i] for i in self.mlp]) if self.mlp else ChannelMLP(None, None, None, None)
@@ -241,7 +241,7 @@ class Blueprint(NamedTuple):
             _with_tensors(layer, {n: given[i] for n, i in where.items()}) for layer, where in self.layers
         ]
         target = None if self.target is None else given[self.target]
-        return Stand(x, shape, target, mlp, layers, self.options)
+        return Inputs(x, shape, mlp, self.options, BACKEND, layers, target)
 
     def like_features(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """x (N, C, L) in the shape of the features."""
@@ -251,17 +251,6 @@ class Blueprint(NamedTuple):
 def _with_tensors(layer: Layer, tensors: dict[str, Tensor]) -> Layer:
     found: dict[str, Any] = dict.fromkeys(_TENSORS) | tensors
     return layer._replace(**found)
-
-
-class Stand(NamedTuple):
-    """A head with the tensors of a call, or with stand-ins that have no memory."""
-
-    x: Tensor  # features (N, C, L)
-    shape: tuple[int, ...]  # the spatial shape
-    target: Tensor | None
-    mlp: ChannelMLP
-    layers: list[Layer]
-    options: Options
 
 
 def _play(recording: Recording, call: Call, numbers: Sequence[float]) -> tuple[list[Tensor], Tensor | None]:
@@ -301,22 +290,19 @@ def _copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _batched(grad: Tensor | None) -> bool:
-    """Whether the gradient is a batch of gradients: `is_grads_batched`, or vmap around autograd."""
-    return grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad))
-
-
 def _strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x.new_empty_strided(x.shape, stride).copy_(x)
 
 
 def _check_labels(recording: Recording, head: GGAMHeadBase, target: Tensor) -> None:
     """Check labels while no compiled kernel does: in the interpreter, and until the kernel is compiled."""
-    if not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
+    if recording.checked:  # just now, before it was recorded
+        recording.checked = False
+    elif not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
         checks.target(target, target.shape[0], head.num_classes, head.ignore_index)
 
 
-def _with_map(out: GGAMOutput, stand: Stand) -> GGAMOutput:
+def _with_map(out: GGAMOutput, stand: Inputs) -> GGAMOutput:
     t = out.spatial_attention
     return out._replace(spatial_attention=t.view(t.shape[0], *stand.shape))
 
@@ -360,7 +346,7 @@ def fused(
     if call is None:
         return None
     recording = remembered(call.key) or _recording(
-        call, lambda: check(features, target), lambda: _record_fused(head, call, terms)
+        call, lambda: check(features, target), lambda inputs: _record_fused(head, call, inputs, terms)
     )
     if recording is None:
         return None
@@ -371,30 +357,33 @@ def fused(
     return FusedLoss(loss, GGAMOutput(*seen))
 
 
-def _record_fused(head: GGAMHeadBase, call: Call, terms: LossTerms) -> Recording:
+def _record_fused(head: GGAMHeadBase, call: Call, inputs: Inputs, terms: LossTerms) -> Recording:
     numbers = [Number(n) for n in (terms.guidance_weight, terms.label_smoothing, terms.cam_temperature)]
     weight, smoothing, temperature = numbers
     terms = terms._replace(guidance_weight=weight, label_smoothing=smoothing, cam_temperature=temperature)
-    blueprint = Blueprint.read(head, call, has_target=True)
-    with torch.no_grad(), Recorder() as recorder:
-        given = recorder.like_each(call.given)
-        stand = blueprint.stand(given)
-        assert stand.target is not None
-        out, guided, held = step.fused_forward(
-            BACKEND, stand.x, stand.mlp, stand.options,
-            lambda pooled: scores(stand.layers, pooled, True, BACKEND), stand.target, terms,
+    blueprint, stages = Blueprint.read(head, call, inputs), get_backend(BACKEND)
+    needs_features, needs_parameters = call.needs_features, call.needs_parameters
+    recorder = Recorder()
+    given, grad = recorder.like_each(call.given), recorder.scalar()
+    stand = blueprint.stand(given)
+    assert stand.layers is not None
+    assert stand.target is not None
+    da, pairs = None, None
+    with torch.no_grad(), recorder:
+        out, guided, held, _ = step.fused_forward(
+            stages, stand.x, stand.mlp, stand.options, stand.layers, stand.target, terms,
+            classes=head.num_classes,
         )  # fmt: skip
-        checks.scores(out.logits, stand.x.shape[0], head.num_classes)
-        outputs = [guided.loss, *_with_map(out, stand)]
-        forward, grad = Pass(recorder.take(), given, numbers, outputs), recorder.scalar()
-        da, pairs = None, None
-        if call.needs_features:
-            da = step.held_features_grad(BACKEND, stand.x, stand.options, held, grad)
-            da = blueprint.like_features(da, stand.shape)
-        if call.needs_parameters:
-            pairs = step.held_layer_grads(BACKEND, held, grad)
-        made = _in_parameter_order(call, given, [(x.weight, x.bias) for x in held.layers], pairs)
-        backward = Pass(recorder.take(), [grad], [], [da, *made])
+        notes = recorder.take()
+        if needs_features:
+            da = held_features_grad(stages, stand.x, stand.options, held, grad)
+        if needs_parameters:
+            pairs = held_layer_grads(stages, held, grad)
+        notes_of_backward = recorder.take()
+    forward = Pass(notes, given, numbers, [guided.loss, *_with_map(out, stand)])
+    made = _in_parameter_order(call, given, [(x.weight, x.bias) for x in held.layers], pairs)
+    da = None if da is None else blueprint.like_features(da, stand.shape)
+    backward = Pass(notes_of_backward, [grad], [], [da, *made])
     return Recording(recorder, [forward, backward], call.given[0].device)
 
 
@@ -427,7 +416,7 @@ class FusedNode(Function):
             )
         kept, *saved = ctx.saved_tensors
         scale = grad
-        if _batched(grad):
+        if batched(grad):
             scale = torch.ones((), device=grad.device)
         found = _play_backward(ctx.recording, [scale], kept, saved, ctx.parameters)
         if scale is not grad:
@@ -444,7 +433,7 @@ def logits(head: GGAMHeadBase, features: Tensor, check: Check) -> Tensor | None:
     if call is None:
         return None
     recording = remembered(call.key) or _recording(
-        call, lambda: check(features, None), lambda: _record_drop_in(head, call, None)
+        call, lambda: check(features, None), lambda inputs: _record_drop_in(head, call, inputs)
     )
     if recording is None:
         return None
@@ -453,9 +442,7 @@ def logits(head: GGAMHeadBase, features: Tensor, check: Check) -> Tensor | None:
     return DropInNode.apply(recording, call, (), features, *call.parameters)[0]
 
 
-def guided(
-    head: GGAMHeadBase, features: Tensor, target: Tensor, terms: Callable[[], LossTerms], check: Check
-) -> GGAMOutput | None:
+def guided(head: GGAMHeadBase, features: Tensor, target: Tensor, check: Check) -> GGAMOutput | None:
     """`head(features, target)` replayed."""
     call = _call("guided", head, features, target)
     if call is None:
@@ -463,7 +450,7 @@ def guided(
     recording = remembered(call.key) or _recording(
         call,
         lambda: check(features, target),
-        lambda: _record_drop_in(head, call, terms()),
+        lambda inputs: _record_drop_in(head, call, inputs),
     )
     if recording is None:
         return None
@@ -474,37 +461,41 @@ def guided(
     return GGAMOutput(*DropInNode.apply(recording, call, numbers, features, *call.parameters))
 
 
-def _record_drop_in(head: GGAMHeadBase, call: Call, terms: LossTerms | None) -> Recording:
-    blueprint = Blueprint.read(head, call, has_target=terms is not None)
+def _record_drop_in(head: GGAMHeadBase, call: Call, inputs: Inputs) -> Recording:
+    blueprint, stages, terms = Blueprint.read(head, call, inputs), get_backend(BACKEND), inputs.terms
     numbers, varied = [], terms
     if terms is not None:
         numbers = [Number(terms.cam_temperature)]
         varied = terms._replace(cam_temperature=numbers[0])
-    needs_graph = torch.is_grad_enabled() and (call.needs_features or call.needs_parameters)
-    with torch.no_grad(), Recorder() as recorder:
-        given = recorder.like_each(call.given)
-        stand = blueprint.stand(given)
+    needs_features, needs_parameters = call.needs_features, call.needs_parameters
+    needs_graph = torch.is_grad_enabled() and (needs_features or needs_parameters)
+    channel, spatial = inputs.options.uses_channel, inputs.options.uses_spatial
+    recorder = Recorder()
+    given = recorder.like_each(call.given)
+    stand = blueprint.stand(given)
+    x, shape, mlp, options, _, layers, target, _ = stand
+    assert layers is not None
+    with torch.no_grad(), recorder:
         out, seen = step.drop_in_forward(
-            BACKEND, stand.x, stand.mlp, stand.options, stand.layers, stand.target, varied
+            stages, x, mlp, options, layers, target, varied, classes=head.num_classes
         )
-        if terms is not None:
-            checks.scores(out.logits, stand.x.shape[0], head.num_classes)
-        outputs = [out.logits] if terms is None else list(_with_map(out, stand))
-        passes = [Pass(recorder.take(), given, numbers, outputs)]
+        notes = [recorder.take()]
         if needs_graph:
             grads = [recorder.like(out.logits)] + [recorder.scalar()] * (terms is not None)
-            da, layers, pairs = step.drop_in_backward(
-                BACKEND, stand.x, stand.mlp, stand.options, seen, *grads,
-                needs_features=call.needs_features, needs_parameters=call.needs_parameters,
-            )  # fmt: skip
-            da = None if da is None else blueprint.like_features(da, stand.shape)
-            made = _in_parameter_order(call, given, layers, pairs)
-            passes.append(Pass(recorder.take(), grads, [], [da, *made]))
+            held = step.drop_in_factors(stages, x, mlp, options, seen, *grads)
+            da = held_features_grad(stages, x, options, held) if needs_features else None
+            pairs = held_layer_grads(stages, held) if needs_parameters else None
+            notes.append(recorder.take())
+    outputs = [out.logits] if terms is None else [*_with_map(out, stand)]
+    passes = [Pass(notes[0], given, numbers, outputs)]
+    if needs_graph:
+        made = _in_parameter_order(call, given, [(x.weight, x.bias) for x in held.layers], pairs)
+        da = None if da is None else blueprint.like_features(da, shape)
+        passes.append(Pass(notes[1], grads, [], [da, *made]))
     recording = Recording(recorder, passes, call.given[0].device)
     recording.again = partial(_again, blueprint, terms)
     if terms is not None:  # beta; also S, the guidance and T if they are constant
-        options = stand.options
-        recording.constant = [3, *[1, 4] * (not options.uses_channel), *[2] * (not options.uses_spatial)]
+        recording.constant = [3, *[1, 4] * (not channel), *[2] * (not spatial)]
     return recording
 
 
@@ -535,7 +526,7 @@ class DropInNode(Function):
         recording: Recording = ctx.recording
         kept, *saved = ctx.saved_tensors
         of_attention = len(grads) > 1 and (grads[1] is not None or grads[2] is not None)
-        if torch.is_grad_enabled() or of_attention or any(map(_batched, grads)):
+        if torch.is_grad_enabled() or of_attention or any(map(batched, grads)):
             given = [*saved[ctx.needed :], *ctx.buffers]
             return None, None, None, *recording.again(given, ctx.parameters, ctx.numbers, grads)
         wanted = [grads[0]] if len(grads) == 1 else [grads[0], grads[4]]
@@ -561,33 +552,15 @@ def _again(
     It runs the forward again but does not update running statistics.
     """
     first = 1 if terms is None else 2
-    create_graph = torch.is_grad_enabled()
+    inputs = [given[0], *given[first : first + parameters]]
     with torch.enable_grad():
-        inputs = [given[0], *given[first : first + parameters]]
         twins = [x.view_as(x) for x in inputs]
         stand = blueprint.stand([twins[0], *given[1:first], *twins[1:], *given[first + parameters :]])
-        x, mlp, options = stand.x, stand.mlp, stand.options
-        layers = [
-            layer._replace(running_mean=None, running_var=None, tracked=None) if layer.training else layer
-            for layer in stand.layers
-        ]
-        attended = step.ggam_attention(x, mlp, options, BACKEND)
-        result = scores(layers, attended.pooled, True, BACKEND)
-        outputs: list[Tensor] = [result.logits]
-        if terms is not None:
-            assert stand.target is not None
-            terms = terms._replace(cam_temperature=numbers[0])
-            seed, share = TORCH.class_scores(result.logits, stand.target, terms.cam_class, terms.ignore_index)
-            (v,), _ = result.pull_back([seed])
-            beta, s, guidance = step.cam_and_guidance(x, mlp, options, attended, v, share, BACKEND, terms)
-            outputs += [s, attended.spatial.unflatten(1, stand.shape), beta, guidance]
-        pairs = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None and y.requires_grad]
-        wanted = [x for x in twins if x.requires_grad]
-        if not pairs or not wanted:
-            return [None] * len(inputs)
-        ys, dys = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=create_graph, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in twins]
+    grads = [*grads]
+    if terms is not None:
+        terms = terms._replace(cam_temperature=numbers[0])
+        grads[2] = None if grads[2] is None else grads[2].flatten(1)
+    return step.drop_in_again(stand._replace(terms=terms), grads, twins)
 
 
 # ---- GGAMLoss
@@ -628,10 +601,12 @@ def loss(
     def valid() -> None:
         checks.target(target, logits.shape[0], logits.shape[1], ignore_index, logits.device)
 
-    recording = _recording(call, valid, lambda: _record_loss(call, weight, smoothing, ignore_index))
+    recording = _recording(call, valid, lambda _: _record_loss(call, weight, smoothing, ignore_index))
     if recording is None:
         return None
-    if not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
+    if recording.checked:
+        recording.checked = False
+    elif not recording.forward.compiled or os.environ.get("GGAM_FAST_CHECKS") == "1":
         valid()
     if recording.backward is None:
         return _play(recording, call, (smoothing, weight))[0][0]
@@ -641,20 +616,19 @@ def loss(
 def _record_loss(call: Call, weight: float, smoothing: float, ignore_index: int | None) -> Recording:
     if not call.given[0].is_contiguous():
         raise NotRecordable("logits that are not dense")
-    recorder, numbers = Recorder(), [Number(smoothing), Number(weight)]
+    numbers = smoothing, weight, again = Number(smoothing), Number(weight), Number(weight)
     needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in call.given)
+    recorder = Recorder()
+    given, scale = recorder.like_each(call.given), recorder.scalar()
+    logits, target = given[:2]
+    guidance = given[2] if len(given) > 2 else None
     with torch.no_grad(), recorder:
-        given = recorder.like_each(call.given)
-        guidance = given[2] if len(given) > 2 else None
-        total, grad = classifier.whole_loss(
-            given[0], given[1], guidance, numbers[0], numbers[1], ignore_index
-        )
-        passes = [Pass(recorder.take(), given, numbers, [total])]
+        total, grad = whole.whole_loss(logits, target, guidance, smoothing, weight, ignore_index)
+        passes = [Pass(recorder.take(), given, numbers[:2], [total])]
         if needs_graph:
-            scale, again = recorder.scalar(), Number(weight)
-            dlogits, dguidance = classifier.whole_loss_grad(scale, grad, again, guidance is not None)
-            made = [] if dguidance is None else [dguidance]
-            passes.append(Pass(recorder.take(), [scale], [again], [dlogits, *made]))
+            made = whole.whole_loss_grad(scale, grad, again, guidance is not None)
+            outputs = list(made) if guidance is not None else [made[0]]
+            passes.append(Pass(recorder.take(), [scale], [again], outputs))
     return Recording(recorder, passes, call.given[0].device)
 
 
@@ -684,7 +658,7 @@ class LossNode(Function):
         kept, *saved = ctx.saved_tensors
         smoothing, weight = ctx.numbers
         create_graph = torch.is_grad_enabled()
-        if create_graph or _batched(grad):
+        if create_graph or batched(grad):
             x, version, target = ctx.again
             if x._version != version:
                 raise RuntimeError(

@@ -14,33 +14,35 @@ backward multiplies the factors out, times the incoming gradient, and does not r
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .autograd import Attention, Guidance, HeldGradient, forward_mode
+from . import checks
+from .autograd import Attention, Function, Guidance, HeldGradient, batched, forward_mode
 from .backends.registry import full_precision, get_backend, get_differentiable
-from .backends.torch import Backend, Guided, cam_weights
+from .backends.torch import TORCH, Backend, Guided, cam_weights
 from .base import GGAMOutput
-from .classifier.rules import LayerGradient, Pullback, Scores, scores
+from .classifier.rules import Scores, scores
 from .closed_form import (
     Attended,
     ChannelMLP,
-    Factors,
+    Held,
     Options,
     attend,
     cam_terms,
     cam_terms_of,
-    features_grad,
-    held_grads,
-    mlp_factors,
+    held_features_grad,
+    held_layer_grads,
+    hold,
+    like_parameters,
     pull_back,
     pull_back_to_channels,
     pull_back_to_mean,
 )
 from .entropy import cross_entropy, reduce_batch
-from .layer import Layer
+from .layer import Layer, LayerGradient, Link, chain_of
 from .precision import as_type, compute_dtype
 
 
@@ -100,6 +102,19 @@ class LossTerms(NamedTuple):
     label_smoothing: float = 0.0
 
 
+class Inputs(NamedTuple):
+    """A call of a head, checked: what the equations need of it."""
+
+    x: Tensor  # features (N, C, L)
+    shape: tuple[int, ...]  # the spatial shape
+    mlp: ChannelMLP
+    options: Options
+    backend: str
+    layers: list[Layer] | None  # None: a custom classifier
+    target: Tensor | None = None
+    terms: LossTerms | None = None
+
+
 def cam_and_guidance(
     features: Tensor,
     mlp: ChannelMLP,
@@ -129,13 +144,13 @@ class Seen(NamedTuple):
     """The results of the drop-in form's forward that its backward needs."""
 
     attended: Attended
-    pull_back: Pullback
+    links: list[Link]
+    given: list[tuple[Tensor, ...]]  # of each link, see `Backend.chain`
     grad_logits: Tensor | None  # (N, C): de of the guidance loss
-    given: list[tuple[Tensor, ...]]  # inputs of the classifier's layers, see `classifier.rules.scores`
 
 
 def drop_in_forward(
-    backend: str,
+    stages: Backend,
     features: Tensor,
     mlp: ChannelMLP,
     options: Options,
@@ -143,50 +158,67 @@ def drop_in_forward(
     target: Tensor | None,
     terms: LossTerms | None,
     mean: Tensor | None = None,
+    classes: int | None = None,
 ) -> tuple[GGAMOutput, Seen]:
     """The head's output for known layers, without a graph.  Without a target only the logits are valid.
 
-    `mean` (N, C) is the mean of A over positions; None computes it.
+    `mean` (N, C) is the mean of A over positions; None computes it.  With `classes` the number of scores is
+    checked.
     """
-    stages = get_backend(backend)
-    given: list[tuple[Tensor, ...]] = []
+    links = chain_of(layers)
     attended = attend(stages, features, mlp, options, mean)
-    result = scores(layers, attended.pooled, True, backend, given)
+    logits, given = stages.chain(links, attended.pooled)
+    if classes is not None:
+        checks.scores(logits, features.shape[0], classes)
     if terms is None or target is None:
-        out = GGAMOutput(result.logits, *[attended.spatial] * 4)  # placeholders
-        return out, Seen(attended, result.pull_back, None, given)
-    seed, share = stages.class_scores(result.logits, target, terms.cam_class, terms.ignore_index)
-    (v,), _ = result.pull_back([seed])
+        out = GGAMOutput(logits, *[attended.spatial] * 4)  # placeholders
+        return out, Seen(attended, links, given, None)
+    seed, share = stages.class_scores(logits, target, terms.cam_class, terms.ignore_index)
+    (v,), _ = stages.chain_grad(links, given, [seed])
     beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, v, terms.cam_at)
     found = stages.guided_loss(
         attended.channel_logits, beta_terms, None, features.shape[2], terms.cam_norm, terms.cam_temperature,
         terms.divergence, 1.0, terms.guidance_reduction == "mean", share, None,
     )  # fmt: skip
-    out = GGAMOutput(result.logits, found.channel, attended.spatial, found.cam_weights, found.guidance)
-    return out, Seen(attended, result.pull_back, found.grad_logits, given)
+    out = GGAMOutput(logits, found.channel, attended.spatial, found.cam_weights, found.guidance)
+    return out, Seen(attended, links, given, found.grad_logits)
 
 
-def drop_in_backward(
-    backend: str,
-    features: Tensor,
-    mlp: ChannelMLP,
-    options: Options,
-    seen: Seen,
-    grad_logits: Tensor,
-    grad_guidance: Tensor | None = None,
-    *,
-    needs_features: bool,
-    needs_parameters: bool,
-) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]], list[tuple[Tensor, Tensor]] | None]:
-    """dA, the weights and biases, and their gradients, given those of the logits and the guidance loss."""
-    held = drop_in_factors(backend, features, mlp, options, seen, grad_logits, grad_guidance)
-    da = held_features_grad(backend, features, options, held) if needs_features else None
-    pairs = held_layer_grads(backend, held) if needs_parameters else None
-    return da, [(layer.weight, layer.bias) for layer in held.layers], pairs
+def drop_in_again(
+    inputs: Inputs, grads: Sequence[Tensor | None], wanted: Sequence[Tensor | None]
+) -> list[Any]:
+    """The backward of the drop-in form by autograd, for derivatives of every order.
+
+    `grads` are those of logits, S, T (N, L), beta and the guidance loss, or of logits alone.  `wanted` are
+    tensors of `inputs`; a gradient that is not needed is None.  The forward runs again, so no layer may be
+    random.  Running statistics do not move.
+    """
+    x, _, mlp, options, backend, given, target, terms = inputs
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        layers = [
+            layer._replace(running_mean=None, running_var=None, tracked=None) if layer.training else layer
+            for layer in given or ()
+        ]
+        attended = ggam_attention(x, mlp, options, backend)
+        result = scores(layers, attended.pooled, True, backend)
+        outputs = [result.logits]
+        if terms is not None and target is not None:
+            seed, share = TORCH.class_scores(result.logits, target, terms.cam_class, terms.ignore_index)
+            (v,), _ = result.pull_back([seed])
+            beta, s, guidance = cam_and_guidance(x, mlp, options, attended, v, share, backend, terms)
+            outputs += [s, attended.spatial, beta, guidance]
+        pairs = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None and y.requires_grad]
+        needed = [t for t in wanted if t is not None and t.requires_grad]
+        if not pairs or not needed:
+            return [None] * len(wanted)
+        ys, dys = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ys, needed, dys, create_graph=graph, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in wanted]
 
 
 def drop_in_factors(
-    backend: str,
+    stages: Backend,
     features: Tensor,
     mlp: ChannelMLP,
     options: Options,
@@ -195,23 +227,16 @@ def drop_in_factors(
     grad_guidance: Tensor | None = None,
     grad_channel: Tensor | None = None,
     grad_spatial: Tensor | None = None,
-) -> "Held":
-    """The factors for `drop_in_backward`, given gradients of the logits, the guidance loss, S and T."""
-    stages, attended = get_backend(backend), seen.attended
-    (dz,), layers = seen.pull_back([grad_logits])
+) -> Held:
+    """The factors of all gradients, given gradients of the logits, the guidance loss, S and T."""
+    attended = seen.attended
+    (dz,), layers = stages.chain_grad(seen.links, seen.given, [grad_logits])
     de, scale = seen.grad_logits, grad_guidance
     if grad_channel is not None:
         assert attended.channel is not None
         de, scale = stages.softmax_grad(grad_channel, attended.channel, de, scale), None
     f = pull_back(stages, features, mlp, options, attended, dz, de, grad_spatial, scale)
-    layers = [*layers, *_mlp_layers(mlp, attended, f)]
-    return Held(f, attended.spatial_weights, attended.peak_index, layers)
-
-
-def _mlp_layers(mlp: ChannelMLP, attended: Attended, f: Factors) -> list[LayerGradient]:
-    parameters = [(mlp.fc1_weight, mlp.fc1_bias), (mlp.fc2_weight, mlp.fc2_bias)]
-    factors = mlp_factors(attended, f)
-    return [LayerGradient(*p, *pair, True) for p, pair in zip(parameters, factors, strict=False)]
+    return hold(mlp, attended, f, layers)
 
 
 class FusedLoss(NamedTuple):
@@ -253,49 +278,138 @@ def _smaller(backend: Backend, layers: Sequence[LayerGradient]) -> list[LayerGra
     ]
 
 
-class Held(NamedTuple):
-    """The factors of dA, and the layers' gradients or their factors."""
+class Fused(NamedTuple):
+    """The results of the fused loss's forward."""
 
-    factors: Factors
-    weights: Tensor  # (N, L): kappa T
-    peak_index: Tensor
-    layers: list[LayerGradient]
+    out: GGAMOutput
+    guided: Guided
+    held: Held
+    given: list[tuple[Tensor, ...]]  # of each link of known layers, see `Backend.chain`
+
+
+def drop_in(inputs: Inputs, classes: int) -> GGAMOutput:
+    """`drop_in_forward` with gradients if they are enabled, as one node; T has the spatial shape."""
+    x, layers = inputs.x, inputs.layers
+    assert layers is not None
+    parameters = [*inputs.mlp, *(p for layer in layers for p in (layer.weight, layer.bias))]
+    found = DropInNode.apply(inputs._replace(x=torch.empty(0)), classes, x, *parameters)
+    if inputs.terms is None:
+        return GGAMOutput(*found * 5)
+    logits, s, t, beta, guidance = found
+    return GGAMOutput(logits, s, t.unflatten(1, inputs.shape), beta, guidance)
+
+
+class DropInNode(Function):
+    """`drop_in_forward` as one node: (logits, S, T, beta, guidance loss), or (logits,); beta is constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Inputs, classes: int, features: Tensor, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        _, _, mlp, options, backend, layers, target, terms = inputs
+        assert layers is not None
+        with torch.no_grad(), full_precision(features):
+            stages = get_backend(backend)
+            out, seen = drop_in_forward(
+                stages, features, mlp, options, layers, target, terms, classes=classes
+            )
+        ctx.save_for_backward(features, seen.attended.spatial, *parameters)
+        # T is an output, and a node that holds its own output is never freed.
+        seen = seen._replace(attended=seen.attended._replace(spatial=torch.empty(0)))
+        ctx.inputs, ctx.seen, ctx.shape = inputs, seen, out.logits.shape
+        ctx.set_materialize_grads(False)
+        if terms is None:
+            return (out.logits,)
+        constant = [out.cam_weights]
+        constant += [] if options.uses_channel else [out.channel_attention, out.guidance_loss]
+        constant += [] if options.uses_spatial else [out.spatial_attention]
+        ctx.mark_non_differentiable(*constant)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        features, t, *saved = ctx.saved_tensors
+        inputs: Inputs = ctx.inputs._replace(x=features)
+        if torch.is_grad_enabled() or any(map(batched, grads)):
+            return None, None, *_again(inputs, saved, grads)
+        mlp, options, seen = inputs.mlp, inputs.options, ctx.seen
+        seen = seen._replace(attended=seen.attended._replace(spatial=t))
+        of_logits, *others = grads
+        of_s, of_t, _, of_guidance = others or [None] * 4
+        if of_logits is None:
+            of_logits = features.new_zeros(ctx.shape, dtype=compute_dtype(features))
+        if of_guidance is None and seen.grad_logits is not None:
+            of_guidance = of_logits.new_zeros(())
+        with full_precision(features):
+            stages = get_backend(inputs.backend)
+            held = drop_in_factors(stages, features, mlp, options, seen, of_logits, of_guidance, of_s, of_t)
+            da = held_features_grad(stages, features, options, held) if ctx.needs_input_grad[2] else None
+            found: dict[int, Tensor] = {}
+            if any(ctx.needs_input_grad[3:]):
+                for layer, pair in zip(held.layers, held_layer_grads(stages, held), strict=True):
+                    for p, g in zip((layer.weight, layer.bias), pair, strict=True):
+                        if p is not None:  # a parameter may belong to two layers
+                            found[id(p)] = g if id(p) not in found else found[id(p)] + g
+        assert inputs.layers is not None
+        parameters = [*mlp, *(p for layer in inputs.layers for p in (layer.weight, layer.bias))]
+        pulled = [None if p is None else found.pop(id(p), None) for p in parameters]
+        return None, None, da, *like_parameters(pulled, parameters)
+
+
+def _again(
+    inputs: Inputs, parameters: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """`drop_in_again` for the features and the parameters, each with a graph of its own."""
+    with torch.enable_grad():
+        x, *twins = (None if t is None else t.view_as(t) for t in (inputs.x, *parameters))
+    assert x is not None
+    left = iter(twins[4:])
+    layers = [layer._replace(weight=next(left), bias=next(left)) for layer in inputs.layers or ()]
+    again = inputs._replace(x=x, mlp=ChannelMLP(*twins[:4]), layers=layers)
+    return drop_in_again(again, grads, [x, *twins])
 
 
 def fused_forward(
-    backend: str,
+    stages: Backend,
     features: Tensor,
     mlp: ChannelMLP,
     options: Options,
-    score: Callable[[Tensor], Scores],
+    classifier: Sequence[Layer] | Callable[[Tensor], Scores],
     target: Tensor,
     terms: LossTerms,
     mean: Tensor | None = None,
-    known: bool = True,
-) -> tuple[GGAMOutput, Guided, Held]:
-    """The forward of the fused loss, with both gradients pulled back.  `score` runs the classifier.
+    classes: int | None = None,
+) -> Fused:
+    """The forward of the fused loss, with both gradients pulled back.
 
-    `mean` (N, C) is the mean of A over positions; None computes it.  Nothing has a graph except a classifier
-    that is not `known`; it also runs under the caller's autocast.
+    `classifier` is a list of known layers, or a function that scores the pooled features.  `mean` (N, C) is
+    the mean of A over positions; None computes it.  With `classes` the number of scores is checked.  Nothing
+    has a graph except the scores of a function, which also runs under the caller's autocast.
     """
-    stages, alone = get_backend(backend), full_precision(features)
-    features, positions = features.detach(), features.shape[2]
-    scored = None
+    alone, positions = full_precision(features), features.shape[2]
+    given: list[tuple[Tensor, ...]] = []
+    scored, links = None, None if callable(classifier) else chain_of(classifier)
     with torch.no_grad(), alone:
         attended = attend(stages, features, mlp, options, mean)
-        if known:
-            scored = score(attended.pooled)
-    if scored is None:
-        scored = score(attended.pooled)
-    with torch.no_grad(), alone:
+        if links is not None:
+            logits, given = stages.chain(links, attended.pooled)
+    if callable(classifier):
+        scored = classifier(attended.pooled)
         logits = scored.logits
-        if not known:
+    if classes is not None:
+        checks.scores(logits, features.shape[0], classes)
+    out_logits = logits
+    with torch.no_grad(), alone:
+        if scored is not None:
             logits = as_type(logits.detach(), compute_dtype(logits))
         entropy = stages.cross_entropy(
             logits, target, terms.label_smoothing, terms.cam_class, terms.ignore_index
         )
-    with torch.no_grad(), alone if known else nullcontext():
-        pulled, layers = scored.pull_back([entropy.score, entropy.grad])
+        if links is not None:
+            pulled, layers = stages.chain_grad(links, given, [entropy.score, entropy.grad])
+    if scored is not None:
+        with torch.no_grad():
+            pulled, layers = scored.pull_back([entropy.score, entropy.grad])
     with torch.no_grad(), alone:
         at_features = terms.cam_at == "features"
         *pulled_v, pulled_z = pull_back_to_channels(
@@ -314,24 +428,9 @@ def fused_forward(
             terms.guidance_reduction == "mean", entropy.share, entropy.losses,
         )  # fmt: skip
         de = guided.grad_logits if options.uses_channel else None
-        f = pull_back_to_mean(stages, mlp, attended, pulled_z, de)
-        layers += _mlp_layers(mlp, attended, f)
-    out = GGAMOutput(scored.logits, guided.channel, attended.spatial, guided.cam_weights, guided.guidance)
-    return out, guided, Held(f, attended.spatial_weights, attended.peak_index, layers)
-
-
-def held_features_grad(
-    backend: str, features: Tensor, options: Options, held: Held, scale: Tensor | None = None
-) -> Tensor:
-    """dA times the scalar `scale`."""
-    stages = get_backend(backend)
-    return features_grad(stages, features, options, held.weights, held.peak_index, held.factors, scale)
-
-
-def held_layer_grads(backend: str, held: Held, scale: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of each held layer's weight and bias times the scalar `scale`."""
-    pairs = [(layer.left, layer.right) for layer in held.layers]
-    return held_grads(get_backend(backend), pairs, [layer.product for layer in held.layers], scale)
+        held = hold(mlp, attended, pull_back_to_mean(stages, mlp, attended, pulled_z, de), layers)
+    out = GGAMOutput(out_logits, guided.channel, attended.spatial, guided.cam_weights, guided.guidance)
+    return Fused(out, guided, held, given)
 
 
 def held_loss(
@@ -360,20 +459,22 @@ def fused_loss(
     mlp: ChannelMLP,
     options: Options,
     backend: str,
-    score: Callable[[Tensor], Scores],
-    known: bool,
+    classifier: Sequence[Layer] | Callable[[Tensor], Scores],
     target: Tensor,
     terms: LossTerms,
+    classes: int | None = None,
 ) -> FusedLoss:
-    """`functional.fused_ggam_loss` of features (N, C, L).
+    """`functional.fused_ggam_loss` of features (N, C, L); see `fused_forward` for `classifier`.
 
-    The cross entropy of a classifier that is not `known` keeps its graph for autograd.
+    The cross entropy of scores from a function keeps its graph for autograd.
     """
-    out, guided, held = fused_forward(backend, features, mlp, options, score, target, terms, known=known)
-    entropy, guidance = guided.loss, None
-    if not known:
+    found = fused_forward(
+        get_backend(backend), features.detach(), mlp, options, classifier, target, terms, classes=classes
+    )
+    out, guidance, entropy = found.out, None, found.guided.loss
+    if callable(classifier):
         logits = as_type(out.logits, compute_dtype(out.logits))
         entropy = cross_entropy(logits, target, terms.label_smoothing, terms.ignore_index)
-        guidance = guided.guidance
-    loss = held_loss(features, options, backend, entropy, guidance, held, terms)
+        guidance = found.guided.guidance
+    loss = held_loss(features, options, backend, entropy, guidance, found.held, terms)
     return FusedLoss(loss, GGAMOutput(out.logits.detach(), *out[1:]))

@@ -133,6 +133,18 @@ def memory_order(strides: tuple[int, ...]) -> str:
     return POSITIONS_FIRST if strides[2] == 1 else CHANNELS_FIRST
 
 
+def dot_options(device: str, hip: bool) -> dict[str, str | int]:
+    """The constants of a kernel that multiplies float32 matrices on this type of device."""
+    if hip or device not in ("cuda", "cpu", "meta"):
+        return {"PRECISION": "ieee"}  # AMD's matrix units multiply full float32; maxnreg is NVIDIA's
+    return {"PRECISION": "tf32x3", "maxnreg": 255}  # without a limit Triton 3.9 spills at 168 registers
+
+
+def readable(strides: tuple[int, ...]) -> bool:
+    """Whether kernels can read an (N, C, L) map: channels or positions are neighbours in memory."""
+    return 1 in strides[1:]
+
+
 def geometry(shape: tuple[int, ...], strides: tuple[int, ...], cut: "Tile | Sums") -> dict[str, int]:
     """The compile-time constants of a pass over an (N, C, L) map: sizes, inner strides, tile."""
     return {

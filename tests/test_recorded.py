@@ -30,10 +30,11 @@ if not checks.TRITON_AVAILABLE:
 import triton
 
 from ggam_fast import recorded, step
+from ggam_fast.backends.registry import get_backend
 from ggam_fast.backends.triton import launch as launching
 from ggam_fast.backends.triton import record
 from ggam_fast.classifier.layers import known_layers
-from ggam_fast.classifier.rules import scores
+from ggam_fast.closed_form import held_features_grad, held_layer_grads
 from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.norm import SettlingBatchNorm1d
 
@@ -124,28 +125,26 @@ def direct(form: str, head: GGAMHead, x: Tensor, target: Tensor, *numbers: float
     a, shape, mlp, options, backend = head._inputs(x.detach())
     layers = known_layers(head.classifier, head.drop)
     assert layers is not None
-    terms = head._loss_terms(*(numbers or (0.7, 0.1)))
+    terms, stages = head._loss_terms(*(numbers or (0.7, 0.1))), get_backend(backend)
     with torch.no_grad():
         if form == "fused":
-            out, guided, held = step.fused_forward(
-                backend, a, mlp, options, lambda p: scores(layers, p, True, backend), target, terms
-            )
+            out, guided, held, _ = step.fused_forward(stages, a, mlp, options, layers, target, terms)
             found = {"loss": guided.loss, **out._asdict()}
             scale = torch.tensor(SCALE, device=x.device)
-            da = step.held_features_grad(backend, a, options, held, scale)
-            pairs = step.held_layer_grads(backend, held, scale)
-            parameters = [(layer.weight, layer.bias) for layer in held.layers]
+            da = held_features_grad(stages, a, options, held, scale)
+            pairs = held_layer_grads(stages, held, scale)
         else:
             asked = form == "guided"
             out, seen = step.drop_in_forward(
-                backend, a, mlp, options, layers, target if asked else None, terms if asked else None
+                stages, a, mlp, options, layers, target if asked else None, terms if asked else None
             )
             found = out._asdict() if asked else {"logits": out.logits}
             at = seeds({"logits": out.logits.clone().requires_grad_()})["logits"]
             of_guidance = torch.tensor(OF_GUIDANCE, device=x.device) if asked else None
-            da, parameters, pairs = step.drop_in_backward(
-                backend, a, mlp, options, seen, at, of_guidance, needs_features=True, needs_parameters=True
-            )
+            held = step.drop_in_factors(stages, a, mlp, options, seen, at, of_guidance)
+            da = held_features_grad(stages, a, options, held)
+            pairs = held_layer_grads(stages, held)
+        parameters = [(layer.weight, layer.bias) for layer in held.layers]
     if "spatial_attention" in found:
         found["spatial_attention"] = found["spatial_attention"].view(-1, *shape)
     names = {id(p): name for name, p in head.named_parameters()}
@@ -759,9 +758,7 @@ def test_outputs_changed_in_place(form: str, what: str, device: torch.device) ->
         recorded.enabled, twin = enabled, copy.deepcopy(head)
         found = forward(form, twin, x, target)
         found[what].mul_(2)
-        # The node of S keeps its own output when it is one of several.
-        refused = ("spatial_attention",) if enabled else ("spatial_attention", "channel_attention")
-        if form == "guided" and what in refused:
+        if form == "guided" and what == "spatial_attention":
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 pull(found, twin, x)
         else:
@@ -897,7 +894,7 @@ def test_labels_out_of_range(
 
 def test_checks_are_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     head = make(device)
-    compiled: Any = SimpleNamespace(forward=SimpleNamespace(compiled=True))
+    compiled: Any = SimpleNamespace(forward=SimpleNamespace(compiled=True), checked=False)
     wrong = torch.full((3,), K, device=device)
     recorded._check_labels(compiled, head, wrong)  # a kernel asserts it
     monkeypatch.setenv("GGAM_FAST_CHECKS", "1")

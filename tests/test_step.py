@@ -1,5 +1,6 @@
 """The fused criterion against the head followed by GGAMLoss: same loss, outputs, gradients and state."""
 
+import copy
 import gc
 import sys
 import weakref
@@ -27,7 +28,13 @@ OPTIONS = {
 }
 WEIGHTS = {"guidance_weight": 0.7, "label_smoothing": 0.1}
 BACKENDS = ("torch", pytest.param("triton", marks=pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="")))
+needs_triton = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
 Result = dict[str, Tensor]
+
+
+@pytest.fixture
+def unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggam_fast.recorded.enabled", False)
 
 
 def result(head: nn.Module, loss: Tensor, out: GGAMOutput, x: Tensor, scale: float = 3.0) -> Result:
@@ -440,3 +447,51 @@ def test_errors_name_the_argument(device: torch.device, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"target with class indices must be \(N,\)"):
         fused_ggam_loss(head, x, target[:-1])
     assert isinstance(reference, GGAMHeadReference)
+
+
+@needs_triton
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_an_unrecorded_step_is_one_node(rate: float, unrecorded: None, device: torch.device) -> None:
+    """Unless a layer is random: a second derivative would draw another mask."""
+    head, _ = parity.pair(backend="triton", dtype=torch.float32, drop_rate=rate, device=device)
+    out = head(parity.features(device, torch.float32).requires_grad_(), parity.hard_target(device))
+    assert (type(out.guidance_loss.grad_fn).__name__ == "DropInNodeBackward") == (rate == 0.0)
+
+
+@needs_triton
+@pytest.mark.parametrize("pool_type", ["avg", "max"])
+@pytest.mark.parametrize("attention", ["channel_spatial", "channel", "spatial", "none"])
+def test_the_node_against_the_float64_reference(
+    attention: str, pool_type: str, unrecorded: None, device: torch.device
+) -> None:
+    """Gradients of all outputs at once, and their gradients."""
+    options = {"attention": attention, "pool_type": pool_type}
+    head, exact = parity.pair(backend="triton", dtype=torch.float32, device=device, **options)
+    features, results = 0.1 * parity.features(device), []
+    for module in (head.eval(), exact.double().eval()):
+        x = features.to(next(module.parameters()).dtype, copy=True).requires_grad_()
+        out = module(x, parity.hard_target(device))
+        loss = out.logits.square().sum() + out.guidance_loss
+        loss = loss + 30 * out.channel_attention.square().sum() + 30 * out.spatial_attention.square().sum()
+        inputs = [x, *module.parameters()]
+        first = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(first[0].square().sum(), inputs, materialize_grads=True)
+        results.append([first, second])
+    for of_order, tolerance in zip(zip(*results, strict=True), (1e-4, 1e-3), strict=True):
+        for found, expected in zip(*of_order, strict=True):
+            assert parity.relative_error(found, expected) < tolerance
+
+
+@needs_triton
+def test_a_parameter_of_two_layers(unrecorded: None, device: torch.device) -> None:
+    first, second = nn.Linear(parity.C, parity.C), nn.Linear(parity.C, parity.C)
+    second.weight = first.weight
+    classifier = nn.Sequential(first, nn.BatchNorm1d(parity.C), second, nn.Linear(parity.C, parity.K))
+    results = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)
+        head = GGAMHead(parity.C, parity.K, classifier=copy.deepcopy(classifier), backend=backend).to(device)
+        torch.manual_seed(1)
+        x = parity.features(device, torch.float32).requires_grad_()
+        results.append(composed(head, x, parity.hard_target(device)))
+    assert_same(results[0], results[1], 1e-4)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.measure import environment
 from ggam_fast.backends.torch import CamTerms
-from ggam_fast.backends.triton import TRITON, classifier, pooling
+from ggam_fast.backends.triton import TRITON, cross_entropy, pooling
 from ggam_fast.backends.triton.launch import launch, thread
 from ggam_fast.layer import BATCH_NORM, ELU, RELU, Layer
 
@@ -137,9 +137,9 @@ def launch_cross_entropies(logits: Tensor) -> None:
         stages.cross_entropy(logits, target, 0.1, cam_class, ignore_index)
         stages.class_scores(logits, target, cam_class, ignore_index)
     for target, guidance, ignore in ((labels, scale, None), (labels, None, -100), (logits, scale, None)):
-        classifier.whole_loss(logits, target, guidance, 0.1, 1.0, ignore)
+        cross_entropy.whole_loss(logits, target, guidance, 0.1, 1.0, ignore)
     for with_guidance in (True, False):
-        classifier.whole_loss_grad(scale, logits, 1.0, with_guidance)
+        cross_entropy.whole_loss_grad(scale, logits, 1.0, with_guidance)
 
 
 def launch_products(s: Tensor, new: Callable[..., Tensor]) -> None:

@@ -26,8 +26,8 @@ def register_differentiable(name: str, backend: Backend) -> None:
     _DIFFERENTIABLE[name] = backend
 
 
-def get_backend(name: str) -> Backend:
-    """The stages of "torch" or "triton", for code that autograd does not differentiate."""
+def looked_into() -> bool:
+    """Whether a compiler, a tracer, a transform or a dispatch mode must see operations."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -35,12 +35,15 @@ def get_backend(name: str) -> Backend:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     ):
-        return _TRACED[name]
+        return True
     modes = torch._C._len_torch_dispatch_stack()
     # A mode that notes launches needs the backend that launches.
-    if modes and not getattr(torch._C._get_dispatch_stack_at(modes - 1), "notes_launches", False):
-        return _TRACED[name]
-    return _BACKENDS[name]
+    return bool(modes and not getattr(torch._C._get_dispatch_stack_at(modes - 1), "notes_launches", False))
+
+
+def get_backend(name: str) -> Backend:
+    """The stages of "torch" or "triton", for code that autograd does not differentiate."""
+    return (_TRACED if looked_into() else _BACKENDS)[name]
 
 
 def get_differentiable(name: str) -> Backend:

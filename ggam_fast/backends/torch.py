@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ggam_fast.guidance import kl_guidance_with_grad
-from ggam_fast.layer import ELU, RELU, Layer
+from ggam_fast.layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer, LayerGradient, Link
 from ggam_fast.norm import settle
 from ggam_fast.precision import as_type, as_types, compute_dtype
 
@@ -251,6 +251,8 @@ class Backend:
         act is the ELU or ReLU in `follows`, if any.  Running statistics are updated.  Autograd does not
         differentiate this.
         """
+        if not x.shape[0]:  # no batch, no statistics
+            return x.clone(), ()
         gamma, beta = as_types(x.dtype, layer.weight, layer.bias)
         y, statistics = batch_norm(layer, x, gamma, beta, give=True)
         saved: tuple[Tensor, ...] = () if statistics is None else statistics
@@ -268,6 +270,10 @@ class Backend:
     ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """dx for each of one or two dy (N, C), and d gamma and d beta (C,) for the last dy."""
         gamma, from_batch = as_types(x.dtype, layer.weight)[0], layer.from_batch
+        affine = layer.weight is not None or layer.bias is not None
+        if not x.shape[0]:
+            zeros = x.sum(0) if affine else None
+            return list(rows), zeros, zeros
         if from_batch:
             mean, scale = saved[:2]
             variance = mean
@@ -283,7 +289,6 @@ class Backend:
                 else aten.elu_backward(v, follows.alpha, 1, 1, False, y)
                 for v in rows
             ]  # fmt: skip
-        affine = layer.weight is not None or layer.bias is not None
         # Without a weight CUDA returns no bias gradient either.  With the batch's own statistics torch's
         # backward does not use the variance, but CUDA requires one.
         weight = torch.ones_like(mean) if affine and gamma is None else gamma
@@ -304,6 +309,55 @@ class Backend:
         ]
         _, dgamma, dbeta = pulled[-1]
         return [dx for dx, _, _ in pulled], dgamma if affine else None, dbeta if affine else None
+
+    def chain(self, links: Sequence[Link], x: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """The classifier's output for x (N, C), and the tensors of each link that `chain_grad` needs.
+
+        The first tensor of a link is its input.  Running statistics are updated.  Autograd does not
+        differentiate this.
+        """
+        given: list[tuple[Tensor, ...]] = []
+        for layer, follows, *_ in links:
+            saved: tuple[Tensor, ...] = ()
+            if layer.kind == LINEAR:
+                assert layer.weight is not None
+                if self.multiplies(x.dtype):
+                    (y,) = self.product([x], layer.weight.t(), layer.bias)
+                else:
+                    weight, bias = as_types(x.dtype, layer.weight, layer.bias)
+                    y = F.linear(x, weight, bias)
+            elif layer.kind == BATCH_NORM:
+                y, saved = self.batch_norm(x, layer, follows)
+            elif layer.kind == DROPOUT:
+                mask = F.dropout(torch.ones_like(x), layer.p)
+                y, saved = x * mask, (mask,)
+            else:
+                y = F.elu(x, layer.alpha) if layer.kind == ELU else torch.relu(x)
+            given.append((x, *saved))
+            x = y
+        return x, given
+
+    def chain_grad(
+        self, links: Sequence[Link], given: Sequence[tuple[Tensor, ...]], rows: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        """dx for each of one or two dy (N, K), and the layers' gradients for the last dy, in reverse."""
+        gradients: list[LayerGradient] = []
+        for (layer, follows, *_), (x, *saved) in zip(reversed(links), reversed(given), strict=True):
+            if layer.kind == LINEAR:
+                assert layer.weight is not None
+                gradients.append(LayerGradient(layer.weight, layer.bias, rows[-1], x, True))
+                rows = self.product(rows, layer.weight)
+            elif layer.kind == BATCH_NORM:
+                rows, dgamma, dbeta = self.batch_norm_grad(rows, x, layer, follows, tuple(saved))
+                if dgamma is not None and dbeta is not None:
+                    gradients.append(LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False))
+            elif layer.kind == DROPOUT:
+                rows = [v * saved[0] for v in rows]
+            elif layer.kind == RELU:
+                rows = [aten.threshold_backward(v, x, 0) for v in rows]
+            else:
+                rows = [aten.elu_backward(v, layer.alpha, 1, 1, False, x) for v in rows]
+        return rows, gradients
 
     def layer_grads(
         self, factors: Sequence[tuple[Tensor, Tensor]], scale: Tensor | None = None
@@ -326,6 +380,14 @@ class Backend:
         (hidden,) = self.product([mean], fc1_weight.t(), fc1_bias, relu=True)
         (logits,) = self.product([hidden], fc2_weight.t(), fc2_bias)
         return hidden, logits
+
+    def channel_mlp_grad(
+        self, de: Tensor, hidden: Tensor, fc1_weight: Tensor, fc2_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dh (N, J), before the ReLU, and dg (N, C), for `de` (N, C) and hidden = relu(FC1(g)) (N, J)."""
+        (dh,) = self.product([de], fc2_weight, mask=hidden)
+        (dg,) = self.product([dh], fc1_weight)
+        return dh, dg
 
     def softmax(self, logits: Tensor) -> Tensor:
         """S = softmax(e) (N, C)."""

@@ -1,7 +1,7 @@
 """The known layers in closed form: scores, v = d y / d pooled, and factors of the parameters' gradients.
 
-The backward of each layer is written out.  It uses torch operations if autograd must differentiate it again,
-otherwise the backend's.
+Without a graph the layers are one chain, a stage of the backend.  If autograd must differentiate them, each
+layer has a rule here, whose backward is written out in torch operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,23 +14,18 @@ from torch import Tensor
 from ggam_fast.autograd import Linear
 from ggam_fast.backends.registry import get_backend
 from ggam_fast.backends.torch import TORCH, Backend, batch_norm
-from ggam_fast.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
+from ggam_fast.layer import (
+    BATCH_NORM,
+    DROPOUT,
+    ELU,
+    IDENTITY,
+    LINEAR,
+    RELU,
+    Layer,
+    LayerGradient,
+    chain_of,
+)
 from ggam_fast.precision import as_types
-
-
-class LayerGradient(NamedTuple):
-    """The gradients of a layer's weight and bias, as factors or themselves.
-
-    A linear layer holds dy (N, J) and x (N, C); the gradients are dy^T x and the sum of dy over the batch.
-    A batch norm holds the two gradients.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    left: Tensor  # dy | d weight
-    right: Tensor  # x | d bias
-    product: bool  # whether the gradients are still to be computed from dy and x
-
 
 Pullback = Callable[[Sequence[Tensor]], tuple[Sequence[Tensor], list[LayerGradient]]]
 """Maps gradients of the output to gradients of the input.
@@ -50,25 +45,9 @@ def run(layers: Sequence[Layer], x: Tensor, backend: str) -> Tensor:
     return _forward(layers, x, backend)[0]
 
 
-def scores(
-    layers: Sequence[Layer],
-    x: Tensor,
-    detach: bool,
-    backend: str,
-    given: list[tuple[Tensor, ...]] | None = None,
-) -> Scores:
-    """Run each layer once (one update of running statistics, one dropout mask) and keep its pullback.
-
-    The input of each linear layer and batch norm is appended to `given`, and the statistics that a norm used.
-    """
-    y, pullbacks = _forward(layers, x, backend, given)
-
-    def pull_back(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
-        gradients: list[LayerGradient] = []
-        for pull in reversed(pullbacks):
-            rows, found = pull(rows)
-            gradients += found
-        return rows, gradients
+def scores(layers: Sequence[Layer], x: Tensor, detach: bool, backend: str) -> Scores:
+    """Run each layer once (one update of running statistics, one dropout mask) and keep its pullback."""
+    y, pull_back = _forward(layers, x, backend)
 
     def detached(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
         with torch.no_grad():
@@ -77,30 +56,25 @@ def scores(
     return Scores(y, detached if detach else pull_back)
 
 
-def _forward(
-    layers: Sequence[Layer],
-    x: Tensor,
-    backend: str,
-    given: list[tuple[Tensor, ...]] | None = None,
-) -> tuple[Tensor, list[Pullback]]:
+def _forward(layers: Sequence[Layer], x: Tensor, backend: str) -> tuple[Tensor, Pullback]:
+    stages = get_backend(backend)
+    if not torch.is_grad_enabled():
+        links = chain_of(layers)
+        y, given = stages.chain(links, x)
+        return y, lambda rows: stages.chain_grad(links, given, rows)
     pullbacks: list[Pullback] = []
-    stages, at = get_backend(backend), 0
-    while at < len(layers):
-        layer, at = layers[at], at + 1
-        if layer.kind == BATCH_NORM and x.shape[0] and not torch.is_grad_enabled():
-            # The backend does the norm and a following activation together.
-            follows = layers[at] if at < len(layers) and layers[at].kind in (ELU, RELU) else None
-            at += follows is not None
-            y, pull, saved = _norm_and_activation(layer, follows, x, stages)
-            of_layer = x, *saved
-        else:
-            y, pull = _RULES[layer.kind](layer, x, stages, backend)
-            of_layer = (x,)
-        if given is not None and layer.kind in (BATCH_NORM, LINEAR):
-            given.append(of_layer)
-        x = y
+    for layer in layers:
+        x, pull = _RULES[layer.kind](layer, x, stages, backend)
         pullbacks.append(pull)
-    return x, pullbacks
+
+    def pull_back(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        gradients: list[LayerGradient] = []
+        for pull in reversed(pullbacks):
+            rows, found = pull(rows)
+            gradients += found
+        return rows, gradients
+
+    return x, pull_back
 
 
 def _linear(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:
@@ -113,10 +87,8 @@ def _linear(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Ten
         # torch's products have derivatives of every order.
         return (TORCH if torch.is_grad_enabled() else stages).product(rows, weight), [held]
 
-    own = stages.multiplies(x.dtype)
-    if own and not torch.is_grad_enabled():
-        return stages.product([x], weight.t(), bias)[0], pull
     weight, bias = as_types(x.dtype, weight, bias)
+    own = stages.multiplies(x.dtype)
     return Linear.apply(x, weight, bias, backend) if own else F.linear(x, weight, bias), pull
 
 
@@ -143,20 +115,6 @@ def _elu(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor
         return [torch.ops.aten.elu_backward(v, layer.alpha, 1, 1, False, x) for v in rows], []
 
     return F.elu(x, layer.alpha), pull
-
-
-def _norm_and_activation(
-    layer: Layer, follows: Layer | None, x: Tensor, stages: Backend
-) -> tuple[Tensor, Pullback, tuple[Tensor, ...]]:
-    y, saved = stages.batch_norm(x, layer, follows)
-
-    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
-        found, dgamma, dbeta = stages.batch_norm_grad(rows, x, layer, follows, saved)
-        if dgamma is None or dbeta is None:
-            return found, []
-        return found, [LayerGradient(layer.weight, layer.bias, dgamma, dbeta, False)]
-
-    return y, pull, saved
 
 
 def _batch_norm(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple[Tensor, Pullback]:

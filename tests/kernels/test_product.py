@@ -19,7 +19,6 @@ from ggam_fast.kernels import plan, tf32
 from triton.runtime import interpreter
 
 from ggam_fast.backends.triton import TRITON as S
-from ggam_fast.backends.triton import layers as layer_operators
 from ggam_fast.backends.triton.register import OPERATORS
 
 SIZES = [(1, 1, 1), (3, 5, 7), (16, 32, 64), (17, 33, 65), (40, 200, 130), (2, 20, 700), (33, 64, 515)]
@@ -183,7 +182,7 @@ def test_nan_and_infinity(device: torch.device) -> None:
 
 def test_where_tensor_cores_take_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's, and what knows no TF32."""
-    monkeypatch.setattr(layer_operators, "_dot_options", lambda _: {"PRECISION": "ieee"})
+    monkeypatch.setattr(plan, "dot_options", lambda *_: {"PRECISION": "ieee"})
     x, w, dy = (torch.randn(shape, device=device) for shape in ((20, 300), (300, 40), (20, 40)))
     close(S.product([x], w)[0], x.double() @ w.double())
     close(S.layer_grads([(dy, x)])[0][0], dy.double().t() @ x.double())

@@ -7,16 +7,17 @@ Each file holds a group of stages: first the backend's methods, then the functio
 from ggam_fast.backends import registry
 
 from . import flops as _flops  # noqa: F401  (registers itself)
-from .classifier import Classifier
+from .cross_entropy import CrossEntropy
 from .features_grad import FeaturesGrad
 from .guidance import Guidance
+from .layer_grads import LayerGrads
 from .layers import Layers
 from .pooling import Pooling
 from .register import FUNCTIONS, STAGES
 from .sums import Sums
 
 
-class TritonBackend(Sums, Pooling, Layers, Classifier, Guidance, FeaturesGrad):
+class TritonBackend(Sums, Pooling, Layers, LayerGrads, CrossEntropy, Guidance, FeaturesGrad):
     """The stages as Triton kernels.  Small results are float32.  Autograd cannot differentiate the stages."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import features_grad, layers, sums
+from . import features_grad, layer_grads, layers, sums
 from .launch import POOL
 
 Shape = Sequence[int]
@@ -62,7 +62,7 @@ def _product(x: Shape, x_1: Shape | None, matrix: Shape, *rest: Any, **more: Any
     return (2 if x_1 is None else 4) * x[0] * prod(matrix)
 
 
-@_formula(layers.layer_grads)
+@_formula(layer_grads.layer_grads)
 def _layer_grads(*given: Any, **more: Any) -> int:
     pairs = zip(given[0:8:2], given[1:8:2], strict=True)
     return sum(2 * prod(dy) * x[1] for dy, x in pairs if dy is not None and x is not None)

@@ -11,7 +11,8 @@ only launches, allocations and views.  `record` makes tapes of the launches.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ggam_fast._checkout import load_sibling_kernels
 
 load_sibling_kernels()
 
-from ggam_fast.kernels import plan  # noqa: E402  (needs the line above in a bare checkout)
+from ggam_fast.kernels import plan as plan  # noqa: E402  (needs the line above in a bare checkout)
 
 NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
@@ -61,11 +62,6 @@ def runs(size: Any) -> bool:
 # driver about every other pointer (4 us each on the machine of `dev/h100.md`).
 
 
-def native(features: Tensor) -> Tensor:
-    """Features with one dense inner dimension.  Inductor may change strides, so they are checked here."""
-    return features if 1 in (features.stride(1), features.stride(2)) else features.contiguous()
-
-
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """An empty tensor.  The operators allocate all tensors here."""
     return torch.empty(shape, dtype=dtype, device=like.device)
@@ -90,13 +86,6 @@ def pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """One or two tensors in dense memory, padded with None."""
     first, second = (*tensors, None, None)[:2]
     return contiguous(first), contiguous(second)
-
-
-def partial_sums(features: Tensor, rows: int) -> Tensor:
-    """Memory for the partial sums of `channel_sum` with R rows of weights: (N, R, P, L)."""
-    return empty(
-        plan.partial_sums(features.shape, features.stride(), features.element_size(), rows), features
-    )
 
 
 def like_layout(features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,8 +144,22 @@ def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, 
         compiled[(programs, 1, 1)](*values, *rest)
 
 
+class Empty(NamedTuple):
+    """Memory that `launch_all` allocates before its launches."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+class Row(NamedTuple):
+    """One row of such memory."""
+
+    of: Empty
+    at: int
+
+
 class Work(NamedTuple):
-    """A launch that has not been made yet."""
+    """A launch that has not been made yet.  Arguments may be `Empty`, `Row`, `Zeros` or `CLEARING`."""
 
     kernel: Any
     programs: int
@@ -164,15 +167,41 @@ class Work(NamedTuple):
     constants: dict[str, Any]
 
 
-def launch_all(*works: Work) -> None:
-    """Launch the given works one after another."""
+class Zeros(NamedTuple):
+    """Zeroed int32 counters for one launch."""
+
+    size: int
+
+
+CLEARING = object()
+"""In place of two arguments, counters and how many of them, which the first launch of a recording clears."""
+
+
+def launch_all(like: Tensor, outputs: Sequence[Any], works: Sequence[Work]) -> list[Tensor]:
+    """Allocate all memory on the device of `like`, launch the works in order, and return the outputs."""
+    made: dict[int, Tensor] = {}
+
+    def memory(x: Any) -> Any:
+        if type(x) is Row:
+            return memory(x.of)[x.at]
+        if type(x) is not Empty:
+            return x
+        if id(x) not in made:
+            made[id(x)] = empty(x.shape, like, x.dtype)
+        return made[id(x)]
+
+    found = [memory(x) for x in outputs]
     for kernel, programs, arguments, constants in works:
-        launch(kernel, programs, *arguments, **constants)
-
-
-def clearing() -> tuple[Tensor | None, Any]:
-    """(counters, how many) that a launch has to clear."""
-    return (None, 0) if thread.recorder is None else thread.recorder.clearing()
+        given: list[Any] = []
+        for x in arguments:
+            if x is CLEARING:
+                given += (None, 0) if thread.recorder is None else thread.recorder.clearing()
+            elif type(x) is Zeros:
+                given.append(torch.zeros((x.size,), dtype=torch.int32, device=like.device))
+            else:
+                given.append(memory(x))
+        launch(kernel, programs, *given, **constants)
+    return found
 
 
 def remembers(kernel: Any) -> bool:
@@ -183,14 +212,11 @@ def remembers(kernel: Any) -> bool:
     return isinstance(kernel, triton.JITFunction) and torch.version.hip is None
 
 
-def options() -> tuple[Any, ...]:
-    """Triton's own settings that a compiled form depends on."""
-    knobs = triton.knobs
-    return (
-        knobs.runtime.debug,
-        knobs.compilation.instrumentation_mode,
-        knobs.runtime.add_stages_inspection_hook,
-    )
+options = partial(
+    attrgetter("runtime.debug", "compilation.instrumentation_mode", "runtime.add_stages_inspection_hook"),
+    triton.knobs,
+)
+"""Triton's own settings that a compiled form depends on.  Not a function: every replay reads them."""
 
 
 def trailing(kernel: Any, count: int, constants: dict[str, Any]) -> tuple[Any, ...]:

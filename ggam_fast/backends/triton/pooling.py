@@ -5,13 +5,13 @@ from torch import Tensor
 
 from .launch import (
     FP_FUSION,
+    Empty,
     Work,
     contiguous,
     empty,
     launch,
     launch_all,
     like_layout,
-    native,
     plan,
     runs,
     small,
@@ -51,7 +51,8 @@ def max_pooled(features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, channels, _ = features.shape
     peak, index = small(batch, channels, features), empty((batch, channels), features, torch.int64)
     if runs(batch):
-        launch_all(max_pool(native(features), t, peak, index))
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        launch_all(features, [], [max_pool(features, None if t is None else t.contiguous(), peak, index)])
     return peak, index
 
 
@@ -60,7 +61,9 @@ def attended_map(features: Tensor, t: Tensor | None, s: Tensor, scale: float, fo
     """The operator of `hadamard`."""
     out = map_like(features, for_flatten)
     if runs(features.shape[0]):
-        launch_all(hadamard(native(features), t, s, scale, out))
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        weights = (s if t is None else t).contiguous()
+        launch_all(features, [], [hadamard(features, weights, scale, out, by_channel=t is None)])
     return out
 
 
@@ -71,27 +74,26 @@ def map_like(features: Tensor, for_flatten: bool) -> Tensor:
     return like_layout(features, features.dtype)
 
 
-def max_pool(features: Tensor, t: Tensor | None, peak: Tensor, index: Tensor) -> Work:
-    """A at the position of max_l t_l A_cl, and that position, for `native` features."""
+def max_pool(features: Tensor, t: Tensor | Empty | None, peak: Tensor | Empty, index: Tensor | Empty) -> Work:
+    """A at the position of max_l t_l A_cl, and that position, for `plan.readable` features and dense t."""
     batch, channels, positions = features.shape
     cut = plan.tile(channels, positions, plan.memory_order(features.stride()))
-    arguments = (features, None if t is None else t.contiguous(), peak, index, features.stride(0))
+    arguments = (features, t, peak, index, features.stride(0))
     return Work(
         max_pool_kernels.max_pool_kernel, batch * plan.blocks(channels, cut.block_c), arguments,
         {**plan.geometry(features.shape, features.stride(), cut), **FP_FUSION},
     )  # fmt: skip
 
 
-def hadamard(features: Tensor, t: Tensor | None, s: Tensor, scale: float, out: Tensor) -> Work:
-    """out = scale A * t, or scale A * s without t, for `native` features."""
+def hadamard(features: Tensor, weights: Tensor | Empty, scale: float, out: Tensor, by_channel: bool) -> Work:
+    """out = scale A * t, or scale A * s `by_channel`, for `plan.readable` features and dense weights."""
     batch, channels, positions = features.shape
     cut = plan.tile(channels, positions, plan.memory_order(features.stride()))
     programs = batch * plan.blocks(channels, cut.block_c) * plan.blocks(positions, cut.block_l)
-    weights = (s if t is None else t).contiguous()
     return Work(
         hadamard_kernels.hadamard_kernel, programs,
         (features, weights, out, scale, features.stride(0), out.stride(0)),
-        {"OUT_STRIDE_C": out.stride(1), "OUT_STRIDE_L": out.stride(2), "BY_CHANNEL": t is None,
+        {"OUT_STRIDE_C": out.stride(1), "OUT_STRIDE_L": out.stride(2), "BY_CHANNEL": by_channel,
          **plan.geometry(features.shape, features.stride(), cut), **FP_FUSION},
     )  # fmt: skip
 
@@ -119,7 +121,7 @@ def grad_cam_means(features: Tensor, grad: Tensor, t: Tensor | None) -> tuple[Te
     partials = empty((batch, parts, positions), features)
     means, dots = small(batch, channels, features), small(batch, channels, features)
     if runs(batch):
-        features = native(features)
+        features = features if plan.readable(features.stride()) else features.contiguous()
         launch(
             grad_cam_means_kernels.grad_cam_means_kernel, batch * parts,
             features, grad, contiguous(t), means, dots, partials,

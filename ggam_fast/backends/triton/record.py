@@ -263,6 +263,7 @@ class Recording:
             tapes.append(Tape(launches, scratch, 0 if cleared else counters, device))
         self.forward, self.backward = tapes[0], tapes[1] if len(tapes) > 1 else None
         self.constant: Sequence[int] = ()  # outputs without a gradient
+        self.checked = False  # whether the labels of the call that is recorded have been checked
         self.again: Any = None  # the backward by autograd, for cases that cannot be replayed
         self._constant_bytes = sizes[CONSTANTS]
         self.kept = _arena(sizes[KEPT], torch.uint8, device)

@@ -6,21 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import (
-    FP_FUSION,
-    NORM,
-    POOL,
-    Work,
-    clearing,
-    empty,
-    launch_all,
-    native,
-    partial_sums,
-    per_image,
-    plan,
-    runs,
-    small,
-)
+from .launch import CLEARING, FP_FUSION, NORM, POOL, Empty, Work, launch_all, plan, thread
 from .pooling import hadamard, map_like, max_pool
 from .register import KernelBackend, operator
 
@@ -81,53 +67,51 @@ class Sums(KernelBackend):
         return self.run.spatial_norm_grad(partials, float(scale), extra, t, total, NORM[norm])
 
 
+# ---- the stages.  A stage describes its memory and its launches; `launch_all` makes both.  A fake has no
+# launches, because sizes may be symbols there.
+
+
 @operator
 def spatial_sum(features: Tensor, weights: Tensor | None, scale: float) -> Tensor:
     """scale * spatial_sum(A, w); weights = 1 if None."""
-    out = small(features.shape[0], features.shape[1], features)
-    if runs(features.shape[0]):
-        features = native(features)
-        if weights is None:
-            work = _spatial_sums(features, [], scale, [out], clearing())
-        else:
-            work = _spatial_sums(features, [weights.contiguous()], scale, [out])
-        launch_all(work)
-    return out
+    out, works = Empty(features.shape[:2]), []
+    if not thread.faked and features.shape[0]:
+        w = [] if weights is None else [weights.contiguous()]
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        works = [_spatial_sums(features, w, scale, [out], clears=weights is None)]
+    return launch_all(features, [out], works)[0]
 
 
 @operator
 def channel_sum(features: Tensor, weights: Tensor) -> Tensor:
     """channel_sum(A, w)."""
     batch, _, positions = features.shape
-    out = small(batch, positions, features)
-    if runs(batch):
-        features = native(features)
-        partials, total = (
-            partial_sums(features, 1),
-            per_image(batch, features),
-        )
-        launch_all(
+    out, works = Empty((batch, positions)), []
+    if not thread.faked and batch:
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        partials, total = _partials(features, 1), Empty((batch,))
+        works = [
             # Not torch.sum: its order of addition may depend on the batch.
             _channel_sums(features, [weights.contiguous()], partials),
             _normalise(partials, NORM["none"], 1, out, out, total),
-        )
-    return out
+        ]
+    return launch_all(features, [out], works)[0]
 
 
 @operator
 def spatial_attention(features: Tensor, s: Tensor, norm: int, kappa: int) -> tuple[Tensor, Tensor, Tensor]:
     """T, kappa T and sum(U) for U = channel_sum(A, s)."""
     batch, _, positions = features.shape
-    t, total = small(batch, positions, features), per_image(batch, features)
-    weights = per_image(0, features) if kappa == 1 else small(batch, positions, features)
-    if runs(batch):
-        features = native(features)
-        partials = partial_sums(features, 1)
-        launch_all(
+    t, total, works = Empty((batch, positions)), Empty((batch,)), []
+    weights = Empty((0,) if kappa == 1 else (batch, positions))
+    if not thread.faked and batch:
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        partials = _partials(features, 1)
+        works = [
             _channel_sums(features, [s.contiguous()], partials),
             _normalise(partials, norm, kappa, t, weights, total),
-        )
-    return t, weights, total
+        ]
+    return tuple(launch_all(features, [t, weights, total], works))  # type: ignore[return-value]
 
 
 @operator
@@ -135,11 +119,11 @@ def spatial_norm_grad(
     partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
     """dU for dT = scale sum_p partials (N, P, L) + extra."""
-    out = small(t.shape[0], t.shape[1], t)
-    if runs(t.shape[0]):
+    out, works = Empty(t.shape), []
+    if not thread.faked and t.shape[0]:
         parts = partials.contiguous().unsqueeze(1)
-        launch_all(_normalise_grads(parts, scale, extra, t, total, norm, [out]))
-    return out
+        works = [_normalise_grads(parts, scale, extra, t, total, norm, [out])]
+    return launch_all(t, [out], works)[0]
 
 
 @operator
@@ -147,15 +131,15 @@ def spatial_attention_grad(
     features: Tensor, v: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
 ) -> Tensor:
     """dU for dT = scale channel_sum(A, v) + extra."""
-    out = small(t.shape[0], t.shape[1], t)
-    if runs(t.shape[0]):
-        features = native(features)
-        partials = partial_sums(features, 1)
-        launch_all(
+    out, works = Empty(t.shape), []
+    if not thread.faked and t.shape[0]:
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        partials = _partials(features, 1)
+        works = [
             _channel_sums(features, [v.contiguous()], partials),
             _normalise_grads(partials, scale, extra, t, total, norm, [out]),
-        )
-    return out
+        ]
+    return launch_all(features, [out], works)[0]
 
 
 @operator
@@ -165,26 +149,27 @@ def attended(
     """T = norm(channel_sum(A, s)) and A pooled under kappa T: (out, index, T, kappa T, total)."""
     batch, channels, positions = features.shape
     dense = pool == POOL["flatten"]
-    out = map_like(features, for_flatten) if dense else small(batch, channels, features)
-    index = empty((batch, channels) if pool == POOL["max"] else (0,), features, torch.int64)
-    t, total = small(batch, positions, features), per_image(batch, features)
-    weights = per_image(0, features) if kappa == 1 else small(batch, positions, features)
-    if runs(batch):
-        features = native(features)  # at most one copy, for both passes
-        partials = partial_sums(features, 1)
+    out: Any = map_like(features, for_flatten) if dense else Empty((batch, channels))
+    index = Empty((batch, channels) if pool == POOL["max"] else (0,), torch.int64)
+    t, total, works = Empty((batch, positions)), Empty((batch,)), []
+    weights = Empty((0,) if kappa == 1 else (batch, positions))
+    if not thread.faked and batch:
+        # At most one copy, for both passes.
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        partials = _partials(features, 1)
         multiplied = t if kappa == 1 else weights
         if pool == POOL["avg"]:
             pooled = _spatial_sums(features, [multiplied], 1.0 / positions, [out])
         elif pool == POOL["max"]:
             pooled = max_pool(features, multiplied, out, index)
         else:
-            pooled = hadamard(features, multiplied, s, 1.0, out)
-        launch_all(
+            pooled = hadamard(features, multiplied, 1.0, out, by_channel=False)
+        works = [
             _channel_sums(features, [s.contiguous()], partials),
             _normalise(partials, norm, kappa, t, weights, total),
             pooled,
-        )
-    return out, index, t, weights, total
+        ]
+    return tuple(launch_all(features, [out, index, t, weights, total], works))  # type: ignore[return-value]
 
 
 @operator
@@ -201,28 +186,33 @@ def attention_backward(
     """dU (N, L) and ds (N, C) for v and for v_1 (empty if it is None).  `extra` needs a v alone."""
     batch, channels, positions = features.shape
     second = 0 if v_1 is None else batch
-    du, ds = small(batch, positions, features), small(batch, channels, features)
-    du_1, ds_1 = small(second, positions, features), small(second, channels, features)
-    if runs(batch):
+    du, ds = Empty((batch, positions)), Empty((batch, channels))
+    du_1, ds_1 = Empty((second, positions)), Empty((second, channels))
+    works = []
+    if not thread.faked and batch:
         assert extra is None or v_1 is None
-        features = native(features)
-        v = v.contiguous()
-        vs, grads, sums = [v], [du], [ds]
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        vs, grads, sums = [v.contiguous()], [du], [ds]
         if v_1 is not None:
-            vs, grads, sums = [v, v_1.contiguous()], [du, du_1], [ds, ds_1]
-        partials = partial_sums(features, len(vs))
-        launch_all(
+            vs, grads, sums = [*vs, v_1.contiguous()], [du, du_1], [ds, ds_1]
+        partials = _partials(features, len(vs))
+        works = [
             _channel_sums(features, vs, partials),
             _normalise_grads(partials, scale, extra, t, total, norm, grads),
             _spatial_sums(features, grads, 1.0, sums),
-        )
-    return du, ds, du_1, ds_1
+        ]
+    return tuple(launch_all(features, [du, ds, du_1, ds_1], works))  # type: ignore[return-value]
 
 
-# ---- each function returns one launch; features are `native`, weights dense
+# ---- each function returns one launch, for features that are `plan.readable` and dense weights
 
 
-def _channel_sums(features: Tensor, weights: Sequence[Tensor], partials: Tensor) -> Work:
+def _partials(features: Tensor, rows: int) -> Empty:
+    """Memory for the partial sums of R rows of weights: (N, R, P, L)."""
+    return Empty(plan.partial_sums(features.shape, features.stride(), features.element_size(), rows))
+
+
+def _channel_sums(features: Tensor, weights: Sequence[Tensor], partials: Empty) -> Work:
     """channel_sum(A, w) for one or two w, in parts (N, R, P, L)."""
     batch, channels, positions = features.shape
     order = plan.memory_order(features.stride())
@@ -237,16 +227,17 @@ def _channel_sums(features: Tensor, weights: Sequence[Tensor], partials: Tensor)
 
 def _spatial_sums(
     features: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Empty],
     scale: float,
-    out: Sequence[Tensor],
-    clear: tuple[Any, Any] = (None, 0),
+    out: Sequence[Empty],
+    clears: bool = False,
 ) -> Work:
     """out = spatial_sum(A, w) for one or two w.  Without w, the sum; that launch can clear counters."""
     batch, channels, positions = features.shape
     order = plan.memory_order(features.stride())
     cut = plan.spatial_sum(channels, positions, features.element_size(), order, len(weights))
     programs = batch * plan.blocks(channels, cut.task_c)
+    clear = (CLEARING,) if clears else (None, 0)
     arguments = (features, *_two(weights), *_two(out), scale, features.stride(0), *clear)
     return Work(spatial_sum_kernels.spatial_sum_kernel, programs, arguments, {
         "R": len(weights), "TASK_C": cut.task_c, "STAGES": cut.stages,
@@ -255,7 +246,7 @@ def _spatial_sums(
 
 
 def _normalise(
-    partials: Tensor, norm: int, kappa: int, attention: Tensor, weights: Tensor, total: Tensor
+    partials: Empty, norm: int, kappa: int, attention: Empty, weights: Empty, total: Empty
 ) -> Work:
     """T, kappa T (unless kappa = 1) and sum(U) from U in parts (N, 1, P, L)."""
     batch, _, parts, positions = partials.shape
@@ -267,13 +258,13 @@ def _normalise(
 
 
 def _normalise_grads(
-    partials: Tensor,
+    partials: Tensor | Empty,
     scale: float,
     extra: Tensor | None,
     t: Tensor,
     total: Tensor,
     norm: int,
-    grads: Sequence[Tensor],
+    grads: Sequence[Empty],
 ) -> Work:
     """dU for each of the R dT, which are in parts (N, R, P, L)."""
     batch, rows, parts, positions = partials.shape
@@ -285,5 +276,5 @@ def _normalise_grads(
     })  # fmt: skip
 
 
-def _two(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _two(tensors: Sequence[Tensor | Empty]) -> tuple[Tensor | Empty | None, ...]:
     return (*tensors, None, None)[:2]

@@ -87,6 +87,11 @@ class GGAMHeadBase(nn.Module):
             raise TypeError(f"cam_detach must be True or False; got {cam_detach!r}")
         self.cam_detach = cam_detach
         self.cam_norm = checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
+        if cam_norm == "standardized_softmax" and attention in ("spatial", "none"):
+            raise ValueError(
+                'cam_norm="standardized_softmax" is a target for channel attention; got '
+                f'attention={attention!r}: use attention="channel_spatial" or "channel"'
+            )
         self.cam_temperature = checks.temperature(cam_temperature)
         self.divergence = checks.one_of("divergence", divergence, checks.DIVERGENCE)
         self.guidance_reduction = checks.reduction("guidance_reduction", guidance_reduction, self.divergence)

@@ -309,7 +309,7 @@ def guidance_loss(
 
     `channel_attention` is S (N, C), non-negative, with rows that sum to 1. `cam_weights` is beta (N, C), any
     range. The result is a scalar, the "mean" or "sum" over the batch, or (N,) for "none". None is the mean
-    for "symmetric" and the sum for "forward", as in their sources. S is clamped to the smallest normal number
+    for "symmetric" and "reverse" and the sum for "forward". S is clamped to the smallest normal number
     before its logarithm. The head uses the logits of S and needs no clamp.
     """
     checks.matrix("channel_attention", channel_attention, "(N, C)")

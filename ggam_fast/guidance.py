@@ -3,10 +3,15 @@
     b~ = sigmoid(beta / tau)                        cam_norm="sigmoid" (the paper)
        | softmax over channels (beta / tau)         "softmax" (the authors' script)
        | sigmoid(zscore over channels(beta) / tau)  "standardized" (ours)
+       | softmax(zscore over channels(beta) / tau)  "standardized_softmax" (ours)
     L = 1/2 (KL(S, b~) + KL(b~, S)) = 1/2 sum_c (S - b~)(log S - log b~)    divergence="symmetric"
       | KL(S, b~) = sum_c S (log S - log b~)                                "forward"
+      | KL(b~, S) = sum_c b~ (log b~ - log S)                               "reverse" (ours)
 
-Over the batch L is the mean for "symmetric" and the sum for "forward", as in the authors' script.
+Over the batch L is the sum for "forward", as in the authors' script, and the mean for the others.
+S sums to 1 and a sigmoid over C channels to about C / 2, so most of that L is the same for every image.
+"standardized_softmax" with "reverse" compares two distributions: L is at most log C for a uniform S, and
+dL/de = S - b~.
 The logarithms are log-softmax and log-sigmoid, never the log of a softmax.
 """
 
@@ -18,10 +23,10 @@ from torch import Tensor
 def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tensor:
     """log b~ (N, C) from beta (N, C)."""
     beta = cam_weights
-    if cam_norm == "standardized":
+    if cam_norm in ("standardized", "standardized_softmax"):
         beta = _zscore(beta)
     beta = beta if temperature == 1.0 else beta / temperature
-    return torch.log_softmax(beta, -1) if cam_norm == "softmax" else F.logsigmoid(beta)
+    return torch.log_softmax(beta, -1) if "softmax" in cam_norm else F.logsigmoid(beta)
 
 
 def _zscore(beta: Tensor) -> Tensor:
@@ -48,6 +53,8 @@ def kl_guidance(
     difference = log_s - log_q
     if divergence == "forward":
         return (log_s.exp() * difference).sum(-1)
+    if divergence == "reverse":
+        return -(log_q.exp() * difference).sum(-1)
     return 0.5 * ((log_s.exp() - log_q.exp()) * difference).sum(-1)
 
 
@@ -56,7 +63,7 @@ def kl_guidance_with_grad(
 ) -> tuple[Tensor, Tensor]:
     """`kl_guidance` (N,) and d L / d e (N, C) of each image, for S = softmax(e) and constant beta.
 
-    d L / d log S_c = g_c = 1/2 (S (log S - log b~) + S - b~)   or   S (log S - log b~) + S
+    d L / d log S_c = g_c = 1/2 (S (log S - log b~) + S - b~)   or   S (log S - log b~) + S   or   -b~
     d L / d e = g - S sum_c g_c
     """
     log_q = log_cam_norm(cam_weights, cam_norm, temperature)
@@ -64,6 +71,9 @@ def kl_guidance_with_grad(
     if divergence == "forward":
         weighted = s * difference
         loss, g = weighted.sum(-1), weighted + s
+    elif divergence == "reverse":
+        q = log_q.exp()
+        loss, g = -(q * difference).sum(-1), -q
     else:
         gap = s - log_q.exp()
         loss, g = 0.5 * (gap * difference).sum(-1), 0.5 * torch.addcmul(gap, s, difference)

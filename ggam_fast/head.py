@@ -64,10 +64,13 @@ class GGAMHead(GGAMHeadBase):
             which takes second derivatives and more memory.
         cam_norm: makes beta comparable with S. "sigmoid" is the paper. "softmax" over channels is the
             authors' script. "standardized" is ours: z-scores over channels, then a sigmoid.
-        cam_temperature: divides beta before `cam_norm`, finite and > 0.
-        divergence: "symmetric" is (KL(S, beta~) + KL(beta~, S)) / 2. "forward" is KL(S, beta~).
-        guidance_reduction: "mean" or "sum" over the batch. None is the mean for "symmetric" and the sum for
-            "forward", as in their sources.
+            "standardized_softmax" is ours: z-scores, then a softmax. It needs channel attention.
+        cam_temperature: divides beta, or its z-scores, before the sigmoid or softmax; finite and > 0.
+        divergence: "symmetric" is (KL(S, beta~) + KL(beta~, S)) / 2. "forward" is KL(S, beta~). "reverse" is
+            KL(beta~, S). With cam_norm="standardized_softmax" it compares two distributions, has one order
+            with the cross entropy, and has the gradient S - beta~ for the channel logits.
+        guidance_reduction: "mean" or "sum" over the batch. None is the sum for "forward" and the mean for the
+            others, as in their sources.
         ignore_index: images with this label have no loss, no guidance and no gradient, and do not count in
             means. Give `GGAMLoss` the same value. Any other label outside [0, K) is an error.
         drop_rate: dropout before the classifier's last layer, in [0, 1). A classifier that is not an

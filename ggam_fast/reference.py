@@ -101,15 +101,15 @@ class GGAMHeadReference(GGAMHeadBase):
 
     def guidance(self, log_s: Tensor, beta: Tensor) -> Tensor:
         """L_GGAM of log S and beta, both (N, C)."""
-        if self.cam_norm == "standardized":
+        if self.cam_norm in ("standardized", "standardized_softmax"):
             flat = (beta == beta[:, :1]).all(1, keepdim=True)
             centred = torch.where(flat, 0, beta - beta.mean(1, keepdim=True))
             variance = centred.square().mean(1, keepdim=True)
             beta = centred / torch.where(flat, 1, variance).sqrt()
         beta = beta / self.cam_temperature
-        log_q = F.log_softmax(beta, 1) if self.cam_norm == "softmax" else F.logsigmoid(beta)
+        log_q = F.log_softmax(beta, 1) if "softmax" in self.cam_norm else F.logsigmoid(beta)
         s, q = log_s.exp(), log_q.exp()
         forward = (s * (log_s - log_q)).sum()
         backward = (q * (log_q - log_s)).sum()
-        loss = forward if self.divergence == "forward" else (forward + backward) / 2
+        loss = {"forward": forward, "reverse": backward}.get(self.divergence, (forward + backward) / 2)
         return loss if self.guidance_reduction == "sum" else loss / max(beta.shape[0], 1)

@@ -3,6 +3,7 @@
     S = softmax(e)      beta = first mean_l T / L + S mean_l dU + dg / L      log b~ = log of beta's norm
     symmetric  loss = 1/2 sum_c (S - b~)(log S - log b~)    g = 1/2 (S - b~ + S (log S - log b~))
     forward    loss = sum_c S (log S - log b~)              g = S + S (log S - log b~)
+    reverse    loss = sum_c b~ (log b~ - log S)             g = -b~
     de = scale (g - S sum_c g) + S (dS - <dS, S>)
 
 beta counts as constant in de.  dS is a further gradient of S.  share_n is an image's weight in the mean.  For
@@ -19,9 +20,12 @@ import triton.language as tl
 
 from .arrival import is_last, row_sum
 
-SIGMOID_CAM = tl.constexpr(0)
+# The two bits of CAM_NORM; 0 is a sigmoid of beta itself.
 SOFTMAX_CAM = tl.constexpr(1)
 STANDARDIZED_CAM = tl.constexpr(2)
+SYMMETRIC = tl.constexpr(0)
+FORWARD = tl.constexpr(1)
+REVERSE = tl.constexpr(2)
 
 
 @triton.jit
@@ -81,7 +85,7 @@ def guidance_kernel(
     C: tl.constexpr,
     L: tl.constexpr,
     CAM_NORM: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     MEAN: tl.constexpr,  # the mean over images, not the sum; used only with share
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -116,10 +120,10 @@ def guidance_kernel(
     tl.store(channel_ptr + row, s, mask=mask)
 
     z = beta
-    if CAM_NORM == STANDARDIZED_CAM:
+    if CAM_NORM & STANDARDIZED_CAM:
         z = _standardized(z, mask, C)
     z /= temperature
-    if CAM_NORM == SOFTMAX_CAM:
+    if CAM_NORM & SOFTMAX_CAM:
         log_q = _log_softmax(z, mask)
         q = tl.exp(log_q)
     else:
@@ -129,11 +133,13 @@ def guidance_kernel(
 
     difference = tl.where(mask, log_s - log_q, 0.0)
     q = tl.where(mask, q, 0.0)
-    if SYMMETRIC:
+    if DIVERGENCE == SYMMETRIC:
         gap = s - q
         loss, g = 0.5 * tl.sum(gap * difference, axis=0), 0.5 * (gap + s * difference)
-    else:
+    elif DIVERGENCE == FORWARD:
         loss, g = tl.sum(s * difference, axis=0), s + s * difference
+    else:
+        loss, g = -tl.sum(q * difference, axis=0), -q
     de = scale * (g - s * tl.sum(g, axis=0))
     if share_ptr is not None:
         share = tl.load(share_ptr + n)

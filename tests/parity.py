@@ -19,9 +19,9 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "cam_at": ("features", "attended"),
     "cam_class": ("label", "predicted"),
     "cam_detach": (True, False),
-    "cam_norm": ("sigmoid", "softmax", "standardized"),
+    "cam_norm": ("sigmoid", "softmax", "standardized", "standardized_softmax"),
     "cam_temperature": (1.0, 0.3),
-    "divergence": ("symmetric", "forward"),
+    "divergence": ("symmetric", "forward", "reverse"),
     "guidance_reduction": (None, "mean", "sum"),
     "drop_rate": (0.0, 0.4),
 }
@@ -39,7 +39,10 @@ def draws(options: dict[str, Sequence[Any]], count: int, seed: object) -> Iterat
         generator.shuffle(column)
         columns[name] = column
     for i in range(count):
-        yield {name: column[i] for name, column in columns.items()}
+        drawn = {name: column[i] for name, column in columns.items()}
+        if drawn.get("attention") in ("spatial", "none") and drawn.get("cam_norm") == "standardized_softmax":
+            drawn["cam_norm"] = "standardized"  # the other is refused
+        yield drawn
 
 
 def pair(

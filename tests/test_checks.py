@@ -19,7 +19,7 @@ def test_an_enum_of_strings_is_its_string() -> None:
 
 
 def test_reduction_follows_the_divergence() -> None:
-    assert [checks.reduction("r", None, d) for d in checks.DIVERGENCE] == ["mean", "sum"]
+    assert [checks.reduction("r", None, d) for d in checks.DIVERGENCE] == ["mean", "sum", "mean"]
     assert checks.reduction("r", "sum", "symmetric") == "sum"
 
 

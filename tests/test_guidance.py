@@ -1,9 +1,12 @@
 """The divergences, their targets and gradients."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+from ggam_fast import GGAMHead
 from ggam_fast.guidance import kl_guidance, kl_guidance_with_grad, log_cam_norm
 from tests.parity import OPTIONS, K, pair
 
@@ -51,3 +54,23 @@ def test_a_flat_beta_is_standardized_to_zero(value: float, device: torch.device)
     found = kl_guidance(log_s, beta, head.cam_norm, 1.0, head.divergence).mean()
     torch.testing.assert_close(found, kl_guidance(log_s, 0 * beta, "sigmoid", 1.0, head.divergence).mean())
     torch.testing.assert_close(reference.guidance(log_s, beta), found)
+
+
+def test_two_distributions_are_commensurate(device: torch.device) -> None:
+    """KL(q, S) of q = softmax(zscore(beta)): at most log C for a uniform S, and its gradient is S - q."""
+    beta = torch.randn(5, 30, dtype=torch.float64, device=device) * 1e-6
+    e = torch.zeros(5, 30, dtype=torch.float64, device=device, requires_grad=True)
+    log_s = e.log_softmax(1)
+    loss = kl_guidance(log_s, beta, "standardized_softmax", 0.5, "reverse")
+    q = (((beta - beta.mean(1, keepdim=True)) / beta.std(1, keepdim=True, correction=0)) / 0.5).softmax(1)
+    assert (loss > 0).all()
+    assert (loss < math.log(30)).all()
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), e)[0], log_s.exp() - q)
+    aligned = kl_guidance(q.log(), beta, "standardized_softmax", 0.5, "reverse")
+    torch.testing.assert_close(aligned, torch.zeros_like(aligned), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["spatial", "none"])
+def test_a_target_for_channels_needs_channel_attention(attention: str) -> None:
+    with pytest.raises(ValueError, match='cam_norm="standardized_softmax" is a target for channel attention'):
+        GGAMHead(8, 3, attention=attention, cam_norm="standardized_softmax")

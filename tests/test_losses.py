@@ -30,11 +30,11 @@ def beta(device: torch.device) -> Tensor:
 
 
 def normalised(beta: Tensor, cam_norm: str, temperature: float) -> Tensor:
-    if cam_norm == "softmax":
+    if cam_norm.startswith("standardized"):
+        beta = (beta - beta.mean(1, keepdim=True)) / beta.std(1, keepdim=True, correction=0)
+    if cam_norm.endswith("softmax"):
         e = torch.exp(beta / temperature)
         return e / e.sum(1, keepdim=True)
-    if cam_norm == "standardized":
-        beta = (beta - beta.mean(1, keepdim=True)) / beta.std(1, keepdim=True, correction=0)
     return 1 / (1 + torch.exp(-beta / temperature))
 
 
@@ -44,8 +44,8 @@ def normalised(beta: Tensor, cam_norm: str, temperature: float) -> Tensor:
 def test_written_out(cam_norm: str, divergence: str, temperature: float, log_s: Tensor, beta: Tensor) -> None:
     s, q = log_s.exp(), normalised(beta, cam_norm, temperature)
     each = (s * torch.log(s / q)).sum(1)
-    if divergence == "symmetric":
-        each = (each + (q * torch.log(q / s)).sum(1)) / 2
+    reverse = (q * torch.log(q / s)).sum(1)
+    each = {"forward": each, "reverse": reverse, "symmetric": (each + reverse) / 2}[divergence]
     torch.testing.assert_close(kl_guidance(log_s, beta, cam_norm, temperature, divergence), each)
 
     options = {"cam_norm": cam_norm, "cam_temperature": temperature, "divergence": divergence}

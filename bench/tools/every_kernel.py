@@ -90,7 +90,7 @@ def launch_channels(s: Tensor, t: Tensor, total: Tensor) -> None:
     for scale in (total[0], None):
         stages.softmax_grad(s, s, s, scale)
     for cam_norm, divergence in itertools.product(
-        ("sigmoid", "softmax", "standardized"), ("symmetric", "forward")
+        ("sigmoid", "softmax", "standardized", "standardized_softmax"), ("symmetric", "forward", "reverse")
     ):
         norm = (cam_norm, 1.0, divergence)
         for terms in (whole, CamTerms(s)):

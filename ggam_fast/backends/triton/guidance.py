@@ -5,7 +5,19 @@ from torch import Tensor
 
 from ggam_fast.backends.torch import CamTerms, Guided
 
-from .launch import CAM_NORM, FP_FUSION, contiguous, empty, launch, per_image, plan, runs, small, thread
+from .launch import (
+    CAM_NORM,
+    DIVERGENCE,
+    FP_FUSION,
+    contiguous,
+    empty,
+    launch,
+    per_image,
+    plan,
+    runs,
+    small,
+    thread,
+)
 from .register import KernelBackend, operator
 
 from ggam_fast.kernels import guidance as guidance_kernels  # isort: skip
@@ -41,7 +53,7 @@ class Guidance(KernelBackend):
         if not _holds(logits):
             return super().guidance(logits, terms, ds, positions, cam_norm, temperature, divergence, weight)
         return self.run.guidance(
-            logits, *terms, ds, positions, CAM_NORM[cam_norm], divergence == "symmetric", temperature, weight,
+            logits, *terms, ds, positions, CAM_NORM[cam_norm], DIVERGENCE[divergence], temperature, weight,
             True, None, None,
         )[:4]  # fmt: skip
 
@@ -64,7 +76,7 @@ class Guidance(KernelBackend):
                 logits, terms, ds, positions, cam_norm, temperature, divergence, weight, mean, share, losses
             )
         beta, s, each, de, guidance_loss, loss = self.run.guidance(
-            logits, *terms, ds, positions, CAM_NORM[cam_norm], divergence == "symmetric", temperature, weight,
+            logits, *terms, ds, positions, CAM_NORM[cam_norm], DIVERGENCE[divergence], temperature, weight,
             mean, share, losses,
         )  # fmt: skip
         return Guided(beta, s, each, de, guidance_loss, guidance_loss if losses is None else loss)
@@ -116,7 +128,7 @@ def guidance(
     ds: Tensor | None,
     positions: int,
     cam_norm: int,
-    symmetric: bool,
+    divergence: int,
     temperature: float,
     weight: float,
     mean: bool,
@@ -147,7 +159,7 @@ def guidance(
             logits.contiguous(), contiguous(first), contiguous(t), contiguous(du), contiguous(grad_mean),
             contiguous(ds), beta, s, of_images, de, weight, temperature, share, counter, losses,
             None if share is None else total, None if share is None or losses is None else loss,
-            L=positions, CAM_NORM=cam_norm, SYMMETRIC=symmetric, MEAN=mean,
+            L=positions, CAM_NORM=cam_norm, DIVERGENCE=divergence, MEAN=mean,
             BLOCK_L=plan.map_block(positions, sizes["num_warps"]), **sizes,
         )  # fmt: skip
     elif not thread.faked:

@@ -82,11 +82,11 @@ class HeadConfig:
     """Class whose Grad-CAM guides the attention."""
     cam_detach: bool = True
     """Treat the Grad-CAM weights as constants; --no-cam-detach differentiates through them."""
-    cam_norm: Literal["sigmoid", "softmax", "standardized"] = "standardized"
+    cam_norm: Literal["sigmoid", "softmax", "standardized", "standardized_softmax"] = "standardized"
     """Normalization that makes Grad-CAM weights comparable with channel attention."""
     cam_temperature: float = 1.0
     """Divides the Grad-CAM weights before their normalization."""
-    divergence: Literal["symmetric", "forward"] = "symmetric"
+    divergence: Literal["symmetric", "forward", "reverse"] = "symmetric"
     """Kullback-Leibler divergence of the guidance loss."""
     guidance_reduction: Literal["mean", "sum"] = "mean"
     """How the guidance losses of a batch become one number."""

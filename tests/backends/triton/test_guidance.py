@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ggam_fast.backends.torch import Backend, CamTerms
+from ggam_fast.checks import CAM_NORM, DIVERGENCE
 from ggam_fast.closed_form import ChannelMLP, Options, attend
 
 from .cases import TOLERANCE, check, make, weights  # first: it skips without triton
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.mark.parametrize(("c", "l"), [(1, 1), (130, 49), (2048, 196), (1000, 4097), (8192, 1)])
-@pytest.mark.parametrize("divergence", ["symmetric", "forward"])
-@pytest.mark.parametrize("cam_norm", ["sigmoid", "softmax", "standardized"])
+@pytest.mark.parametrize("divergence", DIVERGENCE)
+@pytest.mark.parametrize("cam_norm", CAM_NORM)
 @pytest.mark.parametrize("given", [True, False])
 def test_guidance(given: bool, cam_norm: str, divergence: str, c: int, l: int, device: torch.device) -> None:
     """Against the torch stage in float64, which tests/test_losses.py holds to autograd."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rich.table import Table
 from ggam_fast.training.config.options import DataName
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.data.readers import READERS, read_images
+from ggam_fast.training.data.repeats import across_splits
 from ggam_fast.training.data.scan import scan
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.feature_cache import default_cache_dir
@@ -74,28 +74,13 @@ def check(config: ShowConfig, report: Report) -> int:
     sizes = [one.size for one in found if one.problem is None]
     if sizes:
         logger.info(f"smallest image {min(sizes, key=min)}, largest {max(sizes, key=max)} (width, height)")
-    for group in duplicates(images):
+    for group in across_splits(images):
         names = ", ".join(str(images.files[row]) for row in group)
         logger.info(f"one file lies in more than one split: {names}")
     for one in bad:
         logger.info(f"cannot be read: {images.files[one.row]} ({one.problem})")
     logger.info(f"{len(bad)} of {len(images.files)} images cannot be read")
     return 2 if bad else 0
-
-
-def duplicates(images: ImageSet) -> list[list[int]]:
-    """Rows of equal files that lie in different splits, one list for each content."""
-    split_of = {row: name for name, rows in images.splits.items() for row in rows.tolist()}
-    rows_of_size = defaultdict(list)
-    for row, path in enumerate(images.files):
-        if path.is_file():
-            rows_of_size[path.stat().st_size].append(row)
-    groups = defaultdict(list)
-    for rows in rows_of_size.values():
-        if len(rows) > 1:
-            for row in rows:
-                groups[hashlib.sha256(images.files[row].read_bytes()).digest()].append(row)
-    return [rows for rows in groups.values() if len({split_of.get(row) for row in rows}) > 1]
 
 
 def preview(config: ShowConfig) -> Path:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from ggam_fast.training.data.image_set import ImageSet, check_depth
+from ggam_fast.training.data.repeats import warn_of_same_content
 from ggam_fast.training.errors import TrainError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def _problem(path: Path) -> tuple[str | None, tuple[int, int]]:
 def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> ImageSet:
     """Check that all `images` can be read and are no smaller than the crop, and return them.
 
-    With `skip_bad`, the set that is returned lacks the images that cannot be read.
+    With `skip_bad`, the set that is returned lacks the images that cannot be read. Splits that the data set
+    does not fix are drawn from the rest. Copies of one content in several splits or classes are warned of.
 
     Raises:
         TrainError: an image cannot be read and `skip_bad` is off, or one is too small and `enlarge` is off.
@@ -71,8 +73,9 @@ def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> I
         names = _list([f"{files[one.row]} ({one.problem})" for one in bad])
         if not skip_bad:
             raise TrainError(f"cannot read {_images(len(bad))}: {names}; --skip-bad-images leaves them out")
-        logger.info(f"left out {_images(len(bad))} that cannot be read: {names}")
         images = images.without([one.row for one in bad])
+        logger.info(f"left out {_images(len(bad))} that cannot be read: {names}; left: {images.summary()}")
+    warn_of_same_content(images)
     small = [one for one in found if one.problem is None and min(one.size) < crop]
     if small and not enlarge:
         least = min(small, key=lambda one: min(one.size))

@@ -74,7 +74,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     on_gpus = world.size > 1 and config.run.device == "auto" and torch.cuda.is_available()
     device = resolve_device(local_device() if on_gpus else config.run.device)
     dtype = precision(config.run.precision, device)
-    images = loaded = load_images(config.data)
+    images = load_images(config.data)
     images.log_notes(f"{images.name}: {images.summary()}")
     torch.manual_seed(config.optim.seed)
     model = create_classifier(config, len(images.classes)).to(device)
@@ -100,7 +100,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             world=world,
             check=interrupt.check,
         )
-        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, loaded, config), world)
+        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, images, config), world)
         under_way = False
         try:
             batches = (

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.data.readers import aircraft, birds, cars, cub, elpv, folder, torchvision_sets
+from ggam_fast.training.data.repeats import refuse_one_file_twice
 from ggam_fast.training.errors import TrainError
 
 
@@ -82,7 +83,7 @@ def read_images(name: str, root: Path | None, cache: Path) -> ImageSet:
     """Read the data set `name` from `root`. `cache` takes the files that a reader makes.
 
     Raises:
-        TrainError: `root` is missing, or it does not hold what the reader expects.
+        TrainError: `root` is missing, it does not hold what the reader expects, or a file is in two splits.
     """
     if name == "elpv":
         if root is not None:
@@ -94,4 +95,6 @@ def read_images(name: str, root: Path | None, cache: Path) -> ImageSet:
         raise TrainError(f"--data {name} needs --root, a folder that holds {READERS[name].holds}")
     if not root.is_dir():
         raise TrainError(f"--root {root} is not a folder")
-    return READERS[name].read(root, cache)
+    images = READERS[name].read(root, cache)
+    refuse_one_file_twice(images)
+    return images

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ggam_fast.training.data.annotations import Annotations, box_of
 from ggam_fast.training.data.image_set import ImageSet, read_image
+from ggam_fast.training.data.readers.tree import is_image
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.system.files import locked
 
@@ -63,8 +64,8 @@ class _Scene(NamedTuple):
 
 def read(root: Path, cache: Path) -> ImageSet:
     """The set made from the two packages unpacked into `root`. The first call composes it into `cache`."""
-    birds = sorted(path for path in (root / STAMPS).glob("*.png") if path.stem not in _LEFT_OUT)
-    places = {path.stem: path for path in sorted((root / BACKGROUNDS).glob("*.jpg"))}
+    birds = [path for path in _pictures(root / STAMPS, "*.png") if path.stem not in _LEFT_OUT]
+    places = {path.stem: path for path in _pictures(root / BACKGROUNDS, "*.jpg")}
     missing = [name for names in SPLIT_OF_BACKGROUND.values() for name in names if name not in places]
     if not birds:
         raise TrainError(f"--root {root} has no *.png in {STAMPS}; unpack tuxpaint-stamps-default there")
@@ -99,6 +100,10 @@ def read(root: Path, cache: Path) -> ImageSet:
         ),
         annotations=Annotations(boxes=_boxes(folder), masks=mask),
     )
+
+
+def _pictures(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if is_image(path.name))
 
 
 _BOXES = "boxes.json"

@@ -72,6 +72,14 @@ class TestBirds:
         assert list(cache.iterdir()) == []
         assert len(read_images("birds", root, cache).files) == 8
 
+    def test_damaged_scenes_are_composed_again(self, tmp_path, images, caplog):
+        before = images.files[3].read_bytes()
+        images.files[3].write_bytes(before[:-100] + bytes(100))
+        assert read_images("birds", tmp_path / "root", tmp_path / "cache").files == images.files
+        assert images.files[3].read_bytes() == before
+        [message] = caplog.messages
+        assert "are damaged and will be made again" in message
+
     def test_missing_packages_are_named(self, tmp_path):
         with pytest.raises(TrainError, match="tuxpaint-stamps-default"):
             read_images("birds", tmp_path, tmp_path)

@@ -38,7 +38,7 @@ def screen(command: str, doc: str, config: Any, described: Collection[str] | Non
         rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
         lines += ["", "Other options and their defaults:", *("".join(row).rstrip() for row in rows)]
     lines += ["", f"ggam-fast {command} --help-all explains all options in full."]
-    if command != "data":
+    if command not in ("data", "cache"):
         lines.append("--config FILE reads options from a YAML or TOML file. Flags override it.")
     return "\n".join(lines)
 

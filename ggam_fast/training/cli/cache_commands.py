@@ -82,7 +82,7 @@ def verify(config: CacheConfig, report: Report) -> int:
     entries = found(config.folder)
     start = time.perf_counter()
     problems: list[str | None] = []
-    with Report.silent().bar("", 1) if config.json else report.bar("checking", max(len(entries), 1)) as bar:
+    with report.bar("checking", max(len(entries), 1)) as bar:
         for one in entries:
             problems.append(cache.problem(one.path))
             bar.advance(1)

@@ -49,20 +49,23 @@ def train(arguments: Sequence[str]) -> int:
 def data(arguments: Sequence[str]) -> int:
     """List data sets, check one, or draw some of its images.
 
-    ggam-fast data list
-    ggam-fast data check --data cub --root datasets
-    ggam-fast data preview --data birds --root packages --out birds.png
+    check reads every file. Its exit code is 2 if train would refuse the data set.
+
+        ggam-fast data list
+        ggam-fast data check --data cub --root datasets
+        ggam-fast data check --data folder --root photos --enlarge --json
+        ggam-fast data preview --data birds --root packages --out birds.png
     """
     from ggam_fast.training.cli import data_commands
     from ggam_fast.training.show.console import Report
 
     what, config = _followed("data", ("list", "check", "preview"), data_commands.ShowConfig, arguments)
-    report = Report()
+    report = Report.silent() if config.json else Report()
     with report.listening():
         if what == "check":
             return data_commands.check(config, report)
         if what == "list":
-            data_commands.show_list(report)
+            data_commands.show_list(config, report)
         else:
             data_commands.preview(config)
     return 0
@@ -82,7 +85,7 @@ def cache(arguments: Sequence[str]) -> int:
     from ggam_fast.training.show.console import Report
 
     what, config = _followed("cache", ("list", "prune", "verify"), cache_commands.CacheConfig, arguments)
-    report = Report()
+    report = Report.silent() if config.json else Report()
     with report.listening():
         if what == "verify":
             return cache_commands.verify(config, report)

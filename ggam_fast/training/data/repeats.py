@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from typing import NamedTuple
 
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.errors import TrainError
@@ -37,27 +38,34 @@ def refuse_one_file_twice(images: ImageSet) -> None:
                 raise TrainError(f"{both} are one file, so it would have two classes")
 
 
-def across_splits(images: ImageSet) -> list[list[int]]:
-    """Rows of files with equal content that lie in different splits, one list for each content."""
+class Copies(NamedTuple):
+    """Rows of files with equal content: those in different splits, and those of different classes."""
+
+    across_splits: list[list[int]]
+    across_classes: list[list[int]]
+
+
+def copies(images: ImageSet) -> Copies:
+    """The copies among the images. Only files of equal size are read."""
     splits = _split_of_row(images)
-    return [rows for rows in _same_content(images) if len({splits.get(row) for row in rows}) > 1]
+    groups = _same_content(images)
+    return Copies(
+        [rows for rows in groups if len({splits.get(row) for row in rows}) > 1],
+        [rows for rows in groups if len(set(images.labels[rows].tolist())) > 1],
+    )
 
 
 def warn_of_same_content(images: ImageSet) -> None:
     """Log how many images of one content lie in different splits, or have different classes."""
-    splits = _split_of_row(images)
-    groups = _same_content(images)
-    for what, chosen in (
-        ("splits", [rows for rows in groups if len({splits.get(row) for row in rows}) > 1]),
-        ("classes", [rows for rows in groups if len(set(images.labels[rows].tolist())) > 1]),
-    ):
-        if chosen:
-            some = " and ".join(str(images.files[row]) for row in chosen[0][:2])
-            logger.warning(f"images of the same content in several {what}: {len(chosen)}, such as {some}")
+    found = copies(images)
+    for what, groups in (("splits", found.across_splits), ("classes", found.across_classes)):
+        if groups:
+            some = " and ".join(str(images.files[row]) for row in groups[0][:2])
+            logger.warning(f"images of the same content in several {what}: {len(groups)}, such as {some}")
 
 
 def _same_content(images: ImageSet) -> list[list[int]]:
-    """Rows of files with equal content, one list for each content. Only files of equal size are read."""
+    """Rows of files with equal content, one list for each content."""
     sizes: list[Hashable] = [path.stat().st_size if path.is_file() else None for path in images.files]
     alike = [row for rows in _groups(range(len(sizes)), sizes) for row in rows]
     digests: list[Hashable] = []

@@ -109,15 +109,32 @@ def create_backbone(
     Raises:
         TrainError: the name is unknown, the architecture or input size is unfit, or there are no weights.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; the nearest names are {', '.join(near)}" if near else ""
-        raise TrainError(f"--backbone must be a model of timm; got {name}{hint}")
+    _check_name(name)
     packaged = pretrained and name == LITE0
     model = _timm_model(name, pretrained=pretrained and not packaged, image_size=image_size)
     if packaged:
         model.load_state_dict(lite0_state_dict(model))
     return Backbone(model, name, image_size, resize)
+
+
+def input_size(name: str) -> int:
+    """Side in pixels of the images that a backbone expects, without building it.
+
+    Raises:
+        TrainError: timm has no model of this name.
+    """
+    _check_name(name)
+    known = timm.get_pretrained_cfg(name)
+    return int(
+        timm.data.resolve_data_config(pretrained_cfg=known.to_dict() if known else {})["input_size"][-1]
+    )
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise TrainError(f"--backbone must be a model of timm; got {name}{hint}")
 
 
 def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ggam_fast.training.data.readers import READERS, read_images
-from ggam_fast.training.data.repeats import across_splits, warn_of_same_content
+from ggam_fast.training.data.repeats import copies, warn_of_same_content
 from ggam_fast.training.errors import TrainError
 from tests.training import trees
 from tests.training.conftest import write_image
@@ -53,7 +53,7 @@ def test_copies_in_two_splits_and_two_classes_are_counted(parted, caplog):
     shutil.copy(parted / "train" / "a" / "0.png", parted / "test" / "a" / "2.png")
     shutil.copy(parted / "train" / "a" / "1.png", parted / "train" / "b" / "2.png")
     images = read_images("folder", parted, parted)
-    [rows] = across_splits(images)
+    [rows] = copies(images).across_splits
     assert [images.files[row].relative_to(parted).as_posix() for row in rows] == [
         "train/a/0.png",
         "test/a/2.png",

@@ -141,3 +141,11 @@ def test_an_image_too_large_for_the_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, "zeros", full)
     with pytest.raises(TrainError, match=r"does not work on 64 x 64 images: .* can't allocate memory$"):
         backbones.create_backbone("test_resnet", pretrained=False, image_size=64)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "test_resnet", "test_vit"])
+def test_input_size_without_building_the_backbone(name):
+    built = timm.data.resolve_model_data_config(timm.create_model(name))
+    assert backbones.input_size(name) == built["input_size"][-1]
+    with pytest.raises(TrainError, match="--backbone must be a model of timm"):
+        backbones.input_size("nonesuch")

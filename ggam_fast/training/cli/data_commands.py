@@ -24,7 +24,8 @@ from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.backbones import LITE0, input_size
 from ggam_fast.training.model.feature_cache import default_cache_dir
 from ggam_fast.training.show.console import Report
-from ggam_fast.training.show.figures import BLUE, VERMILION, YELLOW, literal
+from ggam_fast.training.show.figures import BLUE, VERMILION, YELLOW
+from ggam_fast.training.show.lettering import fitted
 from ggam_fast.training.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def preview(config: ShowConfig) -> Path:
     for axes, row in zip(figure.axes, rows, strict=False):
         pixels = np.asarray(images.read(row))
         axes.imshow(pixels)
-        axes.set_title(literal(images.classes[int(images.labels[row])]), fontsize=9)
+        axes.set_title(fitted(images.classes[int(images.labels[row])], 2.1, 9, lines=2), fontsize=9)
         found = images.annotations
         if found is None:
             continue

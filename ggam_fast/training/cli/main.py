@@ -15,6 +15,7 @@ _NEEDED = (
     "rich",
     "tyro",
     "matplotlib",
+    "anyascii",
     "tensorboard",
     "safetensors",
     "yaml",

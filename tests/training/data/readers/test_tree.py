@@ -59,6 +59,15 @@ def test_a_circle_of_links_reads_no_image_twice(tmp_path):
     assert notes == ["links to what is read already, or to a folder above them: 5"]
 
 
+def test_a_link_to_a_folder_above_the_root_is_not_followed(tmp_path):
+    """Otherwise the test images beside train/ would be trained on."""
+    touch(tmp_path, "train/cat/0.png", "train/dog/0.png", "test/cat/1.png")
+    (tmp_path / "train" / "cat" / "all").symlink_to(tmp_path)
+    images, notes = found(tmp_path / "train")
+    assert images == {"cat": ["cat/0.png"], "dog": ["dog/0.png"]}
+    assert notes == ["links to what is read already, or to a folder above them: 1"]
+
+
 def test_links_to_other_places_are_followed(tmp_path):
     touch(tmp_path, "store/0.png", "store/more/1.png", "root/dog/0.png")
     (tmp_path / "root" / "cat").symlink_to(tmp_path / "store")

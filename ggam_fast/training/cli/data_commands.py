@@ -41,6 +41,10 @@ class ShowConfig:
     """Folder of the data set."""
     cache_dir: Path | None = None
     """Where composed images are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
+    val_fraction: float = 0.0
+    """As in train, share of the training images that become the validation split."""
+    split_by: Path | None = None
+    """As in train, CSV file for --data folder with columns path, label, split and group."""
     split: str = "train"
     """Split whose images the preview shows."""
     images: int = 24
@@ -201,6 +205,12 @@ def _spread(images: ImageSet, split: str, count: int) -> list[int]:
 
 
 def _read(config: ShowConfig) -> ImageSet:
-    images = read_images(config.data, config.root, config.cache_dir or default_cache_dir())
+    images = read_images(
+        config.data,
+        config.root,
+        config.cache_dir or default_cache_dir(),
+        split_by=config.split_by,
+        val_fraction=config.val_fraction,
+    )
     images.log_notes(images.name)
     return images

@@ -40,6 +40,11 @@ class DataConfig:
     """Leave out files that cannot be read. They are counted and named."""
     enlarge: bool = False
     """Allow images that are smaller than the network's input."""
+    val_fraction: float = 0.0
+    """Share of the training images of each class that become the validation split. 0 draws none."""
+    split_by: Path | None = None
+    """CSV file for --data folder, with columns path, label, split and group. Only path is needed. A group is
+    never in two splits."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class ImageSet:
     "test" and, if there is one, "val". `flips`: mirrorings that do not change the label, as sets of axes.
     `notes`: lines that a user must know. `banner`: height in pixels of the strip that is cut off at the
     bottom of every image. `annotations` refer to the image without that strip. `draw`: draws
-    the splits from the labels, if the data set does not fix them.
+    the splits from files and labels, if the data set does not fix them.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ImageSet:
     notes: tuple[str, ...]
     annotations: Annotations | None = None
     banner: int = 0
-    draw: Callable[[Tensor], dict[str, Tensor]] | None = None
+    draw: Callable[[tuple[Path, ...], Tensor], dict[str, Tensor]] | None = None
 
     def read(self, row: int) -> Image.Image:
         """The image of a row, in RGB.
@@ -73,11 +73,12 @@ class ImageSet:
         kept = [row for row in range(len(self.files)) if row not in gone]
         new = {row: index for index, row in enumerate(kept)}
         labels = self.labels[torch.tensor(kept, dtype=torch.int64)]
+        files = tuple(self.files[row] for row in kept)
         return replace(
             self,
-            files=tuple(self.files[row] for row in kept),
+            files=files,
             labels=labels,
-            splits=self.draw(labels)
+            splits=self.draw(files, labels)
             if self.draw is not None
             else {
                 name: torch.tensor([new[row] for row in part.tolist() if row in new], dtype=torch.int64)

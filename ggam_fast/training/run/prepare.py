@@ -33,7 +33,13 @@ _COMPILE_BACKBONE_FROM = 1500
 
 def load_images(config: DataConfig) -> ImageSet:
     """The data set that `config` names."""
-    return read_images(config.data, config.root, config.cache_dir or default_cache_dir())
+    return read_images(
+        config.data,
+        config.root,
+        config.cache_dir or default_cache_dir(),
+        split_by=config.split_by,
+        val_fraction=config.val_fraction,
+    )
 
 
 def check_images(images: ImageSet, backbone: Backbone, config: DataConfig) -> ImageSet:

@@ -113,8 +113,11 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 logger.info(f"resumed after {trainer.steps} steps")
             elif world.is_main:
                 artifacts.clear()
-                root = config.data.root and config.data.root.absolute()
-                options = {**config.values(), "root": root, "resume": None, "overwrite": None}
+                places = {
+                    name: path and path.absolute()
+                    for name, path in (("root", config.data.root), ("split_by", config.data.split_by))
+                }
+                options = {**config.values(), **places, "resume": None, "overwrite": None}
                 text = config_text(options)
                 write_atomically(out / OPTIONS, lambda part: part.write_text(text))
             under_way = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ggam_fast.training.config.options import DataName
 from ggam_fast.training.data.image_set import ImageSet
@@ -37,11 +38,15 @@ def run_images(
         TrainError: the classes differ.
     """
     theirs = checkpoint.description["data"]
+    splits: dict[str, Any] = {}
     if name is None:
         name = theirs["data"]
+        # Older checkpoints do not have these.
+        table = theirs.get("split_by")
+        splits = {"split_by": table and Path(table), "val_fraction": theirs.get("val_fraction", 0.0)}
         root = root or (Path(theirs["root"]) if theirs["root"] else None)
     assert name is not None
-    images = read_images(name, root, cache_dir or default_cache_dir())
+    images = read_images(name, root, cache_dir or default_cache_dir(), **splits)
     if images.classes != checkpoint.classes:
         strangers = sorted(set(images.classes) - set(checkpoint.classes))
         missing = sorted(set(checkpoint.classes) - set(images.classes))

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.data.readers.tree import LeftOut, images_of_classes, split_of, subfolders
+from ggam_fast.training.data.splitting import drawn_test
 from ggam_fast.training.errors import TrainError
-
-# The held-out images do not depend on --seed.
-_SPLIT_SEED = 0
 
 
 def read(root: Path, cache: Path) -> ImageSet:
@@ -97,39 +94,19 @@ def _drawn(root: Path, left_out: LeftOut) -> ImageSet:
     classes = tuple(found)
     labels = torch.tensor([index for index, paths in enumerate(found.values()) for _ in paths])
 
-    def draw(labels: Tensor) -> dict[str, Tensor]:
-        return held_out(labels, [str(root / name) for name in classes])
-
     note = (
         "without train/ and test/ folders, a fifth of every class is held out at random for testing. Every "
         "run holds out the same images unless files are added or removed. If groups of your images look "
-        "alike, split them by group"
+        "alike, split them by group with --split-by"
     )
+    files = tuple(path for paths in found.values() for path in paths)
     return ImageSet(
         name=root.resolve().name,
-        files=tuple(path for paths in found.values() for path in paths),
+        files=files,
         labels=labels,
         classes=classes,
-        splits=draw(labels),
+        splits=drawn_test(files, labels),
         flips=((), (-1,)),
         notes=(note, *left_out.notes()),
-        draw=draw,
+        draw=drawn_test,
     )
-
-
-def held_out(labels: Tensor, folders: list[str]) -> dict[str, Tensor]:
-    """A fifth of every class for testing, at least one image, and the rest for training."""
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    train, test = [], []
-    for index, folder in enumerate(folders):
-        rows = (labels == index).nonzero().flatten()
-        if len(rows) < 2:
-            raise TrainError(
-                f"{folder} must hold two or more images, to train and to test; it holds "
-                f"{'one' if len(rows) else 'none'} that can be read"
-            )
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        held = max(1, len(rows) // 5)
-        test.append(rows[:held])
-        train.append(rows[held:])
-    return {"train": torch.cat(train).sort().values, "test": torch.cat(test).sort().values}

@@ -25,6 +25,8 @@ _SYSTEM = frozenset(
 _NO_PLUGIN = frozenset({".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".exr"})
 
 Identity = tuple[int, int]
+Read = dict[Identity, tuple[str, Path]]
+"""What is read already: the class and the path of each file or folder."""
 
 
 class LeftOut:
@@ -86,7 +88,7 @@ def subfolders(folder: Path, left_out: LeftOut | None = None) -> list[Path]:
         if is_hidden(entry.name):
             if left_out is not None:
                 left_out.add(LeftOut.HIDDEN, Path(entry.path))
-        elif entry.is_dir():
+        elif Path(entry.path).is_dir():
             found.append(Path(entry.path))
         elif left_out is not None:
             _sort_out(Path(entry.path), left_out, LeftOut.BESIDE)
@@ -107,25 +109,48 @@ def images_of_classes(root: Path, left_out: LeftOut) -> dict[str, list[Path]]:
     for name in folders:
         if name != name.encode(errors="replace").decode():
             raise TrainError(f"{root} holds the class {name!r}; names must be UTF-8")
-    read: dict[Identity, Path] = {identity(root): root}
+    read: Read = {identity(root): ("", root)}
     for name, folder in list(folders.items()):
         if folder.is_symlink() and _leads_up(folder):
             left_out.add(LeftOut.LINKS, folders.pop(name))
             continue
-        other = read.setdefault(identity(folder), folder)
-        if other is not folder:
+        its_class, other = read.setdefault(identity(folder), (name, folder))
+        if its_class != name:
             raise TrainError(f"{other} and {folder} are one folder, so its images would have two classes")
     if not folders:
         raise TrainError(f"{root} has no class folders, so there are no classes")
+    found, inside = _walk(folders, read, left_out)
+    _check_level(root, found, inside)
+    for name, images in found.items():
+        if not images:
+            strange = left_out.first_below(folders[name])
+            raise TrainError(
+                f"{folders[name]} is empty: it holds no images ({', '.join(sorted(IMG_EXTENSIONS))})"
+                + (f", only files such as {strange}" if strange else "")
+            )
+    return found
+
+
+def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
+    """The images in a folder and below it, by the same rule, in the order of their folders and names."""
+    found, _ = _walk({"": folder}, {identity(folder): ("", folder)}, left_out)
+    return found[""]
+
+
+def _walk(
+    folders: dict[str, Path], read: Read, left_out: LeftOut
+) -> tuple[dict[str, list[Path]], dict[str, set[str]]]:
+    """The images below each folder, and the names of the folders in it. `read`: what is read already."""
     found: dict[str, list[Path]] = {name: [] for name in folders}
     inside: dict[str, set[str]] = {name: set() for name in folders}
-    class_of: dict[Identity, tuple[str, Path]] = {}
+    class_of: Read = {}
     waiting = deque(folders.items())
+    # Links come last, so a folder is read where it is, and not where a link leads to it.
     links: deque[tuple[str, Path]] = deque()
     while waiting or links:
         if not waiting:
             name, link = links.popleft()
-            if _leads_up(link) or read.setdefault(identity(link), link) is not link:
+            if _leads_up(link) or read.setdefault(identity(link), (name, link))[1] is not link:
                 left_out.add(LeftOut.LINKS, link)
                 continue
             waiting.append((name, link))
@@ -139,47 +164,43 @@ def images_of_classes(root: Path, left_out: LeftOut) -> dict[str, list[Path]]:
             path = Path(entry.path)
             if is_hidden(entry.name):
                 left_out.add(LeftOut.HIDDEN, path)
-            elif entry.is_dir():
+            elif path.is_dir():
                 if folder == folders[name]:
                     inside[name].add(entry.name)
                 if entry.is_symlink():
                     links.append((name, path))
-                    continue
-                other = read.setdefault(identity(path), path)
-                if other is not path:
-                    raise TrainError(f"{other} and {path} are one folder, so its images would be read twice")
-                waiting.append((name, path))
+                elif _is_new(path, name, read):
+                    waiting.append((name, path))
+                else:
+                    left_out.add(LeftOut.LINKS, path)
             elif not is_image(entry.name):
                 _sort_out(path, left_out)
             elif _is_new(path, name, class_of):
                 found[name].append(path)
             else:
                 left_out.add(LeftOut.LINKS, path)
-    _check_level(root, found, inside)
-    for name, images in found.items():
-        if not images:
-            strange = left_out.first_below(folders[name])
-            raise TrainError(
-                f"{folders[name]} is empty: it holds no images ({', '.join(sorted(IMG_EXTENSIONS))})"
-                + (f", only files such as {strange}" if strange else "")
-            )
+    for images in found.values():
         images.sort(key=lambda path: (str(path.parent), path.name))
-    return found
+    return found, inside
 
 
-def _is_new(path: Path, name: str, class_of: dict[Identity, tuple[str, Path]]) -> bool:
-    """Whether the image at `path` is not read yet. A link that leads nowhere is an image that cannot be read.
+def _is_new(path: Path, name: str, read: Read) -> bool:
+    """Whether a file or folder is not read yet. A link that leads nowhere is an image that cannot be read.
 
     Raises:
-        TrainError: the image is in another class too.
+        TrainError: it is in another class too.
     """
     try:
-        its_class, other = class_of.setdefault(identity(path), (name, path))
+        its_class, other = read.setdefault(identity(path), (name, path))
     except OSError:
         return True
     if its_class != name:
-        raise TrainError(f"{other} and {path} are one file, so it would have two classes")
+        raise TrainError(f"{other} and {path} are one {_kind(path)}, so it would have two classes")
     return other is path
+
+
+def _kind(path: Path) -> str:
+    return "folder" if path.is_dir() else "file"
 
 
 def _check_level(root: Path, found: dict[str, list[Path]], inside: dict[str, set[str]]) -> None:

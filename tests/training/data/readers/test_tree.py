@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ggam_fast.training.data.readers import tree
-from ggam_fast.training.data.readers.tree import LeftOut, images_of_classes, is_hidden, split_of
+from ggam_fast.training.data.readers.tree import LeftOut, images_below, images_of_classes, is_hidden, split_of
 from ggam_fast.training.errors import TrainError
 
 
@@ -57,6 +57,33 @@ def test_a_circle_of_links_reads_no_image_twice(tmp_path):
     images, notes = found(tmp_path)
     assert images == {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/deep/1.png"]}
     assert notes == ["links to what is read already, or to a folder above them: 5"]
+
+
+def test_links_to_themselves_and_links_to_links(tmp_path):
+    touch(tmp_path, "root/cat/0.png", "root/dog/0.png", "store/a/1.png", "store/2.png")
+    (tmp_path / "root" / "cat" / "self").symlink_to("self")
+    (tmp_path / "root" / "cat" / "self.png").symlink_to("self.png")  # refused when it is read
+    (tmp_path / "root" / "cat" / "inner").symlink_to(tmp_path / "store" / "a")
+    (tmp_path / "root" / "cat" / "outer").symlink_to(tmp_path / "store")
+    images, notes = found(tmp_path / "root")
+    assert images["cat"] == ["cat/0.png", "cat/self.png", "cat/inner/1.png", "cat/outer/2.png"]
+    assert notes == [
+        "files whose names are not those of images: 1",
+        "links to what is read already, or to a folder above them: 1",
+    ]
+    (tmp_path / "root" / "dog" / "outer").symlink_to(tmp_path / "store")
+    (tmp_path / "root" / "cat" / "outer").unlink()
+    with pytest.raises(TrainError, match=r"store/a|outer/a are one folder, so it would have two classes"):
+        found(tmp_path / "root")
+
+
+def test_images_below_one_folder_follow_the_same_rule(tmp_path):
+    touch(tmp_path, "b/1.png", "0.png", ".hidden/2.png", "b/._1.png", "b/notes.txt")
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    left_out = LeftOut()
+    images = images_below(tmp_path, left_out)
+    assert [str(path.relative_to(tmp_path)) for path in images] == ["0.png", "b/1.png"]
+    assert len(left_out.notes()) == 3
 
 
 def test_a_link_to_a_folder_above_the_root_is_not_followed(tmp_path):

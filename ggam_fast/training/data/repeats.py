@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from ggam_fast.training.data.image_set import ImageSet
@@ -68,13 +71,16 @@ def _same_content(images: ImageSet) -> list[list[int]]:
     """Rows of files with equal content, one list for each content."""
     sizes: list[Hashable] = [path.stat().st_size if path.is_file() else None for path in images.files]
     alike = [row for rows in _groups(range(len(sizes)), sizes) for row in rows]
-    digests: list[Hashable] = []
-    for row in alike:
-        try:
-            digests.append(hashlib.sha256(images.files[row].read_bytes()).digest())
-        except OSError:
-            digests.append(None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = list(pool.map(_digest, (images.files[row] for row in alike)))
     return _groups(alike, digests)
+
+
+def _digest(path: Path) -> bytes | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:  # it cannot be read, which is told elsewhere
+        return None
 
 
 def _groups(rows: Iterable[int], keys: Iterable[Hashable]) -> list[list[int]]:

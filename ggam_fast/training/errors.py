@@ -15,3 +15,9 @@ def first_line(error: BaseException) -> str:
     """The first line with text in the message of `error`, or else the name of its class."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the memory of the machine or of the GPU does not suffice."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ggam_fast.training.errors import Interrupted, TrainError, first_line
+from ggam_fast.training.errors import Interrupted, TrainError, first_line, out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,9 @@ def test_first_line(error, line):
 def test_bad_input_is_a_value_error_and_an_interruption_is_not():
     assert issubclass(TrainError, ValueError)
     assert not issubclass(Interrupted, ValueError)
+
+
+def test_too_little_memory_is_told_from_other_errors():
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

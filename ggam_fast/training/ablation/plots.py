@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from ggam_fast.training.ablation.group import Group
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
-from ggam_fast.training.show.figures import BLUE, GREEN, VERMILION, literal, new_figure, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, GREEN, VERMILION, new_figure, show_heat, show_image
+from ggam_fast.training.show.lettering import fitted
 from ggam_fast.training.system.files import write_atomically
 
 _PLAIN, _GUIDED = BLUE, VERMILION
@@ -135,14 +136,16 @@ def draw_side_by_side(
     for column, row in enumerate(images.splits["test"][kept].tolist()):
         picture = transform(images.read(row)).clamp(0, 1).permute(1, 2, 0)
         show_image(grid[0][column], picture)
-        grid[0][column].set_title(literal(images.classes[int(images.labels[row])]), fontsize=9)
+        grid[0][column].set_title(
+            fitted(images.classes[int(images.labels[row])], 1.6, 9, lines=2), fontsize=9
+        )
         for line, group in enumerate(rows, 1):
             heat = torch.tensor(group.cells[0]["pictures"]["grad_cam"][column])
             show_heat(grid[line][column], picture, heat)
     for line, label in enumerate(["image", *(row.label.replace(" + ", "\n+ ") for row in rows)]):
         grid[line][0].set_ylabel(label, fontsize=9)
     seed = rows[0].cells[0]["cell"]["seed"]
-    note = f"Grad-CAM of the label, seed {seed}. Each map has its own colours, dark for its lowest value."
+    note = f"Grad-CAM of the label, seed {seed}. Each map has its own colours, yellow for its highest value."
     figure.supxlabel(note, fontsize=9)
     return _save(figure, path)
 

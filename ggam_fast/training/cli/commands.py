@@ -49,27 +49,50 @@ def train(arguments: Sequence[str]) -> int:
 def data(arguments: Sequence[str]) -> int:
     """List data sets, check one, or draw some of its images.
 
-    ggam-fast data list
-    ggam-fast data check --data cub --root datasets
-    ggam-fast data preview --data birds --root packages --out birds.png
+    check reads every file. Its exit code is 2 if train would refuse the data set.
+
+        ggam-fast data list
+        ggam-fast data check --data cub --root datasets
+        ggam-fast data check --data folder --root photos --enlarge --json
+        ggam-fast data preview --data birds --root packages --out birds.png
     """
     from ggam_fast.training.cli import data_commands
     from ggam_fast.training.show.console import Report
 
-    what, *rest = arguments or ["nothing"]
-    if what == "--help":
-        what, rest = "preview", ["--help"]  # list, check and preview have the same options
-    if what not in ("list", "check", "preview"):
-        raise TrainError(f"ggam-fast data must be followed by list, check or preview; got {what}")
-    config = tyro.cli(data_commands.ShowConfig, args=rest, prog=f"ggam-fast data {what}")
-    report = Report()
+    what, config = _followed("data", ("list", "check", "preview"), data_commands.ShowConfig, arguments)
+    report = Report.silent() if config.json else Report()
     with report.listening():
         if what == "check":
             return data_commands.check(config, report)
         if what == "list":
-            data_commands.show_list(report)
+            data_commands.show_list(config, report)
         else:
             data_commands.preview(config)
+    return 0
+
+
+def cache(arguments: Sequence[str]) -> int:
+    """List what is cached, check it, or remove what is of no use.
+
+    verify reads every byte, and its exit code is 2 if something is damaged. prune removes what is
+    damaged, unfinished parts of killed runs and, with --unused-days, what no run has used for long.
+
+        ggam-fast cache list
+        ggam-fast cache verify --json
+        ggam-fast cache prune --unused-days 30 --dry-run
+    """
+    from ggam_fast.training.cli import cache_commands
+    from ggam_fast.training.show.console import Report
+
+    what, config = _followed("cache", ("list", "prune", "verify"), cache_commands.CacheConfig, arguments)
+    report = Report.silent() if config.json else Report()
+    with report.listening():
+        if what == "verify":
+            return cache_commands.verify(config, report)
+        if what == "list":
+            cache_commands.show_list(config)
+        else:
+            cache_commands.prune(config)
     return 0
 
 
@@ -151,10 +174,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "ablate": ablate,
     "export": export,
     "data": data,
+    "cache": cache,
 }
 _CONFIGS = {
     "train": ("config.options", "TrainConfig"),
     "data": ("cli.data_commands", "ShowConfig"),
+    "cache": ("cli.cache_commands", "CacheConfig"),
     "evaluate": ("use.evaluate", "EvaluateConfig"),
     "explain": ("use.explain", "ExplainConfig"),
     "ablate": ("ablation.study", "AblateConfig"),
@@ -189,12 +214,26 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def _followed(
+    command: str, choices: Sequence[str], kind: type[Config], arguments: Sequence[str]
+) -> tuple[str, Config]:
+    """The word behind a command, and the configuration of the flags behind it. All words have the same."""
+    what, *rest = arguments or ["nothing"]
+    if what == "--help":
+        what, rest = choices[-1], ["--help"]
+    if what not in choices:
+        raise TrainError(
+            f"ggam-fast {command} must be followed by {', '.join(choices[:-1])} or {choices[-1]}; got {what}"
+        )
+    return what, _cli(f"{command} {what}", kind(), rest)
+
+
 def _parsed(command: str, default: Config, arguments: Sequence[str]) -> Config:
     """The configuration of a command, from its defaults, the file given with --config and its flags."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     given, rest = early.parse_known_args(arguments)
-    options = {} if given.config is None else read_config_file(Path(given.config), _names(default))
+    options = {} if given.config is None else read_config_file(_at_home(Path(given.config)), _names(default))
     # Positional options have no flag. They are all paths.
     for name in [field.name for field in fields(default) if "Positional" in str(field.type)]:  # type: ignore[arg-type]
         if name in options:
@@ -207,7 +246,19 @@ def _parsed(command: str, default: Config, arguments: Sequence[str]) -> Config:
 
 def _cli(command: str, default: Config, arguments: Sequence[str]) -> Config:
     kind: Any = tyro.conf.OmitArgPrefixes[type(default)]  # type: ignore[misc]
-    return tyro.cli(kind, args=list(arguments), default=default, prog=f"ggam-fast {command}")
+    return _at_home(tyro.cli(kind, args=list(arguments), default=default, prog=f"ggam-fast {command}"))
+
+
+def _at_home(value: Any) -> Any:
+    """`value` with ~ replaced by the home folder in all its paths. A shell does not replace it everywhere."""
+    if isinstance(value, Path):
+        try:
+            return value.expanduser()
+        except RuntimeError:  # there is no such user
+            return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _at_home(getattr(value, field.name)) for field in fields(value)})
+    return tuple(map(_at_home, value)) if isinstance(value, tuple) else value
 
 
 def _names(config: Any) -> list[str]:
@@ -240,9 +291,9 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         for name in ("config", "recipe", "preset"):
             if getattr(given, name) is not None:
                 raise TrainError(f"--resume continues with the run's own options; leave out --{name}")
-        return _resumed(Path(given.resume), rest)
+        return _resumed(_at_home(Path(given.resume)), rest)
     known = TrainConfig().values()
-    options = {} if given.config is None else read_config_file(Path(given.config), known)
+    options = {} if given.config is None else read_config_file(_at_home(Path(given.config)), known)
     named = {
         name: value
         for name in ("recipe", "preset")

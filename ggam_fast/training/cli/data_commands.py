@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,11 +18,14 @@ from rich.table import Table
 from ggam_fast.training.config.options import DataName
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.data.readers import READERS, read_images
-from ggam_fast.training.data.scan import scan
+from ggam_fast.training.data.repeats import copies
+from ggam_fast.training.data.scan import refusals, scan, too_small, unreadable
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model.backbones import LITE0, input_size
 from ggam_fast.training.model.feature_cache import default_cache_dir
 from ggam_fast.training.show.console import Report
-from ggam_fast.training.show.figures import BLUE, VERMILION, YELLOW, literal
+from ggam_fast.training.show.figures import BLUE, VERMILION, YELLOW
+from ggam_fast.training.show.lettering import fitted
 from ggam_fast.training.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -37,16 +41,34 @@ class ShowConfig:
     """Folder of the data set."""
     cache_dir: Path | None = None
     """Where composed images are kept. By default $XDG_CACHE_HOME/ggam_fast or ~/.cache."""
+    val_fraction: float = 0.0
+    """As in train, share of the training images that become the validation split."""
+    split_by: Path | None = None
+    """As in train, CSV file for --data folder with columns path, label, split and group."""
     split: str = "train"
     """Split whose images the preview shows."""
     images: int = 24
     """Number of images in the preview. They are spread over the classes."""
     out: Path = field(default_factory=lambda: Path("preview.png"))
     """PNG file of the preview."""
+    backbone: str = LITE0
+    """check: timm model whose input size images must have."""
+    image_size: int | None = None
+    """check: side of the network's input, in pixels. The default is the backbone's own size."""
+    skip_bad_images: bool = False
+    """check: as in train, files that cannot be read are left out."""
+    enlarge: bool = False
+    """check: as in train, images may be smaller than the network's input."""
+    json: bool = False
+    """list, check: print JSON alone, for programs to read."""
 
 
-def show_list(report: Report) -> None:
+def show_list(config: ShowConfig, report: Report) -> None:
     """Print every data set: its name and source, what --root must hold, and its annotations."""
+    if config.json:
+        fields = ("source", "holds", "annotations")
+        print(json.dumps({n: {f: getattr(one, f) for f in fields} for n, one in READERS.items()}, indent=1))
+        return
     table = Table(title="--data", title_justify="left")
     for column in ("name", "what", "--root holds", "annotations"):
         table.add_column(column, overflow="fold")
@@ -56,46 +78,82 @@ def show_list(report: Report) -> None:
 
 
 def check(config: ShowConfig, report: Report) -> int:
-    """Count, read and compare all files. The exit code is 0, or 2 if some file cannot be read."""
-    images = _read(config)
-    table = Table(title=images.summary(), title_justify="left")
+    """Count, read and compare all files. The exit code is 0, or 2 if `train` would refuse the data set."""
+    found = checked(config, report)
+    if config.json:
+        print(json.dumps(found, indent=1))
+        return 2 if found["refused"] else 0
+    if "images" not in found:
+        raise TrainError(found["refused"][0])
+    table = Table(title=found["summary"], title_justify="left")
     for column in ("split", "images", "classes", "smallest class", "largest class"):
         table.add_column(column, justify="left" if column == "split" else "right")
-    for split, rows in images.splits.items():
-        counts = Counter(images.labels[rows].tolist())
-        least, most = min(counts.values()), max(counts.values())
-        table.add_row(split, str(len(rows)), str(len(counts)), str(least), str(most))
+    for split, counts in found["splits"].items():
+        table.add_row(split, *map(str, counts.values()))
     report.console.print(table)
-    kinds = images.annotations.kinds() if images.annotations else ()
-    logger.info(f"annotations: {', '.join(kinds) or 'none'}")
+    logger.info(f"annotations: {', '.join(found['annotations']) or 'none'}")
+    if found["smallest"] is not None:
+        smallest, largest = (tuple(found[name]) for name in ("smallest", "largest"))
+        logger.info(f"smallest image {smallest}, largest {largest} (width, height)")
+    for names in found["copies_across_splits"]:
+        logger.info(f"one file lies in more than one split: {', '.join(names)}")
+    for names in found["copies_across_classes"]:
+        logger.info(f"one file has more than one class: {', '.join(names)}")
+    for one in found["unreadable"]:
+        logger.info(f"cannot be read: {one['file']} ({one['problem']})")
+    logger.info(f"{len(found['unreadable'])} of {found['images']} images cannot be read")
+    for reason in found["refused"]:
+        logger.info(f"train would refuse this data set: {reason}")
+    return 2 if found["refused"] else 0
+
+
+def checked(config: ShowConfig, report: Report) -> dict[str, Any]:
+    """What `check` finds. `refused` has a line for each reason why `train` would refuse the data set.
+
+    If the data set cannot be read at all, it is the only list.
+    """
+    crop = config.image_size or input_size(config.backbone)
+    source = {"data": config.data, "root": config.root and str(config.root)}
+    try:
+        images = _read(config)
+    except TrainError as error:
+        return {**source, "refused": [str(error)]}
     with report.bar("reading", len(images.files)) as bar:
         found = scan(images, range(len(images.files)), lambda: bar.advance(1))
-    bad = [one for one in found if one.problem is not None]
     sizes = [one.size for one in found if one.problem is None]
-    if sizes:
-        logger.info(f"smallest image {min(sizes, key=min)}, largest {max(sizes, key=max)} (width, height)")
-    for group in duplicates(images):
-        names = ", ".join(str(images.files[row]) for row in group)
-        logger.info(f"one file lies in more than one split: {names}")
-    for one in bad:
-        logger.info(f"cannot be read: {images.files[one.row]} ({one.problem})")
-    logger.info(f"{len(bad)} of {len(images.files)} images cannot be read")
-    return 2 if bad else 0
+    splits = {}
+    for split, rows in images.splits.items():
+        counts = Counter(images.labels[rows].tolist())
+        splits[split] = {
+            "images": len(rows),
+            "classes": len(counts),
+            "smallest_class": min(counts.values()),
+            "largest_class": max(counts.values()),
+        }
+    same = copies(images)
 
+    def names(groups: list[list[int]]) -> list[list[str]]:
+        return [[str(images.files[row]) for row in rows] for rows in groups]
 
-def duplicates(images: ImageSet) -> list[list[int]]:
-    """Rows of equal files that lie in different splits, one list for each content."""
-    split_of = {row: name for name, rows in images.splits.items() for row in rows.tolist()}
-    rows_of_size = defaultdict(list)
-    for row, path in enumerate(images.files):
-        if path.is_file():
-            rows_of_size[path.stat().st_size].append(row)
-    groups = defaultdict(list)
-    for rows in rows_of_size.values():
-        if len(rows) > 1:
-            for row in rows:
-                groups[hashlib.sha256(images.files[row].read_bytes()).digest()].append(row)
-    return [rows for rows in groups.values() if len({split_of.get(row) for row in rows}) > 1]
+    return {
+        **source,
+        "summary": images.summary(),
+        "images": len(images.files),
+        "classes": images.classes,
+        "splits": splits,
+        "annotations": images.annotations.kinds() if images.annotations else (),
+        "notes": images.notes,
+        "smallest": min(sizes, key=min, default=None),
+        "largest": max(sizes, key=max, default=None),
+        "crop": crop,
+        "unreadable": [
+            {"file": str(images.files[one.row]), "problem": one.problem} for one in unreadable(found)
+        ],
+        "smaller_than_crop": [str(images.files[one.row]) for one in too_small(found, crop)],
+        "copies_across_splits": names(same.across_splits),
+        "copies_across_classes": names(same.across_classes),
+        "refused": refusals(images, found, crop, skip_bad=config.skip_bad_images, enlarge=config.enlarge),
+    }
 
 
 def preview(config: ShowConfig) -> Path:
@@ -120,7 +178,7 @@ def preview(config: ShowConfig) -> Path:
     for axes, row in zip(figure.axes, rows, strict=False):
         pixels = np.asarray(images.read(row))
         axes.imshow(pixels)
-        axes.set_title(literal(images.classes[int(images.labels[row])]), fontsize=9)
+        axes.set_title(fitted(images.classes[int(images.labels[row])], 2.1, 9, lines=2), fontsize=9)
         found = images.annotations
         if found is None:
             continue
@@ -147,6 +205,12 @@ def _spread(images: ImageSet, split: str, count: int) -> list[int]:
 
 
 def _read(config: ShowConfig) -> ImageSet:
-    images = read_images(config.data, config.root, config.cache_dir or default_cache_dir())
+    images = read_images(
+        config.data,
+        config.root,
+        config.cache_dir or default_cache_dir(),
+        split_by=config.split_by,
+        val_fraction=config.val_fraction,
+    )
     images.log_notes(images.name)
     return images

@@ -15,6 +15,7 @@ _NEEDED = (
     "rich",
     "tyro",
     "matplotlib",
+    "anyascii",
     "tensorboard",
     "safetensors",
     "yaml",
@@ -48,10 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from ggam_fast.training.cli import commands
-    from ggam_fast.training.errors import TrainError
+    from ggam_fast.training.errors import TrainError, first_line, out_of_memory
 
     try:
         return commands.run(arguments)
     except (TrainError, OSError) as error:  # an OSError is one of the system, such as a full disk
         print(f"ggam-fast: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "a smaller --batch-size or --image-size may help"
+        print(f"ggam-fast: out of memory ({first_line(error)}); {advice}", file=sys.stderr)
         return _BAD_INPUT

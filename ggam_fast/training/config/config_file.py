@@ -26,7 +26,7 @@ def read_config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """
     names = set(known)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except OSError as error:
         raise TrainError(f"--config {path} cannot be read: {error.strerror}") from error

@@ -16,6 +16,9 @@ from ggam_fast.training.errors import TrainError
 # Files of older versions lack these options. Their heads had these values.
 BEFORE: dict[str, Any] = {"attention_scale": "printed", "norm_eps": 1e-5}
 
+# A larger image would take all memory before anything could tell so.
+_LARGEST = 8192
+
 DataName = Literal["elpv", "folder", "birds", "cub", "cars", "aircraft", "pets", "flowers"]
 
 
@@ -37,6 +40,11 @@ class DataConfig:
     """Leave out files that cannot be read. They are counted and named."""
     enlarge: bool = False
     """Allow images that are smaller than the network's input."""
+    val_fraction: float = 0.0
+    """Share of the training images of each class that become the validation split. 0 draws none."""
+    split_by: Path | None = None
+    """CSV file for --data folder, with columns path, label, split and group. Only path is needed. A group is
+    never in two splits."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +186,8 @@ class TrainConfig:
             ("--epochs", optim.epochs, 1, infinity),
             ("--batch-size", optim.batch_size, 2, infinity),
             ("--accumulate", optim.accumulate, 1, infinity),
-            ("--image-size", self.data.image_size, 16, infinity),
-            ("--resize", self.data.resize, self.data.image_size or 16, infinity),
+            ("--image-size", self.data.image_size, 16, _LARGEST + 1),
+            ("--resize", self.data.resize, self.data.image_size or 16, _LARGEST + 1),
             ("--workers", self.data.workers, 0, infinity),
             ("--save-every", self.run.save_every, 0, infinity),
             ("--lr", optim.lr, 0, infinity),

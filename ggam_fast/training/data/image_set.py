@@ -31,7 +31,8 @@ class ImageSet:
     `files`: N paths. `labels`: (N,) int64 in [0, len(classes)). `splits`: row numbers (int64) of "train",
     "test" and, if there is one, "val". `flips`: mirrorings that do not change the label, as sets of axes.
     `notes`: lines that a user must know. `banner`: height in pixels of the strip that is cut off at the
-    bottom of every image. `annotations` refer to the image without that strip.
+    bottom of every image. `annotations` refer to the image without that strip. `draw`: draws
+    the splits from files and labels, if the data set does not fix them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ImageSet:
     notes: tuple[str, ...]
     annotations: Annotations | None = None
     banner: int = 0
+    draw: Callable[[tuple[Path, ...], Tensor], dict[str, Tensor]] | None = None
 
     def read(self, row: int) -> Image.Image:
         """The image of a row, in RGB.
@@ -59,10 +61,10 @@ class ImageSet:
 
     def with_splits(self, splits: dict[str, Tensor], note: str) -> ImageSet:
         """The same images in other splits, with a note that says so."""
-        return replace(self, splits=splits, notes=(*self.notes, note))
+        return replace(self, splits=splits, notes=(*self.notes, note), draw=None)
 
     def without(self, rows: Sequence[int]) -> ImageSet:
-        """The set without some rows.
+        """The set without some rows. If the data set does not fix its splits, they are drawn anew.
 
         Raises:
             TrainError: too few images are left for training.
@@ -70,11 +72,15 @@ class ImageSet:
         gone = set(rows)
         kept = [row for row in range(len(self.files)) if row not in gone]
         new = {row: index for index, row in enumerate(kept)}
+        labels = self.labels[torch.tensor(kept, dtype=torch.int64)]
+        files = tuple(self.files[row] for row in kept)
         return replace(
             self,
-            files=tuple(self.files[row] for row in kept),
-            labels=self.labels[torch.tensor(kept, dtype=torch.int64)],
-            splits={
+            files=files,
+            labels=labels,
+            splits=self.draw(files, labels)
+            if self.draw is not None
+            else {
                 name: torch.tensor([new[row] for row in part.tolist() if row in new], dtype=torch.int64)
                 for name, part in self.splits.items()
             },

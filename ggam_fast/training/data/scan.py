@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from ggam_fast.training.data.image_set import ImageSet, check_depth
+from ggam_fast.training.data.repeats import warn_of_same_content
 from ggam_fast.training.errors import TrainError
 
 logger = logging.getLogger(__name__)
@@ -59,29 +60,56 @@ def _problem(path: Path) -> tuple[str | None, tuple[int, int]]:
 def readable(images: ImageSet, crop: int, *, skip_bad: bool, enlarge: bool) -> ImageSet:
     """Check that all `images` can be read and are no smaller than the crop, and return them.
 
-    With `skip_bad`, the set that is returned lacks the images that cannot be read.
+    With `skip_bad`, the set that is returned lacks the images that cannot be read. Splits that the data set
+    does not fix are drawn from the rest. Copies of one content in several splits or classes are warned of.
 
     Raises:
         TrainError: an image cannot be read and `skip_bad` is off, or one is too small and `enlarge` is off.
     """
-    files = images.files
-    found = scan(images, range(len(files)))
-    bad = [one for one in found if one.problem is not None]
+    found = scan(images, range(len(images.files)))
+    for reason in refusals(images, found, crop, skip_bad=skip_bad, enlarge=enlarge):
+        raise TrainError(reason)
+    bad = unreadable(found)
     if bad:
-        names = _list([f"{files[one.row]} ({one.problem})" for one in bad])
-        if not skip_bad:
-            raise TrainError(f"cannot read {_images(len(bad))}: {names}; --skip-bad-images leaves them out")
-        logger.info(f"left out {_images(len(bad))} that cannot be read: {names}")
+        names = _list([f"{images.files[one.row]} ({one.problem})" for one in bad])
         images = images.without([one.row for one in bad])
-    small = [one for one in found if one.problem is None and min(one.size) < crop]
+        logger.info(f"left out {_images(len(bad))} that cannot be read: {names}; left: {images.summary()}")
+    warn_of_same_content(images)
+    return images
+
+
+def unreadable(found: Iterable[Scanned]) -> list[Scanned]:
+    """The files that cannot be read."""
+    return [one for one in found if one.problem is not None]
+
+
+def too_small(found: Iterable[Scanned], crop: int) -> list[Scanned]:
+    """The images with a side shorter than the crop."""
+    return [one for one in found if one.problem is None and min(one.size) < crop]
+
+
+def refusals(
+    images: ImageSet, found: Sequence[Scanned], crop: int, *, skip_bad: bool, enlarge: bool
+) -> list[str]:
+    """Why training refuses the images that were `found`, one line for each reason."""
+    reasons = []
+    bad, small = unreadable(found), too_small(found, crop)
+    if bad and not skip_bad:
+        names = _list([f"{images.files[one.row]} ({one.problem})" for one in bad])
+        reasons.append(f"cannot read {_images(len(bad))}: {names}; --skip-bad-images leaves them out")
+    elif bad:
+        try:
+            images.without([one.row for one in bad])
+        except TrainError as error:
+            reasons.append(str(error))
     if small and not enlarge:
         least = min(small, key=lambda one: min(one.size))
-        raise TrainError(
+        reasons.append(
             f"found {_images(len(small))} smaller than the crop of {crop} x {crop}, such as "
-            f"{files[least.row]} ({least.size[0]} x {least.size[1]}); "
+            f"{images.files[least.row]} ({least.size[0]} x {least.size[1]}); "
             "enlarge them with --enlarge, or choose a smaller --image-size"
         )
-    return images
+    return reasons
 
 
 def _images(count: int) -> str:

@@ -10,11 +10,15 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import get_session
 from torch import Tensor, nn
 
 from ggam_fast.training.errors import TrainError, first_line
 
 LITE0 = "tf_efficientnet_lite0"
+
+_SECONDS = 3.0  # to wait for the hub
 
 
 class Backbone(nn.Module):
@@ -64,11 +68,11 @@ class Backbone(nn.Module):
     def _probe(self) -> tuple[int, int]:
         """Run one blank image through the network, to find (H, W) and to check that the head fits."""
         training = self.training
-        blank = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
+            blank = torch.zeros(1, 3, self.image_size, self.image_size)
             with torch.no_grad():
                 shape = self.eval()(blank).shape
-        except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
+        except (RuntimeError, MemoryError, AssertionError, ValueError, TypeError, AttributeError) as error:
             raise TrainError(
                 f"--backbone {self.name} does not work on {self.image_size} x {self.image_size} "
                 f"images: {first_line(error)}"
@@ -105,10 +109,7 @@ def create_backbone(
     Raises:
         TrainError: the name is unknown, the architecture or input size is unfit, or there are no weights.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; the nearest names are {', '.join(near)}" if near else ""
-        raise TrainError(f"--backbone must be a model of timm; got {name}{hint}")
+    _check_name(name)
     packaged = pretrained and name == LITE0
     model = _timm_model(name, pretrained=pretrained and not packaged, image_size=image_size)
     if packaged:
@@ -116,10 +117,31 @@ def create_backbone(
     return Backbone(model, name, image_size, resize)
 
 
+def input_size(name: str) -> int:
+    """Side in pixels of the images that a backbone expects, without building it.
+
+    Raises:
+        TrainError: timm has no model of this name.
+    """
+    _check_name(name)
+    known = timm.get_pretrained_cfg(name)
+    return int(
+        timm.data.resolve_data_config(pretrained_cfg=known.to_dict() if known else {})["input_size"][-1]
+    )
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise TrainError(f"--backbone must be a model of timm; got {name}{hint}")
+
+
 def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Module:
-    # Without a network, the hub's client would retry and print for most of a minute.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
+        if pretrained:
+            _reach_hub(name)
         if image_size is not None:
             # Models with position embeddings or windows need the size. Other models refuse it.
             with contextlib.suppress(TypeError):
@@ -132,6 +154,25 @@ def _timm_model(name: str, *, pretrained: bool, image_size: int | None) -> nn.Mo
             f"--backbone {name}: its pretrained weights could not be downloaded "
             f"({first_line(error)}); --no-pretrained starts from random weights"
         ) from error
+
+
+def _reach_hub(name: str) -> None:
+    """Raise an OSError if the weights of `name` are on the hub alone, and it cannot be reached.
+
+    timm would try for most of a minute.
+    """
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not known.hf_hub_id or known.file or known.state_dict:
+        return
+    repository, _, revision = known.hf_hub_id.partition("@")
+    names = [known.hf_hub_filename] if known.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for name in names:
+        if isinstance(try_to_load_from_cache(repository, name, revision=revision or None), str):
+            return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception as error:  # the hub's client has used two libraries, with errors of their own
+        raise OSError(f"{constants.ENDPOINT} cannot be reached: {first_line(error)}") from error
 
 
 def lite0_state_dict(model: nn.Module) -> dict[str, Tensor]:

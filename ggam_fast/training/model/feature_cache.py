@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +17,12 @@ from torch import Tensor
 from ggam_fast.training.data.image_set import ImageFiles
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.backbones import Backbone
+from ggam_fast.training.system import cache
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2
+"""Version of the files of maps."""
 
 _DECODING = 2
 """Version of `image_set.read_image`. It changes when that function reads other pixels from a file."""
@@ -30,7 +38,8 @@ class MapFile:
 
     The file's name is a hash of everything that decides its content: path, size, time of change and
     mirroring of every image, the weights, the preprocessing, the dtype and the version of torch. It also
-    covers whether smaller images were allowed, because stored maps are not checked again.
+    covers whether smaller images were allowed, because stored maps are not checked again. A checksum is
+    stored behind the maps.
     """
 
     def __init__(
@@ -57,6 +66,7 @@ class MapFile:
             "torch": torch.__version__,
             "enlarge": enlarge,
             "decoding": _DECODING,
+            "format": _FORMAT,
         }
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         self.path = folder / f"{backbone.name}-{backbone.image_size}-{digest[:20]}.maps"
@@ -64,12 +74,29 @@ class MapFile:
         self._shape = (len(dataset), *backbone.feat_size, backbone.num_features)
 
         self.nbytes = math.prod(self._shape) * dtype.itemsize
+        self._images = os.path.commonpath([path.parent.absolute() for path, _ in dataset.items])
+        self._looked_at: tuple[int, int, int] | None = None
+        self._sound = False
 
-    def exists(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size == self.nbytes
+    def sound(self) -> bool:
+        """Whether the maps are there and have their checksum. This reads the file, if it has changed."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return False
+        state = status.st_ino, status.st_size, status.st_mtime_ns
+        if state != self._looked_at:
+            wrong = cache.problem(self.path)
+            stored = cache.about(self.path)
+            if wrong is None and stored is not None and stored["bytes"] != self.nbytes:
+                wrong = f"it holds {stored['bytes']} bytes and not {self.nbytes}"
+            if wrong is not None:
+                logger.warning(f"cached maps {self.path} are damaged and will be computed again: {wrong}")
+            self._looked_at, self._sound = state, wrong is None
+        return self._sound
 
     def open(self) -> Tensor:
-        """Maps (N, C, H, W) in channels-last memory, mapped from the file.
+        """Maps (N, C, H, W) in channels-last memory, mapped from the file. `sound` checks them before.
 
         Raises:
             TrainError: the file cannot be read.
@@ -78,6 +105,8 @@ class MapFile:
             flat = torch.from_file(str(self.path), size=math.prod(self._shape), dtype=self.dtype)
         except RuntimeError as error:
             raise TrainError(f"cannot read feature maps {self.path}: {error}") from error
+        with suppress(OSError):  # another user's file
+            os.utime(self.path)  # `ggam-fast cache` tells by it when the maps were used last
         return flat.view(self._shape).permute(0, 3, 1, 2)
 
     def write(self, batches: Iterable[Tensor]) -> None:
@@ -87,19 +116,22 @@ class MapFile:
             TrainError: the folder cannot be made or written.
         """
         folder = self.path.parent
+        about = {
+            "kind": "feature maps",
+            "backbone": self.path.name.rsplit("-", 2)[0],
+            "images": self._images,
+            "shape": self._shape,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+        def rows() -> Iterator[memoryview]:
+            for maps in batches:
+                flat = maps.permute(0, 2, 3, 1).to(self.dtype).contiguous().view(-1).view(torch.uint8)
+                yield flat.numpy().data
+
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # tempfile is not used, because only one user can read its files.
-            part = folder / f"{self.path.name}.{os.getpid()}.part"
-            with part.open("wb") as file:
-                try:
-                    for maps in batches:
-                        rows = maps.permute(0, 2, 3, 1).to(self.dtype).contiguous()
-                        file.write(rows.view(torch.uint8).numpy().data)
-                    file.close()
-                    part.replace(self.path)
-                finally:
-                    part.unlink(missing_ok=True)
+            cache.store_file(self.path, rows(), about)
         except OSError as error:
             reason = error.strerror or error
             raise TrainError(

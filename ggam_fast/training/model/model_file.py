@@ -50,6 +50,8 @@ def describe(model: GGAMClassifier, images: ImageSet, config: TrainConfig) -> di
             "data": config.data.data,
             "root": config.data.root and str(config.data.root.absolute()),
             "images": images.digest(),
+            "val_fraction": config.data.val_fraction,
+            "split_by": config.data.split_by and str(config.data.split_by.absolute()),
             "banner": images.banner,
             "enlarge": config.data.enlarge,
             "skip_bad_images": config.data.skip_bad_images,

@@ -18,6 +18,7 @@ from ggam_fast.training.model.backbones import Backbone, create_backbone
 from ggam_fast.training.model.classifier import GGAMClassifier, create_head
 from ggam_fast.training.model.feature_cache import MapFile, default_cache_dir, encoded
 from ggam_fast.training.show.console import Report
+from ggam_fast.training.system.cache import remove_dead_parts
 from ggam_fast.training.system.compiling import compile_or_eager
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.distributed import ALONE, World
@@ -32,7 +33,13 @@ _COMPILE_BACKBONE_FROM = 1500
 
 def load_images(config: DataConfig) -> ImageSet:
     """The data set that `config` names."""
-    return read_images(config.data, config.root, config.cache_dir or default_cache_dir())
+    return read_images(
+        config.data,
+        config.root,
+        config.cache_dir or default_cache_dir(),
+        split_by=config.split_by,
+        val_fraction=config.val_fraction,
+    )
 
 
 def check_images(images: ImageSet, backbone: Backbone, config: DataConfig) -> ImageSet:
@@ -102,7 +109,8 @@ def map_batches(
     interrupt: InterruptGuard,
     world: World = ALONE,
 ) -> dict[str, Batches]:
-    """Batches of the frozen backbone's maps for every split. Maps that the cache lacks are computed.
+    """Batches of the frozen backbone's maps for every split. Maps that the cache lacks are computed,
+    and so are those without their checksum.
 
     The training split has every image in all its mirrorings.
     """
@@ -118,7 +126,10 @@ def map_batches(
         split: MapFile(folder, backbone, weights, dataset, dtype, config.data.enlarge)
         for split, dataset in datasets.items()
     }
-    if world.is_main and not all(file.exists() for file in files.values()):
+    if world.is_main:
+        for part in remove_dead_parts(folder):
+            logger.info(f"removed {part}, which a killed run left unfinished")
+    if world.is_main and not all(file.sound() for file in files.values()):
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         # If two runs need the same maps, the second waits for the first.
@@ -150,7 +161,7 @@ def _fill(
     interrupt: InterruptGuard,
 ) -> None:
     """Compute and store the maps of the splits that have none."""
-    missing = {split: datasets[split] for split, file in files.items() if not file.exists()}
+    missing = {split: datasets[split] for split, file in files.items() if not file.sound()}
     if not missing:
         return
     count = sum(map(len, missing.values()))

@@ -74,7 +74,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     on_gpus = world.size > 1 and config.run.device == "auto" and torch.cuda.is_available()
     device = resolve_device(local_device() if on_gpus else config.run.device)
     dtype = precision(config.run.precision, device)
-    images = loaded = load_images(config.data)
+    images = load_images(config.data)
     images.log_notes(f"{images.name}: {images.summary()}")
     torch.manual_seed(config.optim.seed)
     model = create_classifier(config, len(images.classes)).to(device)
@@ -100,7 +100,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             world=world,
             check=interrupt.check,
         )
-        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, loaded, config), world)
+        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, images, config), world)
         under_way = False
         try:
             batches = (
@@ -113,8 +113,11 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 logger.info(f"resumed after {trainer.steps} steps")
             elif world.is_main:
                 artifacts.clear()
-                root = config.data.root and config.data.root.absolute()
-                options = {**config.values(), "root": root, "resume": None, "overwrite": None}
+                places = {
+                    name: path and path.absolute()
+                    for name, path in (("root", config.data.root), ("split_by", config.data.split_by))
+                }
+                options = {**config.values(), **places, "resume": None, "overwrite": None}
                 text = config_text(options)
                 write_atomically(out / OPTIONS, lambda part: part.write_text(text))
             under_way = True

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
-from torch import Tensor, linspace
+from torch import Tensor
 from torch.nn import functional as F
 
 COLOUR_MAP = "viridis"
+_LEAST, _MOST = 0.1, 0.6
+NOTHING = "no positive evidence"
+"""What a figure says of a map of zeros: nothing in the image speaks for the class."""
+
 # These colours of Okabe and Ito differ for any kind of colour vision.
 BLUE, VERMILION, GREEN, ORANGE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#F0E442"
-
-
-def literal(text: str) -> str:
-    """`text` with escaped dollar signs. matplotlib would typeset text between them as mathematics."""
-    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -32,17 +32,34 @@ def show_image(axes: Axes, picture: Tensor) -> None:
 
 
 def show_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
-    """Show a map (h, w) over the picture. The picture is grey, so all colour comes from the map."""
+    """Show a map (h, w), which has no negative values, over the picture.
+
+    The picture is grey, so all colour comes from the map. The map is the more opaque the higher it is, so the
+    picture stays visible where it is low. A map of zeros is not drawn, and the figure says so.
+    """
     axes.imshow(picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
-    fine = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
-    axes.imshow(fine.numpy(), cmap=COLOUR_MAP, alpha=0.5, interpolation="bilinear")
+    if heat.any():
+        fine = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
+        low, high = fine.min(), fine.max()
+        share = (fine - low) / (high - low) if high > low else torch.full_like(fine, 0.5)
+        axes.imshow(fine.numpy(), cmap=COLOUR_MAP, alpha=_opacity(share).numpy(), interpolation="bilinear")
+    else:
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "boxstyle": "round"}
+        axes.text(0.5, 0.5, NOTHING, transform=axes.transAxes, ha="center", va="center", fontsize=9, bbox=box)
     _bare(axes)
 
 
+def _opacity(share: Tensor) -> Tensor:
+    """Opacity of a map at values from 0, its lowest, to 1, its highest."""
+    return _LEAST + (_MOST - _LEAST) * share
+
+
 def colour_key(legend: SubFigure, place: tuple[float, float, float, float]) -> None:
-    """Draw the key of the colours at `place` (left, bottom, width, height)."""
+    """Draw the key of the colours at `place` (left, bottom, width, height), over the grey of a picture."""
     axes = legend.add_axes(place)
-    axes.imshow(linspace(0, 1, 256)[None].numpy(), cmap=COLOUR_MAP, aspect="auto")
+    share = torch.linspace(0, 1, 256)[None]
+    axes.imshow(torch.full_like(share, 0.5).numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(share.numpy(), cmap=COLOUR_MAP, alpha=_opacity(share).numpy(), aspect="auto")
     axes.set_xticks([0, 255], ["lowest", "highest"], fontsize=9)
     axes.set_yticks([])
     axes.set_xlabel("within each map", fontsize=9, labelpad=-9)

@@ -13,10 +13,13 @@ from torch import Tensor
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.model.heatmaps import heat_maps
-from ggam_fast.training.show.figures import BLUE, VERMILION, colour_key, literal, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, VERMILION, colour_key, show_heat, show_image
+from ggam_fast.training.show.lettering import fitted
 from ggam_fast.training.system.files import write_atomically
 
 _ROWS, _COLUMNS = 4, 2
+# Room in inches for the names in a title, and for the name in a caption.
+_TITLE, _CAPTION = 4.4, 1.2
 
 
 def choose_examples(logits: Tensor, labels: Tensor, count: int) -> list[int]:
@@ -74,10 +77,11 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
     panels = grid.subfigures(lines, _COLUMNS, squeeze=False, wspace=0.02, hspace=0).flat
     for index, (panel, row) in enumerate(zip(panels, chosen, strict=False)):
         right = int(images.labels[rows[row]]) == int(predicted[index])
-        label = literal(images.classes[int(images.labels[rows[row]])])
-        guess = literal(images.classes[int(predicted[index])])
+        label = images.classes[int(images.labels[rows[row]])]
+        guess = images.classes[int(predicted[index])]
+        names = [fitted(name, _TITLE if right else _TITLE / 2, 13, weight="bold") for name in (label, guess)]
         panel.suptitle(
-            f"✓ {label}" if right else f"✗ {label}, predicted {guess}",
+            f"✓ {names[0]}" if right else f"✗ {names[0]}, predicted {names[1]}",
             color=BLUE if right else VERMILION,  # a sign shows it too
             fontsize=13,
             fontweight="bold",
@@ -93,7 +97,7 @@ def draw_gallery(path: Path, model: GGAMClassifier, images: ImageSet, split: str
             attention[index],
             f"attention, {relative.min():.2f} to {relative.max():.2f} of mean",
         )
-        _show(axes[2], pictures[index], grad_cam[index], f"Grad-CAM, {guess}")
+        _show(axes[2], pictures[index], grad_cam[index], f"Grad-CAM, {fitted(guess, _CAPTION, 8.5)}")
     colour_key(legend, (0.36, 0.62, 0.28, 0.2))
     write_atomically(path, lambda part: figure.savefig(part, format="png"))
     return path

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ggam_fast.training.measure.classification import confused_with
 from ggam_fast.training.measure.localization import localisation_rows
-from ggam_fast.training.show.figures import BLUE, VERMILION, literal, new_figure, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, VERMILION, new_figure, show_heat, show_image
+from ggam_fast.training.show.lettering import fitted
 from ggam_fast.training.system.files import write_atomically
 
 _MATRIX_CLASSES = 40
@@ -145,7 +146,7 @@ def _panels(example: Example) -> Figure:
     axes[0].set_xlabel("image", fontsize=9)
     for place, (name, heat) in enumerate(example.maps, 1):
         show_heat(axes[place], example.picture, heat)
-        axes[place].set_xlabel(literal(name), fontsize=9)
+        axes[place].set_xlabel(fitted(name, 2.3, 9, lines=2), fontsize=9)
     return figure
 
 

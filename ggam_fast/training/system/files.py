@@ -44,8 +44,10 @@ def output_folder(
 
 
 @contextmanager
-def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
-    """Hold the lock file `path`, and remove it afterwards. Without support for locks, it does nothing.
+def locked(path: Path, busy: Callable[[], object]) -> Iterator[bool]:
+    """Hold the lock file `path`, and remove it afterwards. Yield whether it is held.
+
+    On a file system without support for locks, this does nothing and yields False.
 
     While another process holds the lock, this waits and calls `busy` repeatedly. `busy` may raise.
     If a process is killed, the operating system releases its lock.
@@ -61,7 +63,7 @@ def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
         except (OSError, NotImplementedError):
             break
     try:
-        yield
+        yield held
     finally:
         if held:
             path.unlink(missing_ok=True)  # it is still held; a waiting filelock notices that the file is gone

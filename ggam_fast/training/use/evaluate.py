@@ -33,7 +33,7 @@ from ggam_fast.training.show.page import Example, write_html
 from ggam_fast.training.system.devices import device_name, resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
 from ggam_fast.training.system.versions import versions
-from ggam_fast.training.use.open_run import open_run, run_images, weights_name
+from ggam_fast.training.use.open_run import check_splits, open_run, run_images, weights_name
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
         skip_bad=config.skip_bad_images or theirs.get("skip_bad_images", False),
         enlarge=config.enlarge or theirs.get("enlarge", False),
     )
+    if config.data is None:
+        check_splits(checkpoint, images, config.root)
     out = config.out or (config.run if config.run.is_dir() else config.run.parent)
     with writable_folder(out):
         results, examples = evaluated(model, checkpoint, images, config, device, report)

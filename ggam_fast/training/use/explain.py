@@ -20,7 +20,8 @@ from ggam_fast.training.data.image_set import eval_transform, read_image, withou
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.model.model_file import Checkpoint
-from ggam_fast.training.show.figures import BLUE, ORANGE, literal, new_figure, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, ORANGE, colour_key, new_figure, show_heat, show_image
+from ggam_fast.training.show.lettering import fitted
 from ggam_fast.training.system.devices import resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
 from ggam_fast.training.use.open_run import open_run
@@ -28,6 +29,7 @@ from ggam_fast.training.use.open_run import open_run
 logger = logging.getLogger(__name__)
 
 _TOP = 5
+_KEY = 0.55  # height in inches of the key of the colours
 # Colours of the first and of the second run.
 _BARS = (BLUE, ORANGE)
 
@@ -186,18 +188,22 @@ def draw(name: str, seen: Sequence[Seen], labels: Sequence[str], classes: Sequen
     """A figure of the image, each run's maps over it, and bars for the likeliest classes."""
     maps = []
     for one, label in zip(seen, labels, strict=True):
-        below = f"\n{literal(label)}" if label else ""
+        below = f"\n{fitted(label, 2.3, 9)}" if label else ""
         if one.attention is not None:
             maps.append((one.picture, one.attention, f"spatial attention{below}"))
-        maps.append((one.picture, one.grad_cam, f"Grad-CAM, {literal(classes[one.of])}{below}"))
-    figure = new_figure(2.5 * (1 + len(maps)) + 3.6, 3.1)
-    axes = figure.subplots(1, 2 + len(maps), width_ratios=[1] * (1 + len(maps)) + [1.2])
+        maps.append((one.picture, one.grad_cam, f"Grad-CAM, {fitted(classes[one.of], 1.7, 9)}{below}"))
+    width = 2.5 * (1 + len(maps)) + 4.2
+    figure = new_figure(width, 3.1 + _KEY)
+    (top,), (legend,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.1, _KEY])
+    axes = top.subplots(1, 2 + len(maps), width_ratios=[1] * (1 + len(maps)) + [1.2])
     show_image(axes[0], seen[0].picture)
-    axes[0].set_xlabel(literal(name), fontsize=9)
+    axes[0].set_xlabel(fitted(name, 2.3, 9, lines=2), fontsize=9)
     for place, (picture, heat, title) in zip(axes[1:-1], maps, strict=True):
         show_heat(place, picture, heat)
         place.set_xlabel(title, fontsize=9)
     _bars(axes[-1], seen, labels, classes)
+    # Below the maps, and as wide as one of them.
+    colour_key(legend, ((2.5 * (1 + len(maps) / 2) - 1.1) / width, 0.5, 2.2 / width, 0.3))
     return figure
 
 
@@ -208,9 +214,11 @@ def _bars(axes: Axes, seen: Sequence[Seen], labels: Sequence[str], classes: Sequ
     for turn, (one, label) in enumerate(zip(seen, labels, strict=True)):
         y = [place + height * (turn - (len(seen) - 1) / 2) for place in range(len(order))]
         values = [100 * one.probabilities[index].item() for index in order]
-        bars = axes.barh(y, values, height=0.9 * height, color=_BARS[turn], label=literal(label))
+        bars = axes.barh(y, values, height=0.9 * height, color=_BARS[turn], label=fitted(label, 1.5, 8))
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
-    axes.set_yticks(range(len(order)), [literal(classes[index]) for index in order], fontsize=9)
+    axes.set_yticks(
+        range(len(order)), [fitted(classes[index], 1.6, 9, lines=2) for index in order], fontsize=9
+    )
     axes.invert_yaxis()
     axes.set_xlim(0, 115)
     axes.set_xticks([0, 50, 100])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ggam_fast.training.config.options import DataName
 from ggam_fast.training.data.image_set import ImageSet
@@ -34,15 +35,18 @@ def run_images(
     """The images called `name`, by default those of the run. Their classes must be the checkpoint's.
 
     Raises:
-        TrainError: the classes differ, or the run's own images are now in other splits.
+        TrainError: the classes differ.
     """
     theirs = checkpoint.description["data"]
-    own = name is None
+    splits: dict[str, Any] = {}
     if name is None:
         name = theirs["data"]
+        # Older checkpoints do not have these.
+        table = theirs.get("split_by")
+        splits = {"split_by": table and Path(table), "val_fraction": theirs.get("val_fraction", 0.0)}
         root = root or (Path(theirs["root"]) if theirs["root"] else None)
     assert name is not None
-    images = read_images(name, root, cache_dir or default_cache_dir())
+    images = read_images(name, root, cache_dir or default_cache_dir(), **splits)
     if images.classes != checkpoint.classes:
         strangers = sorted(set(images.classes) - set(checkpoint.classes))
         missing = sorted(set(checkpoint.classes) - set(images.classes))
@@ -55,11 +59,18 @@ def run_images(
             f"--data {name} has {len(images.classes)} classes and the checkpoint {len(checkpoint.classes)}. "
             f"They must be the same: {detail or 'their order differs'}"
         )
-    trained_on = theirs.get("images")  # older checkpoints do not record them
-    if own and trained_on not in (None, images.digest()):
-        where = f" --root {root}" if root else ""
-        raise TrainError(
-            "the run's images are not those it was trained on. Some were added or removed, so training "
-            f"images may now be in another split. --data {name}{where} uses the present images"
-        )
     return images
+
+
+def check_splits(checkpoint: Checkpoint, images: ImageSet, root: Path | None) -> None:
+    """Raise a `TrainError` if the run's own images, without those that cannot be read, have other splits."""
+    theirs = checkpoint.description["data"]
+    trained_on = theirs.get("images")  # older checkpoints do not record them
+    if trained_on in (None, images.digest()):
+        return
+    root = root or theirs["root"]
+    where = f" --root {root}" if root else ""
+    raise TrainError(
+        "the run's images are not those it was trained on. Some were added or removed, so training images "
+        f"may now be in another split. --data {theirs['data']}{where} uses the present images"
+    )

@@ -105,3 +105,19 @@ def test_options_that_a_resumed_run_would_ignore_are_refused(tiny_config, report
     capsys.readouterr()
     assert main(["train", "--resume", str(tiny_config.run.out), *given]) == 2
     assert f"{given[0]}" in capsys.readouterr().err
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch, capsys):
+    """A shell replaces ~ neither in a file nor behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("root: ~/photos\ncache_dir: ~/\nout: ~nobody-of-that-name/out\n")
+    config = parse_train(["--config=~/a.yaml"])
+    assert (config.data.root, config.data.cache_dir) == (tmp_path / "photos", tmp_path)
+    assert config.run.out == Path("~nobody-of-that-name/out")
+    assert parse_train(["--root=~/b"]).data.root == tmp_path / "b"
+    config = _parsed("explain", ExplainConfig(), ["~/a.png", "b.png", "--run=~/run"])
+    assert (config.images, config.run) == ((tmp_path / "a.png", Path("b.png")), tmp_path / "run")
+    assert main(["train", "--resume", "~/gone"]) == 2
+    assert f"{tmp_path}/gone has no options.yaml" in capsys.readouterr().err
+    assert main(["data", "check", "--data", "folder", "--root", "~/gone"]) == 2
+    assert f"--root {tmp_path}/gone is not a folder" in capsys.readouterr().err

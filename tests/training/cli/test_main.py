@@ -156,3 +156,23 @@ def test_system_errors_are_one_line_too(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "train", full)
     assert main(["train"]) == 2
     assert capsys.readouterr().err == "ggam-fast: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory\nand more"), MemoryError("CUDA out of memory")],
+)
+def test_too_little_memory_is_one_line_too(monkeypatch, capsys, error):
+    def fails(arguments):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "train", fails)
+    assert main(["train"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error
+        == "ggam-fast: out of memory (CUDA out of memory); a smaller --batch-size or --image-size may help\n"
+    )
+    monkeypatch.setitem(COMMANDS, "train", lambda _: [][0])
+    with pytest.raises(IndexError):
+        main(["train"])

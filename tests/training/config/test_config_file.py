@@ -49,3 +49,9 @@ def test_wrong_type_in_a_file_is_code_2(tmp_path, capsys):
         main(["train", "--config", str(path)])
     assert exit.value.code == 2
     assert "many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", "epochs = 3\n"), ("a.yaml", "epochs: 3\n")])
+def test_a_byte_order_mark_is_read_over(tmp_path, name, text):
+    (tmp_path / name).write_bytes("\ufeff".encode() + text.encode())
+    assert read_config_file(tmp_path / name, ["epochs"]) == {"epochs": 3}

@@ -1,5 +1,7 @@
 """A message names the option that is out of range."""
 
+from dataclasses import replace
+
 import pytest
 
 from ggam_fast.training.config.options import TrainConfig
@@ -23,3 +25,10 @@ def test_options_out_of_range(tiny_config, options, words):
 
 def test_default_configuration_is_valid():
     TrainConfig().check()
+
+
+@pytest.mark.parametrize("name", ["image_size", "resize"])
+def test_images_larger_than_any_memory_are_refused(tiny_config, name):
+    config = replace(tiny_config, data=replace(tiny_config.data, **{name: 1_000_000}))
+    with pytest.raises(TrainError, match=r"--[a-z-]+ must be \d+ or more and below 8193; got 1000000"):
+        config.check()

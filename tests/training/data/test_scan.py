@@ -71,5 +71,21 @@ def test_scanning_says_what_is_wrong_and_how_large_the_rest_is(spoiled, tmp_path
     assert len(rest.files) == 27
     (note,) = caplog.messages
     assert note.startswith("left out 3 images that cannot be read: ")
+    assert note.endswith("; left: 27 images (24 train, 3 test), 3 classes")
     with pytest.raises(TrainError, match=r"smaller than the crop of 21 x 21, such as \S+ \(28 x 20\)"):
         readable(rest, 21, skip_bad=True, enlarge=False)
+
+
+def test_splits_are_made_after_bad_files_are_out(spoiled, tmp_path):
+    """Twenty of thirty files are bad. Otherwise the test split could be left with almost nothing."""
+    from ggam_fast.training.data.readers import read_images
+    from ggam_fast.training.data.scan import readable
+
+    images = read_images("folder", spoiled, tmp_path)
+    for row in images.splits["test"].tolist():
+        images.files[row].write_bytes(b"text")
+    rest = readable(images, 20, skip_bad=True, enlarge=False)
+    left = len(rest.files)
+    assert 21 <= left <= 24
+    assert len(rest.splits["test"]) == 3  # a fifth of seven or eight images of each class
+    assert len(rest.splits["train"]) == left - 3

@@ -100,3 +100,52 @@ def test_unreachable_weights_are_one_line(monkeypatch):
     with pytest.raises(TrainError, match="--no-pretrained") as raised:
         backbones.create_backbone("test_resnet")
     assert "\n" not in str(raised.value)
+
+
+def test_weights_that_cannot_be_had_fail_at_once(monkeypatch):
+    """timm is not asked, because it would try for most of a minute. A proxy would be used."""
+
+    class Offline:
+        def head(self, url, timeout):
+            assert timeout < 5
+            raise RuntimeError("Name or service not known")
+
+    asked = []
+    monkeypatch.setattr(backbones, "get_session", Offline)
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *names, **_: asked.append(names))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(TrainError, match=r"cannot be reached: Name or service not known.*--no-pretrained"):
+        backbones.create_backbone("resnet18")
+    assert asked == [
+        ("timm/resnet18.a1_in1k", "model.safetensors"),
+        ("timm/resnet18.a1_in1k", "pytorch_model.bin"),
+    ]
+
+
+def test_weights_in_the_cache_need_no_network(monkeypatch):
+    monkeypatch.setattr(backbones, "get_session", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *names, **_: "model.safetensors")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, **rest))
+    assert backbones.create_backbone("test_resnet", image_size=64).num_features == 96
+
+
+def test_an_image_too_large_for_the_memory_is_one_line(monkeypatch):
+    zeros = torch.zeros
+
+    def full(*shape, **options):
+        if shape == (1, 3, 64, 64):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace")
+        return zeros(*shape, **options)
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(TrainError, match=r"does not work on 64 x 64 images: .* can't allocate memory$"):
+        backbones.create_backbone("test_resnet", pretrained=False, image_size=64)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "test_resnet", "test_vit"])
+def test_input_size_without_building_the_backbone(name):
+    built = timm.data.resolve_model_data_config(timm.create_model(name))
+    assert backbones.input_size(name) == built["input_size"][-1]
+    with pytest.raises(TrainError, match="--backbone must be a model of timm"):
+        backbones.input_size("nonesuch")

@@ -40,9 +40,9 @@ def fill(file: MapFile, backbone, images, batch_size=7) -> None:
 
 def test_cached_maps_are_those_computed_afresh(tmp_path, backbone, images):
     file = map_file(tmp_path / "new" / "cache", backbone, images)
-    assert not file.exists()
+    assert not file.sound()
     fill(file, backbone, images)
-    assert map_file(tmp_path / "new" / "cache", backbone, images).exists()
+    assert map_file(tmp_path / "new" / "cache", backbone, images).sound()
     maps = file.open()
     assert maps.shape == (48, backbone.num_features, *backbone.feat_size)
     assert maps.is_contiguous(memory_format=torch.channels_last)
@@ -92,3 +92,37 @@ def test_folder_that_cannot_be_made(tmp_path, backbone, images):
 def test_cache_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "ggam_fast"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda bits: bytes(len(bits)),
+        lambda bits: bits[:1000] + b"\xff\xff" + bits[1002:],
+        lambda bits: bits[: len(bits) // 2],
+        lambda bits: b"",
+    ],
+)
+def test_damaged_maps_are_told_and_written_again(tmp_path, backbone, images, caplog, damage):
+    file = map_file(tmp_path, backbone, images)
+    fill(file, backbone, images)
+    assert file.sound()
+    whole = file.path.read_bytes()
+    file.path.write_bytes(damage(whole))
+    assert not file.sound()
+    assert not file.sound()
+    [message] = caplog.messages  # once
+    assert f"cached maps {file.path} are damaged" in message
+    fill(file, backbone, images)
+    assert file.sound()
+    assert file.path.read_bytes() == whole
+
+
+def test_maps_of_other_images_are_not_taken(tmp_path, backbone, images):
+    """A whole file under another file's name, such as one that was copied there."""
+    file = map_file(tmp_path, backbone, images)
+    fill(file, backbone, images)
+    images.items = images.items[:-1]
+    fewer = map_file(tmp_path, backbone, images)
+    fewer.path.write_bytes(file.path.read_bytes())
+    assert not fewer.sound()

@@ -109,7 +109,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(trained, photos, tmp_path, cap
     )
     assert "--examples must be 0 or more; got -1" in refused(trained, "--examples", "-1")
     assert "no checkpoint at" in refused(tmp_path / "nowhere")
-    assert "find any class folder" in refused(trained, "--data", "folder", "--root", tmp_path / "cache")
+    assert "has no class folders" in refused(trained, "--data", "folder", "--root", tmp_path / "cache")
     for image in (photos / "red").iterdir():
         image.write_bytes(image.read_bytes()[:60])
     assert re.search(r"photos/red/\d\.png", refused(trained))

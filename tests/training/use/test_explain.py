@@ -1,5 +1,6 @@
 """`ggam-fast explain` draws what the classifier computes, for all images or for none."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -67,13 +68,28 @@ def test_one_figure_an_image_and_two_runs_side_by_side(run, unguided, photos, re
     paths = explain(config)
     assert [path.name for path in paths] == ["red-0.png.png", "blue-0.png.png", "1.png"]
     sizes = {Image.open(path).size for path in paths}
-    # The figure has the image, two maps of each run, and the bars.
-    assert sizes == {(round(100 * (2.5 * 5 + 3.6)), 310)}
+    # The figure has the image, two maps of each run, the bars, and below them the key of the colours.
+    assert sizes == {(round(100 * (2.5 * 5 + 4.2)), 365)}
     assert [labels for _, _, labels in drawn] == [["guidance 0.001", "no guidance"]] * 3
     # Both runs show the class that the first one predicts.
     assert all(seen[0].of == seen[1].of == seen[0].probabilities.argmax() for _, seen, _ in drawn)
     assert any(not seen[0].grad_cam.allclose(seen[1].grad_cam) for _, seen, _ in drawn)
     assert said(report).count("no guidance: ") == 3
+
+
+def test_long_names_stay_in_their_places_and_the_key_shows_the_colours(run, photos):
+    checkpoint = load_checkpoint(run)
+    seen = [look(checkpoint, read_image(photos / "red" / "3.png"), None, torch.device("cpu"))] * 2
+    classes = ["W" * 90, "a rather long name of one class " * 4, "犬" * 40]
+    figure = explanation.draw("photo " * 30, seen, ["runs/" + "long" * 30, "runs/" + "long" * 31], classes)
+    figure.canvas.draw()
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    *panels, key = sorted(boxes, key=lambda box: -box.y1)
+    panels.sort(key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(panels))
+    assert 0 <= panels[0].x0 < panels[-1].x1 <= figure.bbox.width
+    assert key.y1 < min(box.y0 for box in panels)
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["lowest", "highest"]
 
 
 def test_a_class_can_be_asked_for(run, photos, report, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.run.train import train
 from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run
 
 
@@ -34,3 +35,18 @@ def test_weights_of_a_file_are_named(trained, report, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["weights"] == "best.safetensors"
     with pytest.raises(TrainError, match="is a file"):
         evaluate_run(replace(config, weights="best"), report)
+
+
+def test_images_left_out_of_training_decide_the_splits_of_evaluation(tiny_config, photos, report, tmp_path):
+    bad = photos / "red" / "0.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"text")
+    config = replace(tiny_config, data=replace(tiny_config.data, skip_bad_images=True))
+    metrics = train(replace(config, optim=replace(config.optim, epochs=1)), report).metrics
+    look = EvaluateConfig(config.run.out, out=tmp_path / "looked", faithfulness=0, examples=0, device="cpu")
+    evaluate_run(look, report)
+    found = json.loads((tmp_path / "looked" / "evaluation.json").read_text())
+    assert found["classification"]["support"] == metrics.support
+    bad.write_bytes(whole)  # the splits drawn with this image are others
+    with pytest.raises(TrainError, match="not those it was trained on"):
+        evaluate_run(look, report)

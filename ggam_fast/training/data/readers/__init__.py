@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ggam_fast.training.data.image_set import ImageSet
-from ggam_fast.training.data.readers import aircraft, birds, cars, cub, elpv, folder, torchvision_sets
+from ggam_fast.training.data.readers import aircraft, birds, cars, cub, elpv, folder, table, torchvision_sets
+from ggam_fast.training.data.repeats import refuse_one_file_twice
+from ggam_fast.training.data.splitting import Groups, with_validation
 from ggam_fast.training.errors import TrainError
 
 
@@ -78,20 +80,42 @@ READERS: dict[str, Reader] = {
 }
 
 
-def read_images(name: str, root: Path | None, cache: Path) -> ImageSet:
+def read_images(
+    name: str,
+    root: Path | None,
+    cache: Path,
+    *,
+    split_by: Path | None = None,
+    val_fraction: float = 0.0,
+) -> ImageSet:
     """Read the data set `name` from `root`. `cache` takes the files that a reader makes.
 
+    `split_by`: the CSV file that `table.read` reads. `val_fraction`: share of the training images that become
+    the validation split. Images of one group of the file stay in one split.
+
     Raises:
-        TrainError: `root` is missing, or it does not hold what the reader expects.
+        TrainError: `root` is missing, it does not hold what the reader expects, or a file is in two splits.
     """
+    if not 0 <= val_fraction < 1:
+        raise TrainError(f"--val-fraction must be 0 or more and below 1; got {val_fraction}")
+    if split_by is not None and name != "folder":
+        raise TrainError(f"--split-by is for --data folder, because {name} has splits; got {split_by}")
+    images, groups = _read(name, root, cache, split_by)
+    refuse_one_file_twice(images)
+    return with_validation(images, val_fraction, groups) if val_fraction else images
+
+
+def _read(name: str, root: Path | None, cache: Path, split_by: Path | None) -> tuple[ImageSet, Groups | None]:
     if name == "elpv":
         if root is not None:
             raise TrainError(
                 f"--data elpv takes no --root, because elpv comes with its package; got --root {root}"
             )
-        return elpv.read(Path(), cache)
+        return elpv.read(Path(), cache), None
     if root is None:
         raise TrainError(f"--data {name} needs --root, a folder that holds {READERS[name].holds}")
     if not root.is_dir():
         raise TrainError(f"--root {root} is not a folder")
-    return READERS[name].read(root, cache)
+    if split_by is not None:
+        return table.read(root, split_by)
+    return READERS[name].read(root, cache), None

@@ -27,7 +27,7 @@ def read(root: Path, cache: Path) -> ImageSet:
 
     The banner is cut off in either case.
     """
-    if (root / "train").is_dir():
+    if image_folder.has_splits(root):
         return image_folder.read(root, cache).cropped(BANNER)
     base = base_folder(root, "fgvc-aircraft-2013b", _FILES)
     if base.name != "fgvc-aircraft-2013b":

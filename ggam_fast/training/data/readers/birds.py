@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +23,12 @@ from torch import Tensor
 
 from ggam_fast.training.data.annotations import Annotations, box_of
 from ggam_fast.training.data.image_set import ImageSet, read_image
+from ggam_fast.training.data.readers.tree import is_image
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.system.cache import problem, remove_dead_parts, store_folder
 from ggam_fast.training.system.files import locked
+
+logger = logging.getLogger(__name__)
 
 STAMPS = Path("usr/share/tuxpaint/stamps/animals/birds")  # its folder cartoon/ is left out
 BACKGROUNDS = Path("usr/share/backgrounds/mate/nature")
@@ -63,8 +65,8 @@ class _Scene(NamedTuple):
 
 def read(root: Path, cache: Path) -> ImageSet:
     """The set made from the two packages unpacked into `root`. The first call composes it into `cache`."""
-    birds = sorted(path for path in (root / STAMPS).glob("*.png") if path.stem not in _LEFT_OUT)
-    places = {path.stem: path for path in sorted((root / BACKGROUNDS).glob("*.jpg"))}
+    birds = [path for path in _pictures(root / STAMPS, "*.png") if path.stem not in _LEFT_OUT]
+    places = {path.stem: path for path in _pictures(root / BACKGROUNDS, "*.jpg")}
     missing = [name for names in SPLIT_OF_BACKGROUND.values() for name in names if name not in places]
     if not birds:
         raise TrainError(f"--root {root} has no *.png in {STAMPS}; unpack tuxpaint-stamps-default there")
@@ -101,6 +103,10 @@ def read(root: Path, cache: Path) -> ImageSet:
     )
 
 
+def _pictures(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if is_image(path.name))
+
+
 _BOXES = "boxes.json"
 
 
@@ -114,22 +120,20 @@ def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Pat
     inputs += [(path.name, path.stat().st_size) for path in places.values()]
     key = json.dumps([_RECIPE, SIZE, SCENES, SPLIT_OF_BACKGROUND, inputs])
     folder = cache / f"birds-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    if folder.is_dir():
+    if folder.is_dir() and problem(folder) is None:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f".{folder.name}.lock", lambda: None):
-            if folder.is_dir():  # another process made it in the meantime
+            wrong = problem(folder) if folder.is_dir() else "there are none"
+            if wrong is None:  # another process made them in the meantime
                 return folder
-            part = Path(tempfile.mkdtemp(dir=cache, prefix=".birds-"))
-            try:
-                _compose_all(part, scenes, places)
-                part.chmod(0o755)
-                os.replace(part, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+            if folder.is_dir():
+                logger.warning(f"composed images in {folder} are damaged and will be made again: {wrong}")
+            remove_dead_parts(cache)
+            store_folder(folder, lambda part: _compose_all(part, scenes, places), {"kind": "birds"})
     except OSError as error:
-        if folder.is_dir():  # without locks, another process was faster
+        if problem(folder) is None:  # without locks, another process was faster
             return folder
         raise TrainError(f"cannot write composed images to {cache}: {error.strerror or error}") from error
     return folder

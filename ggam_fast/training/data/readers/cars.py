@@ -19,7 +19,7 @@ _FILES = ("devkit/cars_meta.mat", "cars_train", "cars_test", *_ANNOTATIONS.value
 
 def read(root: Path, cache: Path) -> ImageSet:
     """The 16,185 cars of 196 models, in the official split or in train/ and test/ folders."""
-    if (root / "train").is_dir():
+    if image_folder.has_splits(root):
         return image_folder.read(root, cache)
     base = base_folder(root, "stanford_cars", _FILES)
     if base.name != "stanford_cars":

@@ -18,7 +18,7 @@ _PARTS = ("parts/parts.txt", "parts/part_locs.txt")
 
 def read(root: Path, cache: Path) -> ImageSet:
     """The 11,788 birds of 200 species, in the official split or in train/ and test/ folders."""
-    if (root / "train").is_dir():
+    if image_folder.has_splits(root):
         return image_folder.read(root, cache)
     base = base_folder(root, "CUB_200_2011", ("images", *_FILES))
     paths = numbered(base / "images.txt")

@@ -5,93 +5,51 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
-from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
 
 from ggam_fast.training.data.image_set import ImageSet
-from ggam_fast.training.errors import TrainError, first_line
-
-_HOLDOUTS = ("test", "val", "valid")
-# The held-out images do not depend on --seed.
-_SPLIT_SEED = 0
+from ggam_fast.training.data.readers.tree import LeftOut, images_of_classes, split_of, subfolders
+from ggam_fast.training.data.splitting import drawn_test
+from ggam_fast.training.errors import TrainError
 
 
 def read(root: Path, cache: Path) -> ImageSet:
-    """A folder of class folders, or one that holds train/ and at least one of test/, val/, valid/.
+    """A folder of class folders, or one that holds train/ and at least one of test/ and val/.
 
-    Without train/, a fifth of every class becomes the test split, with at least one image of each. With
-    train/ but without test/, the folder val/ or valid/ is the test split.
+    `tree.split_of` knows other usual names of splits. Without train/, a fifth of every class becomes the test
+    split, with at least one image of each. With train/ but without test/, val/ is the test split.
 
     Raises:
         TrainError: class folders are missing or empty, there is only one, or the splits' classes differ.
     """
-    if not (root / "train").is_dir():
-        return _stratified(root)
-    held = {name: root / name for name in _HOLDOUTS if (root / name).is_dir()}
-    if not held:
+    left_out = LeftOut()
+    if not has_splits(root):
+        return _drawn(root, left_out)
+    found = _split_folders(root)
+    if len(found) == 1:
         raise TrainError(
-            f"--root {root} has train/, so it must have one of test/, val/ and valid/ too; it has none"
+            f"--root {root} has {found['train'].name}/, so it must have one of test/, val/ and valid/ too; "
+            "it has none"
         )
-    if "valid" in held:
-        held.setdefault("val", held.pop("valid"))
-    if "test" not in held:
-        held["test"] = held.pop("val")
-    parts = {"train": _scan(root / "train")} | {name: _scan(path) for name, path in held.items()}
-    classes = parts["train"].classes
+    for folder in subfolders(root, left_out):
+        if folder not in found.values():
+            left_out.add(LeftOut.FOLDERS, folder)
+    if "test" not in found:
+        found["test"] = found.pop("val")
+    parts = {name: images_of_classes(path, left_out) for name, path in found.items()}
+    classes = list(parts["train"])
     files: list[Path] = []
     labels: list[int] = []
     splits = {}
     for name, part in parts.items():
-        strangers = sorted(set(part.classes) - set(classes))
+        strangers = sorted(set(part) - set(classes))
         if strangers:
-            raise TrainError(f"{part.root} has class {strangers[0]}, which train/ lacks")
-        splits[name] = torch.arange(len(files), len(files) + len(part.samples))
-        files += [Path(path) for path, _ in part.samples]
-        labels += [classes.index(part.classes[label]) for _, label in part.samples]
-    notes = [f"splits: {', '.join(sorted(splits))}", *_left_out([root / "train", *held.values()])]
-    return _folder_set(root, files, labels, classes, splits, notes)
-
-
-def _stratified(root: Path) -> ImageSet:
-    images = _scan(root)
-    if all(name.lower() in ("train", *_HOLDOUTS) for name in images.classes):
-        raise TrainError(
-            f"--root {root} holds {', '.join(images.classes)}, which look like splits and not like classes; "
-            "splits must be train/ and beside it test/, val/ or valid/"
-        )
-    labels = torch.tensor(images.targets)
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    train, test = [], []
-    for index, name in enumerate(images.classes):
-        rows = (labels == index).nonzero().flatten()
-        if len(rows) < 2:
-            raise TrainError(
-                f"{root / name} must hold two or more images, to train and to test; it holds one"
-            )
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        held = max(1, len(rows) // 5)
-        test.append(rows[:held])
-        train.append(rows[held:])
-    splits = {"train": torch.cat(train).sort().values, "test": torch.cat(test).sort().values}
-    files = [Path(path) for path, _ in images.samples]
-    note = (
-        "without train/ and test/ folders, a fifth of every class is held out at random for testing. Every "
-        "run holds out the same images unless files are added or removed. If groups of your images look "
-        "alike, split them by group"
-    )
-    notes = [note, *_left_out([root])]
-    return _folder_set(root, files, images.targets, images.classes, splits, notes)
-
-
-def _folder_set(
-    root: Path,
-    files: list[Path],
-    labels: list[int],
-    classes: list[str],
-    splits: dict[str, Tensor],
-    notes: list[str],
-) -> ImageSet:
+            raise TrainError(f"{found[name]} has class {strangers[0]}, which {found['train'].name}/ lacks")
+        start = len(files)
+        for class_name, paths in part.items():
+            files += paths
+            labels += [classes.index(class_name)] * len(paths)
+        splits[name] = torch.arange(start, len(files))
+    where = ", ".join(f"{name} ({path.name}/)" for name, path in sorted(found.items()))
     return ImageSet(
         name=root.resolve().name,
         files=tuple(files),
@@ -99,39 +57,56 @@ def _folder_set(
         classes=tuple(classes),
         splits=splits,
         flips=((), (-1,)),
-        notes=tuple(notes),
+        notes=(f"splits: {where}", *left_out.notes()),
     )
 
 
-class _Folder(ImageFolder):
-    """Class folders. Names that begin with a dot are left out."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found, _ = super().find_classes(directory)
-        classes = [name for name in found if not name.startswith(".")]
-        for name in classes:
-            if name != name.encode(errors="replace").decode():
-                raise TrainError(f"{directory} holds the class {name!r}; names must be UTF-8")
-        return classes, {name: index for index, name in enumerate(classes)}
+def has_splits(root: Path) -> bool:
+    """Whether `root` holds a folder of training images, which itself holds folders."""
+    train = _split_folders(root).get("train")
+    return train is not None and bool(subfolders(train))
 
 
-def _left_out(roots: list[Path]) -> list[str]:
-    """A note that counts the files in class folders without an image's file name, if there are any."""
-    named = [(root, path) for root in roots for path in root.glob("*/**/*")]
-    others = sorted(
-        path
-        for root, path in named
-        if path.suffix.lower() not in IMG_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of splits in `root`, by the split, train first."""
+    found: dict[str, Path] = {}
+    for folder in subfolders(root):
+        split = split_of(folder.name)
+        if split is None:
+            continue
+        if split in found:
+            raise TrainError(
+                f"--root {root} must hold one folder for the {split} split; it holds {found[split].name}/ "
+                f"and {folder.name}/"
+            )
+        found[split] = folder
+    return {split: found[split] for split in ("train", "test", "val") if split in found}
+
+
+def _drawn(root: Path, left_out: LeftOut) -> ImageSet:
+    """The set of class folders without splits. A fifth of every class is drawn for the test split."""
+    found = images_of_classes(root, left_out)
+    if all(split_of(name) for name in found):
+        raise TrainError(
+            f"--root {root} holds {', '.join(found)}, which look like splits and not like classes; "
+            "splits must be train/ and beside it test/ or val/, and hold a folder for each class"
+        )
+    classes = tuple(found)
+    labels = torch.tensor([index for index, paths in enumerate(found.values()) for _ in paths])
+
+    note = (
+        "without train/ and test/ folders, a fifth of every class is held out at random for testing. Every "
+        "run holds out the same images unless files are added or removed. If groups of your images look "
+        "alike, split them by group with --split-by"
     )
-    if not others:
-        return []
-    return [f"files left out because their names are not those of images: {len(others)}, such as {others[0]}"]
-
-
-def _scan(root: Path) -> ImageFolder:
-    try:
-        return _Folder(root)
-    except OSError as error:  # torchvision names the folder or the empty class
-        raise TrainError(f"{root}: {first_line(error)}") from error
+    files = tuple(path for paths in found.values() for path in paths)
+    return ImageSet(
+        name=root.resolve().name,
+        files=files,
+        labels=labels,
+        classes=classes,
+        splits=drawn_test(files, labels),
+        flips=((), (-1,)),
+        notes=(note, *left_out.notes()),
+        draw=drawn_test,
+    )

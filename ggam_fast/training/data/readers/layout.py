@@ -25,25 +25,25 @@ def base_folder(root: Path, name: str, needed: Sequence[str]) -> Path:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file, without empty ones.
+    """The lines of a text file in UTF-8, with or without a byte order mark, without empty ones.
 
     Raises:
         TrainError: the file cannot be read.
     """
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise TrainError(f"cannot read {path}: {error}") from error
 
 
 def numbered(path: Path) -> dict[int, str]:
-    """A dictionary from lines that hold a number and a text."""
+    """A dictionary from lines that hold a number, spaces or tabs, and a text."""
     found = {}
     for line in lines(path):
-        number, _, text = line.partition(" ")
+        number, *text = line.split(None, 1)
         if not number.isdigit() or not text:
             raise TrainError(f"{path}: expected a number and a text; got {line!r}")
-        found[int(number)] = text
+        found[int(number)] = text[0]
     return found
 
 

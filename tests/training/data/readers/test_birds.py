@@ -34,6 +34,11 @@ class TestBirds:
             height, width = mask.any(1).sum(), mask.any(0).sum()
             assert 0.3 * birds.SIZE < max(height, width) < 0.85 * birds.SIZE
 
+    def test_files_of_an_archive_are_no_birds(self, tmp_path, images):
+        root = tmp_path / "root"
+        (root / birds.STAMPS / "._crow.png").write_bytes(b"resource fork")
+        assert read_images("birds", root, tmp_path / "cache").classes == images.classes
+
     def test_no_background_is_in_two_splits(self, images):
         colours = {
             split: {int(np.array(images.read(row))[0, 0, 1]) // 20 for row in part.tolist()}
@@ -66,6 +71,14 @@ class TestBirds:
                 read_images("birds", root, cache)
         assert list(cache.iterdir()) == []
         assert len(read_images("birds", root, cache).files) == 8
+
+    def test_damaged_scenes_are_composed_again(self, tmp_path, images, caplog):
+        before = images.files[3].read_bytes()
+        images.files[3].write_bytes(before[:-100] + bytes(100))
+        assert read_images("birds", tmp_path / "root", tmp_path / "cache").files == images.files
+        assert images.files[3].read_bytes() == before
+        [message] = caplog.messages
+        assert "are damaged and will be made again" in message
 
     def test_missing_packages_are_named(self, tmp_path):
         with pytest.raises(TrainError, match="tuxpaint-stamps-default"):

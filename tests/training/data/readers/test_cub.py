@@ -59,3 +59,13 @@ def test_broken_cub_is_one_line(tmp_path, spoil, words):
     with pytest.raises(TrainError, match=words) as raised:
         read_images("cub", root, tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_byte_order_marks_and_tabs_are_read(tmp_path):
+    root = trees.cub(tmp_path)
+    before = read_images("cub", root, tmp_path)
+    for path in (root / "CUB_200_2011").rglob("*.txt"):
+        path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b" ", b"\t").replace(b"\n", b"\r\n"))
+    after = read_images("cub", root, tmp_path)
+    assert (after.files, after.classes) == (before.files, before.classes)
+    assert after.annotations.boxes.equal(before.annotations.boxes)

@@ -26,6 +26,8 @@ def test_plain_folder_is_split_within_every_class(photos):
         (("train", "test"), {"train", "test"}),
         (("train", "val"), {"train", "test"}),
         (("train", "valid", "test"), {"train", "val", "test"}),
+        (("Training", "TESTING"), {"train", "test"}),
+        (("training_set", "Validation", "test_set"), {"train", "val", "test"}),
     ],
 )
 def test_folder_with_splits_keeps_them(tmp_path, folders, splits):
@@ -101,8 +103,8 @@ def test_bad_folder_is_one_line(tmp_path, make, words):
 
 
 def test_folders_of_splits_are_not_classes(tmp_path):
-    for split in ("Train", "Test"):
-        write_image(tmp_path / split / "a" / "0.png", 0, seed=0)
+    for split in ("Val", "Test"):
+        write_image(tmp_path / split / "0.png", 0, seed=0)
     with pytest.raises(TrainError, match="look like splits"):
         folder.read(tmp_path, tmp_path)
 
@@ -112,4 +114,31 @@ def test_hidden_folders_and_other_files_are_left_out(tmp_path, photos):
     (photos / "red" / "moving.gif").write_bytes(b"GIF")
     images = folder.read(photos, tmp_path)
     assert images.classes == ("blue", "green", "red")
-    assert any("of images: 1, such as" in note and "moving.gif" in note for note in images.notes)
+    assert any(": 1 (1 .gif), such as" in note and "moving.gif" in note for note in images.notes)
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    for split in ("train", "Training", "test"):
+        write_image(tmp_path / split / "a" / "0.png", 0, seed=0)
+    with pytest.raises(TrainError, match="Training/ and train/"):
+        folder.read(tmp_path, tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("car", "train"):
+        for index in range(2):
+            write_image(tmp_path / name / f"{index}.png", 0, index)
+    assert folder.read(tmp_path, tmp_path).classes == ("car", "train")
+
+
+def test_splits_are_drawn_from_the_images_that_are_left(photos, tmp_path):
+    """A fifth of what can be read is held out, not what is left of a fifth of everything."""
+    images = folder.read(photos, tmp_path)
+    gone = [row for row in images.splits["test"].tolist() if images.files[row].parent.name == "red"]
+    assert len(gone) == 2
+    rest = images.without(gone)
+    assert torch.bincount(rest.labels[rest.splits["test"]]).tolist() == [2, 2, 1]
+    assert not set(rest.splits["test"].tolist()) & set(rest.splits["train"].tolist())
+    red = [row for row, path in enumerate(images.files) if path.parent.name == "red"]
+    with pytest.raises(TrainError, match=r"red must hold two .* it holds one that can be read"):
+        images.without(red[1:])

@@ -20,6 +20,8 @@ def test_text_files(tmp_path):
     path.write_text("1 one\n\n  2 two words \n")
     assert lines(path) == ["1 one", "2 two words"]
     assert numbered(path) == {1: "one", 2: "two words"}
+    path.write_bytes("\ufeff1\tone\r\n2 \ttwo words\r\n".encode())
+    assert numbered(path) == {1: "one", 2: "two words"}
     path.write_text("one 1\n")
     with pytest.raises(TrainError, match="expected a number and a text; got 'one 1'"):
         numbered(path)

@@ -211,4 +211,5 @@ _ERROR = f"{TrainError.__module__}.{TrainError.__qualname__}"
 def _leave_interrupts_to_parent(_worker: int) -> None:
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -81,8 +81,6 @@ class RunArtifacts:
     def save_snapshot(self) -> None:
         # Every process does this, because each has its own part of the state.
         state = {"run": self._run, "fit": self._trainer.state_dict()}
-        if not self._world.is_main:
-            return
         # The best comes first. A run killed between the two lines resumes before this epoch and saves it
         # again.
         history = self._trainer.history
@@ -91,12 +89,14 @@ class RunArtifacts:
             scores = [epoch.get("val_accuracy", -epoch["loss"]) for epoch in history]
             if scores[-1] > max(scores[:-1], default=-math.inf):
                 self._save(model_file.BEST)
-        resume_state.save_snapshot(self._out, self._trainer.steps, state)
+        if self._world.is_main:
+            resume_state.save_snapshot(self._out, self._trainer.steps, state)
 
     def save_result(self) -> Path:
-        if self._world.is_main:
-            self._save(model_file.WEIGHTS)
+        self._save(model_file.WEIGHTS)
         return self._out / model_file.WEIGHTS
 
     def _save(self, name: str) -> None:
-        model_file.save_checkpoint(self._out, self.classifier(), self._description, name)
+        classifier = self.classifier()
+        if self._world.is_main:
+            model_file.save_checkpoint(self._out, classifier, self._description, name)

@@ -39,6 +39,9 @@ from ggam_fast.training.system.versions import versions
 
 logger = logging.getLogger(__name__)
 
+# Averaged weights that lose more accuracy than this get a warning.
+_WORSE = 0.02
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -56,8 +59,8 @@ class Outcome:
 def train(config: TrainConfig, report: Report) -> Outcome:
     """Train as `config` says and write checkpoints, metrics, gallery, log and TensorBoard scalars.
 
-    The first Ctrl-C ends training after the current step and still saves a checkpoint. Under torchrun
-    every process calls this, but only the main process prints and writes.
+    The first Ctrl-C, or SIGTERM, ends training after the current step and still saves a snapshot and a
+    checkpoint. Under torchrun every process calls this, but only the main process prints and writes.
 
     Raises:
         TrainError: an option or the data are unfit, or a file cannot be written.
@@ -132,12 +135,19 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                     trainer.result, batches["test"], device, dtype, world, interrupt.check
                 )
                 metrics = classification_metrics(logits, labels)
+                last = None
+                if trainer.averages:
+                    last = classification_metrics(
+                        *evaluate(trainer.last, batches["test"], device, dtype, world, interrupt.check)
+                    )
                 path = artifacts.save_result()
                 if log is None:
                     return Outcome(path, metrics, None)
                 report.table(metrics, images.classes, "test")
+                if last is not None:
+                    _compare(metrics, last, config.optim.ema)
                 seconds = time.monotonic() - started
-                write_metrics(out / METRICS, metrics, images, epochs, seconds, device)
+                write_metrics(out / METRICS, metrics, last, images, epochs, seconds, device)
                 gallery = draw_gallery(out / GALLERY, artifacts.classifier(), images, "test", logits)
                 log.numbers(
                     "test", trainer.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
@@ -147,8 +157,8 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             if not under_way:
                 logger.info("interrupted before the first step; nothing was changed")
                 return Outcome(None, None, None)
+            artifacts.save_snapshot()  # first, because a batch system may soon kill the process
             path = artifacts.save_result()
-            artifacts.save_snapshot()
             logger.info(
                 f"interrupted after {trainer.steps} steps; checkpoint: {path}; "
                 f"ggam-fast train --resume {out} goes on"
@@ -161,14 +171,16 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
 def write_metrics(
     path: Path,
     metrics: Metrics,
+    last: Metrics | None,
     images: ImageSet,
     epochs: list[dict[str, float]],
     seconds: float,
     device: torch.device,
 ) -> None:
-    """Write the results of a run as JSON."""
+    """Write the results of a run as JSON. `last` are those of the last weights, beside averaged ones."""
     results = {
         "test": metrics.as_dict(),
+        **({} if last is None else {"test_last": last.as_dict()}),
         "classes": images.classes,
         "epochs": epochs,
         "seconds": round(seconds, 1),
@@ -177,6 +189,14 @@ def write_metrics(
         "versions": versions(),
     }
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+
+
+def _compare(averaged: Metrics, last: Metrics, decay: float) -> None:
+    text = f"test accuracy of the averaged weights {averaged.accuracy:.3f}, of the last {last.accuracy:.3f}"
+    if averaged.accuracy < last.accuracy - _WORSE:
+        logger.warning(f"{text}; the average is saved, and a lower --ema than {decay:g} may help")
+    else:
+        logger.info(text)
 
 
 @contextmanager

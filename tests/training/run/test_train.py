@@ -85,6 +85,9 @@ def test_validation_split_is_followed(tiny_config, report, photos):
     train(replace(tiny_config, data=data), report)
     epochs = numbers(tiny_config.run.out)["epochs"]
     assert all(0 <= epoch["val_accuracy"] <= 1 for epoch in epochs)
+    # Random guesses among three classes have a cross entropy of log 3 = 1.1.
+    assert 0.5 < epochs[0]["val_loss"] < 3
+    assert f"validation loss {epochs[-1]['val_loss']:.4g}  validation accuracy" in said(report)
 
 
 @pytest.mark.parametrize(

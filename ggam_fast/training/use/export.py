@@ -152,7 +152,10 @@ def difference(model: nn.Module, exported: Exported, side: int, kind: str) -> fl
 def _torch(model: nn.Module, side: int, part: Path, text: str) -> Exported:
     """Save as a torch.export program, and load it again."""
     program = torch.export.export(model, (torch.zeros(2, 3, side, side),), dynamic_shapes=({0: _batch()},))
-    torch.export.save(program, part, extra_files={_METADATA_KEY: text})
+    # It is saved in memory first, because on a full disk torch ends the process.
+    whole = io.BytesIO()
+    torch.export.save(program, whole, extra_files={_METADATA_KEY: text})
+    part.write_bytes(whole.getbuffer())
     return torch.export.load(part).module()
 
 

@@ -275,7 +275,10 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
 
     if not (folder / OPTIONS).is_file():
         raise TrainError(f"--resume must name the folder of a run; {folder} has no {OPTIONS}")
-    saved = {**BEFORE, **read_config_file(folder / OPTIONS, TrainConfig().values())}
+    options = read_config_file(folder / OPTIONS, TrainConfig().values())
+    if not options:
+        raise TrainError(f"--resume {folder} cannot go on: its {OPTIONS} is empty")
+    saved = {**BEFORE, **options}
     before = _cli("train", TrainConfig(), as_arguments(saved))
     config = _cli("train", before, arguments)
     old, new = before.values(), config.values()

@@ -57,9 +57,16 @@ class RunArtifacts:
         """Restore the trainer from the newest snapshot in the folder.
 
         Raises:
-            TrainError: there is no snapshot, or it is one of another model or data set.
+            TrainError: there is no snapshot, or it is one of another model, data set or number of processes.
         """
         state = resume_state.load_snapshot(self._out)
+        processes, size = len(state["fit"]["random"]), self._world.size
+        if processes != size:
+            started = f"torchrun --nproc-per-node {processes}" if processes > 1 else "without torchrun"
+            raise TrainError(
+                f"--resume {self._out}: this run has {size} process{'es' if size > 1 else ''} and the stopped "
+                f"one had {processes}. Other batches and learning rates would follow; start it {started}"
+            )
         state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
         for name, value in self._run.items():
             if state["run"].get(name, value) != value:  # older snapshots do not record their images

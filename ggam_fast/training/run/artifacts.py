@@ -62,10 +62,10 @@ class RunArtifacts:
         state = resume_state.load_snapshot(self._out)
         processes, size = len(state["fit"]["random"]), self._world.size
         if processes != size:
-            started = f"torchrun --nproc-per-node {processes}" if processes > 1 else "without torchrun"
+            started = f"with torchrun --nproc-per-node {processes}" if processes > 1 else "without torchrun"
             raise TrainError(
-                f"--resume {self._out}: this run has {size} process{'es' if size > 1 else ''} and the stopped "
-                f"one had {processes}. Other batches and learning rates would follow; start it {started}"
+                f"--resume {self._out}: this run has {size} process{'es'[: 2 * (size > 1)]} and the stopped "
+                f"one had {processes}. Batches and learning rates would be others; start it {started}"
             )
         state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
         for name, value in self._run.items():

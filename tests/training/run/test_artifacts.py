@@ -66,7 +66,7 @@ def test_another_number_of_processes_is_refused(tiny_config, report, monkeypatch
     state["fit"]["random"] *= 3
     torch.save(state, path)
     with pytest.raises(
-        TrainError, match=r"this run has 1 process and the stopped one had 3\. .*torchrun --n"
+        TrainError, match=r"this run has 1 process and the stopped one had 3\. .*with torchrun --n"
     ):
         train(resumed, report)
     assert same(weights(tiny_config.run.out), before)

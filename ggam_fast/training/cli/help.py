@@ -12,7 +12,6 @@ from typing import Any
 import tyro
 
 _WIDTH = 100
-_COLUMNS = 3
 
 
 def screen(command: str, doc: str, config: Any, described: Collection[str] | None = None) -> str:
@@ -33,14 +32,18 @@ def screen(command: str, doc: str, config: Any, described: Collection[str] | Non
             else:
                 others.append(f"{_flag(f.name, value)} {_default(value)}")
     if others:
-        width = _WIDTH // _COLUMNS
-        cells = [f"  {other}".ljust(width) for other in others]
-        rows = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
-        lines += ["", "Other options and their defaults:", *("".join(row).rstrip() for row in rows)]
+        lines += ["", "Other options and their defaults:", *_filled(others)]
     lines += ["", f"ggam-fast {command} --help-all explains all options in full."]
     if command != "data":
         lines.append("--config FILE reads options from a YAML or TOML file. Flags override it.")
     return "\n".join(lines)
+
+
+def _filled(cells: list[str]) -> list[str]:
+    """Lines that hold as many cells as fit. No cell is broken."""
+    text = "   ".join(cell.strip().replace(" ", "\xa0") for cell in cells)
+    lines = textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def _flag(name: str, value: Any) -> str:

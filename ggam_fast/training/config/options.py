@@ -138,6 +138,11 @@ class OptimConfig:
     """Paste patches between images, their area from Beta(cutmix, cutmix). 0 turns it off."""
     ema: float = 0.0
     """Decay of a running average of the weights. The average is tested and saved. 0 turns it off."""
+    patience: int = 0
+    """Stop after this many epochs without a better validation result. 0 runs all epochs."""
+    best_by: Literal["accuracy", "loss"] = "accuracy"
+    """Validation result that makes an epoch the best one. Without a validation split it is the training
+    loss."""
     guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
     seed: int = 0
@@ -181,6 +186,7 @@ class TrainConfig:
             ("--image-size", self.data.image_size, 16, infinity),
             ("--resize", self.data.resize, self.data.image_size or 16, infinity),
             ("--workers", self.data.workers, 0, infinity),
+            ("--patience", optim.patience, 0, infinity),
             ("--save-every", self.run.save_every, 0, infinity),
             ("--lr", optim.lr, 0, infinity),
             ("--backbone-lr", optim.backbone_lr, 0, infinity),

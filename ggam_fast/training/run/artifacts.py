@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from ggam_fast import GGAMHead
-from ggam_fast.training.config.options import HeadConfig
+from ggam_fast.training.config.options import HeadConfig, OptimConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model import model_file
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.run import resume_state
+from ggam_fast.training.run.history import best_epoch
 from ggam_fast.training.run.log import BOARD
 from ggam_fast.training.run.loop import Trainer
+from ggam_fast.training.show.curves import draw_curves
 from ggam_fast.training.system.distributed import World
 from ggam_fast.training.use import evaluate as evaluation
 from ggam_fast.training.use import export
@@ -22,6 +24,7 @@ from ggam_fast.training.use import export
 METRICS = "metrics.json"
 OPTIONS = "options.yaml"
 GALLERY = "gallery.png"
+CURVES = "curves.png"
 # Files that `evaluate` and `export` add to the folder of a run.
 _MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *export.NAMES.values())
 
@@ -29,8 +32,8 @@ _MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *expo
 class RunArtifacts:
     """The files that a run keeps in its folder `out`.
 
-    They are snapshots for --resume, the classifier of the best epoch, and the last classifier, which is the
-    result. The best epoch has the best validation accuracy, or the least training loss without that split.
+    They are snapshots for --resume, the classifier of the best epoch (see `history.best_epoch`), the last
+    classifier, which is the result, and the learning curves.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class RunArtifacts:
         self._description = description
         self._world = world
         self._epochs = 0
+        self._best_by = description["optim"]["best_by"]
         # A resumed run must have the same values.
         self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
         self._run["images"] = description["data"]["images"]
@@ -50,7 +54,7 @@ class RunArtifacts:
         """Remove the files of an older run (--overwrite). Otherwise --resume would use its snapshots."""
         for name in (resume_state.FOLDER, BOARD):
             shutil.rmtree(self._out / name, ignore_errors=True)
-        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, *_MADE_OF_A_RUN):
+        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, CURVES, *_MADE_OF_A_RUN):
             (self._out / name).unlink(missing_ok=True)
 
     def restore(self) -> None:
@@ -68,6 +72,7 @@ class RunArtifacts:
                 f"one had {processes}. Batches and learning rates would be others; start it {started}"
             )
         state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
+        state["run"]["optim"] = {**asdict(OptimConfig()), **state["run"]["optim"]}  # from an older version
         for name, value in self._run.items():
             if state["run"].get(name, value) != value:  # older snapshots do not record their images
                 raise TrainError(
@@ -93,11 +98,17 @@ class RunArtifacts:
         history = self._trainer.history
         if len(history) > self._epochs:
             self._epochs = len(history)
-            scores = [epoch.get("val_accuracy", -epoch["loss"]) for epoch in history]
-            if scores[-1] > max(scores[:-1], default=-math.inf):
+            if best_epoch(history, self._best_by) == len(history) - 1:
                 self._save(model_file.BEST)
         if self._world.is_main:
             resume_state.save_snapshot(self._out, self._trainer.steps, state)
+
+    def save_curves(self) -> None:
+        """Draw the learning curves of the finished epochs, if there are any."""
+        history = self._trainer.history
+        if self._world.is_main and history:
+            weight = self._description["optim"]["guidance_weight"]
+            draw_curves(self._out / CURVES, history, best_epoch(history, self._best_by), weight)
 
     def save_result(self) -> Path:
         self._save(model_file.WEIGHTS)

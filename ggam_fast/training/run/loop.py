@@ -20,6 +20,7 @@ from ggam_fast.training.data.mixing import Mix
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.model.batch_statistics import estimated, settled
 from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss
+from ggam_fast.training.run.history import exhausted
 from ggam_fast.training.run.log import RunLog
 from ggam_fast.training.run.resume_state import random_state, set_random_state
 from ggam_fast.training.show.console import Bar, Report, parts_of_loss
@@ -161,7 +162,8 @@ class Trainer:
     ) -> list[dict[str, float]]:
         """Run all remaining epochs, and return the numbers of every epoch.
 
-        `save` is called after each epoch and after every `save_every` steps.
+        `save` is called after each epoch and after every `save_every` steps. With `patience`, the run ends
+        after that many epochs without a better validation result.
 
         Raises:
             Interrupted: `check` raised it between two steps.
@@ -183,7 +185,7 @@ class Trainer:
             save()  # a run that is killed in its first epoch can then resume too
         quiet = Report.silent() if report is None else report
         with quiet.bar("training", epochs * len(train), (self._epoch - 1) * len(train) + self._batch) as bar:
-            while self._epoch <= epochs:
+            while self._epoch <= epochs and not self._exhausted():
                 numbers = self._run_epoch(train, loss_of, log, bar, save, save_every)
                 if not math.isfinite(numbers["loss"]):
                     raise TrainError(
@@ -200,7 +202,15 @@ class Trainer:
                 self._epoch, self._batch = self._epoch + 1, 0
                 self._sums.zero_()
                 save()
+                if self._exhausted() and self._epoch <= epochs:
+                    logger.info(
+                        f"no better validation {self._optim.best_by} for {self._optim.patience} epochs: "
+                        f"stopped after epoch {len(self.history)} of {epochs}"
+                    )
         return self.history
+
+    def _exhausted(self) -> bool:
+        return exhausted(self.history, self._optim.best_by, self._optim.patience)
 
     def _validated(self, val: Batches) -> dict[str, float]:
         """Cross entropy and accuracy of `result`. Beside an average stand those of the last weights."""

@@ -15,11 +15,12 @@ import torch
 from ggam_fast.training.config.config_file import config_text
 from ggam_fast.training.config.options import RunConfig, TrainConfig
 from ggam_fast.training.data.image_set import ImageSet
-from ggam_fast.training.errors import Interrupted
+from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.measure.classification import Metrics, classification_metrics
 from ggam_fast.training.model import model_file
 from ggam_fast.training.model.classifier import GGAMClassifier
-from ggam_fast.training.run.artifacts import GALLERY, METRICS, OPTIONS, RunArtifacts
+from ggam_fast.training.run.artifacts import CURVES, GALLERY, METRICS, OPTIONS, RunArtifacts
+from ggam_fast.training.run.history import best_epoch, best_text
 from ggam_fast.training.run.log import RunLog
 from ggam_fast.training.run.loop import Groups, Trainer, evaluate
 from ggam_fast.training.run.prepare import (
@@ -79,6 +80,10 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     dtype = precision(config.run.precision, device)
     images = loaded = load_images(config.data)
     images.log_notes(f"{images.name}: {images.summary()}")
+    if config.optim.patience and "val" not in images.splits:
+        raise TrainError(
+            f"--patience {config.optim.patience} needs a validation split; {images.name} has none"
+        )
     torch.manual_seed(config.optim.seed)
     model = create_classifier(config, len(images.classes)).to(device)
     backbone = model.backbone.to(memory_format=torch.channels_last)
@@ -141,13 +146,16 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                         *evaluate(trainer.last, batches["test"], device, dtype, world, interrupt.check)
                     )
                 path = artifacts.save_result()
+                artifacts.save_curves()
                 if log is None:
                     return Outcome(path, metrics, None)
                 report.table(metrics, images.classes, "test")
                 if last is not None:
                     _compare(metrics, last, config.optim.ema)
+                logger.info(f"{best_text(epochs, config.optim.best_by)}: {model_file.BEST}")
                 seconds = time.monotonic() - started
-                write_metrics(out / METRICS, metrics, last, images, epochs, seconds, device)
+                best = best_epoch(epochs, config.optim.best_by) + 1
+                write_metrics(out / METRICS, metrics, last, images, epochs, best, seconds, device)
                 gallery = draw_gallery(out / GALLERY, artifacts.classifier(), images, "test", logits)
                 log.numbers(
                     "test", trainer.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
@@ -159,12 +167,13 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 return Outcome(None, None, None)
             artifacts.save_snapshot()  # first, because a batch system may soon kill the process
             path = artifacts.save_result()
+            artifacts.save_curves()
             logger.info(
                 f"interrupted after {trainer.steps} steps; checkpoint: {path}; "
                 f"ggam-fast train --resume {out} goes on"
             )
             return Outcome(path, None, None)
-        logger.info(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
+        logger.info(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {CURVES}, {METRICS}")
         return Outcome(path, metrics, gallery)
 
 
@@ -174,15 +183,20 @@ def write_metrics(
     last: Metrics | None,
     images: ImageSet,
     epochs: list[dict[str, float]],
+    best: int,
     seconds: float,
     device: torch.device,
 ) -> None:
-    """Write the results of a run as JSON. `last` are those of the last weights, beside averaged ones."""
+    """Write the results of a run as JSON.
+
+    `last`: those of the last weights, beside averaged ones. `best`: the best epoch, from 1 on.
+    """
     results = {
         "test": metrics.as_dict(),
         **({} if last is None else {"test_last": last.as_dict()}),
         "classes": images.classes,
         "epochs": epochs,
+        "best_epoch": best,
         "seconds": round(seconds, 1),
         "device": device_name(device),
         "notes": images.notes,

@@ -134,6 +134,7 @@ def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
     (out / "options.yaml").write_text("\n".join(kept) + "\n")
     for path in (out / resume_state.FOLDER).iterdir():
         state = torch.load(path, weights_only=True)
+        del state["run"]["optim"]["patience"], state["run"]["optim"]["best_by"]
         del state["run"]["head"]["attention_scale"], state["run"]["head"]["norm_eps"]
         del state["fit"]["trained"]["unit_mean"], state["fit"]["average"]["module.unit_mean"]
         torch.save(state, path)

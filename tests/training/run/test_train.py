@@ -35,6 +35,7 @@ def test_run_learns_and_leaves_all_its_results(tiny_config, report):
     out = tiny_config.run.out
     names = {path.name for path in out.iterdir()}
     results = {"model.safetensors", "best.safetensors", "config.json", "metrics.json", "gallery.png"}
+    results |= {"curves.png"}
     assert names == results | {"options.yaml", "log.jsonl", "tensorboard", "snapshots"}
     assert any((out / "tensorboard").iterdir())
     epochs = numbers(out)["epochs"]

@@ -143,11 +143,28 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def predict(arguments: Sequence[str]) -> int:
+    """Write the likeliest classes of images as CSV or JSON lines.
+
+    Rows are written as they come. The same command continues a stopped prediction.
+
+        ggam-fast predict runs/photos folder
+        ggam-fast predict runs/photos a.jpg b.jpg --out ab.jsonl --top-k 3 --probabilities
+    """
+    from ggam_fast.training.show.console import Report
+    from ggam_fast.training.use import predict as predicting
+
+    config, report = _parsed("predict", predicting.PredictConfig(), arguments), Report()
+    with report.listening():
+        return 0 if predicting.predict(config, report) is not None else 130
+
+
 # The function of each command. Its docstring is the command's help.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "explain": explain,
+    "predict": predict,
     "ablate": ablate,
     "export": export,
     "data": data,
@@ -157,6 +174,7 @@ _CONFIGS = {
     "data": ("cli.data_commands", "ShowConfig"),
     "evaluate": ("use.evaluate", "EvaluateConfig"),
     "explain": ("use.explain", "ExplainConfig"),
+    "predict": ("use.predict", "PredictConfig"),
     "ablate": ("ablation.study", "AblateConfig"),
     "export": ("use.export", "ExportConfig"),
 }

@@ -38,6 +38,7 @@ def train(arguments: Sequence[str]) -> int:
         ggam-fast train --recipe paper --data folder --root photos    # train the whole network on a GPU
         ggam-fast train --config options.yaml --seed 1 --out runs/b   # read options, override one
         ggam-fast train --resume runs/photos                          # go on with a stopped run
+        ggam-fast train --resume runs/photos --epochs 12              # more epochs for a finished run
     """
     from ggam_fast.training.run import train as training
     from ggam_fast.training.show.console import Report
@@ -301,6 +302,8 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
     config = _cli("train", before, arguments)
     old, new = before.values(), config.values()
     for name in sorted(set(old) - _PER_PART):
+        if name == "epochs" and new[name] > old[name]:
+            continue  # a finished run goes on
         if old[name] != new[name]:
             flag = name.replace("_", "-")
             raise TrainError(

@@ -156,7 +156,10 @@ class RunConfig:
     overwrite: bool = False
     """Allow a folder that already holds a run, and remove the files of that run."""
     resume: Path | None = None
-    """Folder of a run to continue with its own options."""
+    """Folder of a run to continue with its own options. A finished run goes on with more --epochs."""
+    init_from: Path | None = None
+    """Run, or checkpoint of one, whose weights this run starts from. The head starts anew if it has other
+    classes or options."""
     save_every: int = 0
     """Steps between snapshots within an epoch. 0 takes them only at the end of each epoch."""
     device: str = "auto"

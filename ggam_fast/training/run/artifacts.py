@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from ggam_fast import GGAMHead
-from ggam_fast.training.config.options import HeadConfig, OptimConfig
+from ggam_fast.training.config.config_file import config_text, read_config_file
+from ggam_fast.training.config.options import HeadConfig, OptimConfig, TrainConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model import model_file
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.run import resume_state
-from ggam_fast.training.run.history import best_epoch
+from ggam_fast.training.run.history import best_epoch, exhausted
 from ggam_fast.training.run.log import BOARD
 from ggam_fast.training.run.loop import Trainer
 from ggam_fast.training.show.curves import draw_curves
 from ggam_fast.training.system.distributed import World
+from ggam_fast.training.system.files import write_atomically
 from ggam_fast.training.use import evaluate as evaluation
 from ggam_fast.training.use import export
 
@@ -49,6 +51,7 @@ class RunArtifacts:
         # A resumed run must have the same values.
         self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
         self._run["images"] = description["data"]["images"]
+        self._run["init_from"] = description.get("init_from")
 
     def clear(self) -> None:
         """Remove the files of an older run (--overwrite). Otherwise --resume would use its snapshots."""
@@ -58,10 +61,11 @@ class RunArtifacts:
             (self._out / name).unlink(missing_ok=True)
 
     def restore(self) -> None:
-        """Restore the trainer from the newest snapshot in the folder.
+        """Restore the trainer from the newest snapshot in the folder. A finished run may get more epochs.
 
         Raises:
-            TrainError: there is no snapshot, or it is one of another model, data set or number of processes.
+            TrainError: there is no snapshot, or it is one of another model, data set or number of processes,
+                or more epochs are asked of a run that is not finished.
         """
         state = resume_state.load_snapshot(self._out)
         processes, size = len(state["fit"]["random"]), self._world.size
@@ -72,15 +76,31 @@ class RunArtifacts:
                 f"one had {processes}. Batches and learning rates would be others; start it {started}"
             )
         state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
-        state["run"]["optim"] = {**asdict(OptimConfig()), **state["run"]["optim"]}  # from an older version
+        optim = {**asdict(OptimConfig()), **state["run"]["optim"]}  # from an older version
+        before, epochs = optim["epochs"], self._run["optim"]["epochs"]
+        state["run"]["optim"] = {**optim, "epochs": max(before, epochs)}
         for name, value in self._run.items():
-            if state["run"].get(name, value) != value:  # older snapshots do not record their images
+            if state["run"].get(name, value) != value:  # older snapshots do not record all of them
                 raise TrainError(
                     f"--resume {self._out}: its snapshot has another {name} than this run"
                     if name != "images"
                     else f"--resume {self._out}: images were added or removed since its snapshot"
                 )
+        history = state["fit"]["history"]
+        if epochs > before:
+            waited = exhausted(history[state["fit"].get("first", 0) :], self._best_by, optim["patience"])
+            if len(history) < before and not waited:
+                raise TrainError(
+                    f"--epochs {epochs} extends a finished run; {self._out} has {len(history)} of its "
+                    f"{before} epochs: resume it without --epochs first"
+                )
         self._trainer.load_state_dict(state["fit"])
+        if epochs > before:
+            self._trainer.extend()
+            if self._world.is_main:
+                options = read_config_file(self._out / OPTIONS, TrainConfig().values())
+                text = config_text({**options, "epochs": epochs})
+                write_atomically(self._out / OPTIONS, lambda part: part.write_text(text))
         self._epochs = len(self._trainer.history)
 
     def classifier(self) -> GGAMClassifier:

@@ -84,6 +84,7 @@ class Trainer:
         )
         self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         self._epoch, self._batch = 1, 0
+        self._first = 0  # finished epochs when the present schedule began
         self._sums = torch.zeros(len(_NUMBERS), device=device)
         self._pending: dict[str, Any] | None = None
         self._train: Batches | None = None
@@ -133,6 +134,7 @@ class Trainer:
             "steps": self.steps,
             "history": self.history,
             "position": (self._epoch, self._batch),
+            "first": self._first,
             "sums": self._sums,
             "random": self._world.gather(random_state()),
         }
@@ -147,8 +149,26 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.steps, self.history = state["steps"], list(state["history"])
         self._epoch, self._batch = state["position"]
+        self._first = state.get("first", 0)
         self._sums.copy_(state["sums"])
         self._pending = state
+
+    def extend(self) -> None:
+        """Begin a new schedule after the epochs of a finished run, with the optimizer's state.
+
+        Call it after `load_state_dict`.
+        """
+        assert self._pending is not None
+        self._first = len(self.history)
+        self._epoch, self._batch = self._first + 1, 0
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(self._pending["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            for name in ("initial_lr", "max_lr", "min_lr"):  # of the finished schedule
+                group.pop(name, None)
+            group["lr"] = rate
+        set_random_state(self._pending["random"][self._world.rank])
+        self._pending = None
 
     def run(
         self,
@@ -171,7 +191,9 @@ class Trainer:
         """
         epochs, accumulate = self._optim.epochs, self._optim.accumulate
         self._train = train
-        self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
+        self._schedule = _schedule(
+            self.optimizer, self._optim, (epochs - self._first) * -(-len(train) // accumulate)
+        )
         loss_of = self._step_function(train, report)
         if self._pending is not None:
             # The schedule must be made before this, because making it sets the rates of the first step.
@@ -210,7 +232,7 @@ class Trainer:
         return self.history
 
     def _exhausted(self) -> bool:
-        return exhausted(self.history, self._optim.best_by, self._optim.patience)
+        return exhausted(self.history[self._first :], self._optim.best_by, self._optim.patience)
 
     def _validated(self, val: Batches) -> dict[str, float]:
         """Cross entropy and accuracy of `result`. Beside an average stand those of the last weights."""

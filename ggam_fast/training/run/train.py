@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ from ggam_fast.training.run.prepare import (
     image_batches,
     load_images,
     map_batches,
+    take_weights,
 )
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.show.gallery import draw_gallery
@@ -39,9 +41,6 @@ from ggam_fast.training.system.interrupts import InterruptGuard
 from ggam_fast.training.system.versions import versions
 
 logger = logging.getLogger(__name__)
-
-# Averaged weights that lose more accuracy than this get a warning.
-_WORSE = 0.02
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,9 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             f"--patience {config.optim.patience} needs a validation split; {images.name} has none"
         )
     torch.manual_seed(config.optim.seed)
-    model = create_classifier(config, len(images.classes)).to(device)
+    model = create_classifier(config, len(images.classes))
+    taken = take_weights(model, images.classes, config)
+    model.to(device)
     backbone = model.backbone.to(memory_format=torch.channels_last)
     channels, (height, width) = backbone.num_features, backbone.feat_size
     logger.info(
@@ -108,7 +109,9 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             world=world,
             check=interrupt.check,
         )
-        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, loaded, config), world)
+        description = model_file.describe(model, loaded, config)
+        description["init_from"] = taken
+        artifacts = RunArtifacts(out, trainer, model, description, world)
         under_way = False
         try:
             batches = (
@@ -122,7 +125,9 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             elif world.is_main:
                 artifacts.clear()
                 root = config.data.root and config.data.root.absolute()
-                options = {**config.values(), "root": root, "resume": None, "overwrite": None}
+                init = config.run.init_from and config.run.init_from.absolute()
+                options = {**config.values(), "root": root, "init_from": init}
+                options |= {"resume": None, "overwrite": None}
                 text = config_text(options)
                 write_atomically(out / OPTIONS, lambda part: part.write_text(text))
             under_way = True
@@ -207,7 +212,8 @@ def write_metrics(
 
 def _compare(averaged: Metrics, last: Metrics, decay: float) -> None:
     text = f"test accuracy of the averaged weights {averaged.accuracy:.3f}, of the last {last.accuracy:.3f}"
-    if averaged.accuracy < last.accuracy - _WORSE:
+    # Two standard errors of the difference of two accuracies near 1 / 2, where they are largest.
+    if averaged.accuracy < last.accuracy - 2 * math.sqrt(0.5 / last.images):
         logger.warning(f"{text}; the average is saved, and a lower --ema than {decay:g} may help")
     else:
         logger.info(text)

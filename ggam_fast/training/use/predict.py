@@ -30,12 +30,12 @@ from ggam_fast.training.config.options import DataConfig
 from ggam_fast.training.data.batches import leave_interrupts_to_parent
 from ggam_fast.training.data.image_set import eval_transform, read_image, workers
 from ggam_fast.training.errors import Interrupted, TrainError
-from ggam_fast.training.model.model_file import BEST, WEIGHTS, Checkpoint
+from ggam_fast.training.model.model_file import Checkpoint
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.system.devices import device_name, resolve_device
 from ggam_fast.training.system.files import locked, writable_folder, write_atomically
 from ggam_fast.training.system.interrupts import InterruptGuard
-from ggam_fast.training.use.open_run import open_run
+from ggam_fast.training.use.open_run import open_run, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ class Rows:
         self.count = self.problems = 0
         self.named: list[str] = []
         self._options = {
-            "weights": hashlib.sha256(_weights_file(config).read_bytes()).hexdigest(),
+            "weights": hashlib.sha256(weights_file(config.run, config.weights).read_bytes()).hexdigest(),
             "images": [os.path.abspath(path) for path in config.images],
             "top_k": self._top,
             "probabilities": config.probabilities,
@@ -394,7 +394,3 @@ class Rows:
             "named": self.named,
         }
         write_atomically(self._folder / _PROGRESS, lambda part: part.write_text(json.dumps(progress)))
-
-
-def _weights_file(config: PredictConfig) -> Path:
-    return config.run / (BEST if config.weights == "best" else WEIGHTS) if config.run.is_dir() else config.run

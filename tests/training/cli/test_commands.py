@@ -91,7 +91,7 @@ def test_options_of_another_run_are_refused(tiny_config, report, capsys):
     train(tiny_config, report)
     out = str(tiny_config.run.out)
     capsys.readouterr()
-    assert main(["train", "--resume", out, "--epochs", "9"]) == 2
+    assert main(["train", "--resume", out, "--epochs", "3"]) == 2
     assert "there --epochs is 4" in capsys.readouterr().err
     assert main(["train", "--resume", out + "-not"]) == 2
     assert "--resume must name the folder of a run" in capsys.readouterr().err

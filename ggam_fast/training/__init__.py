@@ -7,7 +7,7 @@ Each subpackage imports only from those below it in this list:
     cli                the commands
     ablation           compares many runs
     run                one training run
-    use                a finished run: evaluate, explain, export
+    use                a finished run: evaluate, explain, predict, export
     show               console, figures, gallery, page
     model, measure     backbone and head; numbers from logits and maps
     data               images, splits, batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def run_cell(
     trained_from = time.monotonic()
     epochs = trainer.run(batches["train"], batches["val"])
     trained_for = time.monotonic() - trained_from
-    head.eval()
+    head = cast(GGAMHead, trainer.result).eval()
     results: dict[str, Any] = {"epochs": epochs}
     for split in ("val", "test"):
         logits, labels = evaluate(head, batches[split], device, dtype, check=check)

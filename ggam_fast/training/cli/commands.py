@@ -38,6 +38,7 @@ def train(arguments: Sequence[str]) -> int:
         ggam-fast train --recipe paper --data folder --root photos    # train the whole network on a GPU
         ggam-fast train --config options.yaml --seed 1 --out runs/b   # read options, override one
         ggam-fast train --resume runs/photos                          # go on with a stopped run
+        ggam-fast train --resume runs/photos --epochs 12              # more epochs for a finished run
     """
     from ggam_fast.training.run import train as training
     from ggam_fast.training.show.console import Report
@@ -166,11 +167,28 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def predict(arguments: Sequence[str]) -> int:
+    """Write the likeliest classes of images as CSV or JSON lines.
+
+    Rows are written as they come. The same command continues a stopped prediction.
+
+        ggam-fast predict runs/photos folder
+        ggam-fast predict runs/photos a.jpg b.jpg --out ab.jsonl --top-k 3 --probabilities
+    """
+    from ggam_fast.training.show.console import Report
+    from ggam_fast.training.use import predict as predicting
+
+    config, report = _parsed("predict", predicting.PredictConfig(), arguments), Report()
+    with report.listening():
+        return 0 if predicting.predict(config, report) is not None else 130
+
+
 # The function of each command. Its docstring is the command's help.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "explain": explain,
+    "predict": predict,
     "ablate": ablate,
     "export": export,
     "data": data,
@@ -182,6 +200,7 @@ _CONFIGS = {
     "cache": ("cli.cache_commands", "CacheConfig"),
     "evaluate": ("use.evaluate", "EvaluateConfig"),
     "explain": ("use.explain", "ExplainConfig"),
+    "predict": ("use.predict", "PredictConfig"),
     "ablate": ("ablation.study", "AblateConfig"),
     "export": ("use.export", "ExportConfig"),
 }
@@ -326,11 +345,16 @@ def _resumed(folder: Path, arguments: Sequence[str]) -> TrainConfig:
 
     if not (folder / OPTIONS).is_file():
         raise TrainError(f"--resume must name the folder of a run; {folder} has no {OPTIONS}")
-    saved = {**BEFORE, **read_config_file(folder / OPTIONS, TrainConfig().values())}
+    options = read_config_file(folder / OPTIONS, TrainConfig().values())
+    if not options:
+        raise TrainError(f"--resume {folder} cannot go on: its {OPTIONS} is empty")
+    saved = {**BEFORE, **options}
     before = _cli("train", TrainConfig(), as_arguments(saved))
     config = _cli("train", before, arguments)
     old, new = before.values(), config.values()
     for name in sorted(set(old) - _PER_PART):
+        if name == "epochs" and new[name] > old[name]:
+            continue  # a finished run goes on
         if old[name] != new[name]:
             flag = name.replace("_", "-")
             raise TrainError(

@@ -27,7 +27,7 @@ _INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C or SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         print(f"ggam-fast {ggam_fast.__version__}")
@@ -50,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     from ggam_fast.training.cli import commands
     from ggam_fast.training.errors import TrainError, first_line, out_of_memory
+    from ggam_fast.training.system.interrupts import terminating
 
     try:
-        return commands.run(arguments)
+        with terminating():
+            return commands.run(arguments)
     except (TrainError, OSError) as error:  # an OSError is one of the system, such as a full disk
         print(f"ggam-fast: {error}", file=sys.stderr)
         return _BAD_INPUT

@@ -18,15 +18,25 @@ else:
     import tomli as tomllib
 
 
+# The first and the last line of a file that this module wrote. `...` ends a YAML document.
+_HEADER = "# Options of ggam-fast. The file is whole if its last line is `...`."
+_END = "..."
+
+
 def read_config_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """The options in `path`, by their Python names. The file may write dashes or underscores.
 
     Raises:
-        TrainError: the file cannot be read, is not YAML or TOML, is not a table, or has an unknown option.
+        TrainError: the file cannot be read, is cut off, is not YAML or TOML, is not a table, or has an
+            unknown option.
     """
     names = set(known)
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if _cut_off(text):
+            raise TrainError(
+                f"--config {path} is cut off: it must end with the line {_END}, as ggam-fast wrote it"
+            )
         found = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except OSError as error:
         raise TrainError(f"--config {path} cannot be read: {error.strerror}") from error
@@ -69,4 +79,11 @@ def config_text(options: Mapping[str, Any]) -> str:
         for name, value in options.items()
         if value is not None
     }
-    return yaml.safe_dump(plain, sort_keys=False)
+    return f"{_HEADER}\n{yaml.safe_dump(plain, sort_keys=False)}{_END}\n"
+
+
+def _cut_off(text: str) -> bool:
+    """Whether `config_text` wrote only the beginning of `text`. Files of older versions have no header."""
+    if _HEADER.startswith(text.strip()):
+        return bool(text.strip())
+    return text.startswith(_HEADER) and text.rstrip().splitlines()[-1] != _END

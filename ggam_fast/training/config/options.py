@@ -146,6 +146,11 @@ class OptimConfig:
     """Paste patches between images, their area from Beta(cutmix, cutmix). 0 turns it off."""
     ema: float = 0.0
     """Decay of a running average of the weights. The average is tested and saved. 0 turns it off."""
+    patience: int = 0
+    """Stop after this many epochs without a better validation result. 0 runs all epochs."""
+    best_by: Literal["accuracy", "loss"] = "accuracy"
+    """Validation result that makes an epoch the best one. Without a validation split it is the training
+    loss."""
     guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
     seed: int = 0
@@ -159,7 +164,10 @@ class RunConfig:
     overwrite: bool = False
     """Allow a folder that already holds a run, and remove the files of that run."""
     resume: Path | None = None
-    """Folder of a run to continue with its own options."""
+    """Folder of a run to continue with its own options. A finished run goes on with more --epochs."""
+    init_from: Path | None = None
+    """Run, or checkpoint of one, whose weights this run starts from. The head starts anew if it has other
+    classes or options."""
     save_every: int = 0
     """Steps between snapshots within an epoch. 0 takes them only at the end of each epoch."""
     device: str = "auto"
@@ -189,6 +197,7 @@ class TrainConfig:
             ("--image-size", self.data.image_size, 16, _LARGEST + 1),
             ("--resize", self.data.resize, self.data.image_size or 16, _LARGEST + 1),
             ("--workers", self.data.workers, 0, infinity),
+            ("--patience", optim.patience, 0, infinity),
             ("--save-every", self.run.save_every, 0, infinity),
             ("--lr", optim.lr, 0, infinity),
             ("--backbone-lr", optim.backbone_lr, 0, infinity),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -144,7 +147,7 @@ class ImageBatches:
             num_workers=workers,
             persistent_workers=workers > 0 and shuffle_seed is not None,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_interrupts_to_parent,
+            worker_init_fn=leave_interrupts_to_parent,
             # The loader gets its own generator. Otherwise every epoch would draw from the global one.
             generator=torch.Generator().manual_seed(0),
         )
@@ -208,7 +211,15 @@ class _EpochSampler:
 _ERROR = f"{TrainError.__module__}.{TrainError.__qualname__}"
 
 
-def _leave_interrupts_to_parent(_worker: int) -> None:
-    import signal
-
+def leave_interrupts_to_parent(worker: int) -> None:
+    """Let the decoding process number `worker` ignore Ctrl-C, and SIGTERM unless its parent sends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

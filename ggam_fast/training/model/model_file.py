@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import textwrap
@@ -24,6 +25,8 @@ WEIGHTS = "model.safetensors"
 BEST = "best.safetensors"
 CONFIG = "config.json"
 _METADATA_KEY = "ggam_fast"
+_CHECKSUM_KEY = "sha256"
+_NO_CHECKSUM = "0" * 64
 
 
 class Checkpoint(NamedTuple):
@@ -66,8 +69,9 @@ def save_checkpoint(
 ) -> Path:
     """Write the weights file `name` into `folder`, and `config.json` for people to read.
 
-    The metadata of the weights file hold the description too, so the two always belong together. Each file
-    replaces an older one in one step.
+    The metadata of the weights file hold the description too, so the two always belong together. They also
+    hold the SHA-256 of the whole file, with 64 zeros in its own place. Each file replaces an older one in one
+    step.
 
     Raises:
         TrainError: a file cannot be written. An older file is then unchanged.
@@ -75,7 +79,9 @@ def save_checkpoint(
     text = json.dumps(description, indent=2)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     path = folder / name
-    write_atomically(path, lambda part: part.write_bytes(save(tensors, {_METADATA_KEY: text})))
+    content = save(tensors, {_METADATA_KEY: text, _CHECKSUM_KEY: _NO_CHECKSUM})
+    content = content.replace(_quoted(_NO_CHECKSUM), _quoted(hashlib.sha256(content).hexdigest()), 1)
+    write_atomically(path, lambda part: part.write_bytes(content))
     write_atomically(folder / CONFIG, lambda part: part.write_text(text + "\n"))
     return path
 
@@ -84,8 +90,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Rebuild the classifier of a run from its folder or its `model.safetensors`.
 
     Raises:
-        TrainError: there is no such file, it is not a checkpoint of this package, or its weights do not fit
-            its description.
+        TrainError: there is no such file, it is damaged, it is not a checkpoint of this package, or its
+            weights do not fit its description.
     """
     file = Path(path)
     file = file / WEIGHTS if file.is_dir() else file
@@ -99,6 +105,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise TrainError(f"cannot read checkpoint {file}: {error}") from error
     if _METADATA_KEY not in metadata:
         raise TrainError(f"{file} must be a checkpoint written by ggam_fast; it is another file")
+    _check_bytes(file, metadata.get(_CHECKSUM_KEY))
     try:
         description = json.loads(metadata[_METADATA_KEY])
         backbone = create_backbone(**description["backbone"], pretrained=False)
@@ -111,3 +118,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise TrainError(f"{file} is of another architecture or version: {reason}") from error
     return Checkpoint(model.eval(), classes, description)
+
+
+def _check_bytes(file: Path, written: str | None) -> None:
+    """Raise a `TrainError` if `file` has another SHA-256 than `written` in it. Older files have none."""
+    if written is None:
+        return
+    content = file.read_bytes().replace(_quoted(written), _quoted(_NO_CHECKSUM), 1)
+    if hashlib.sha256(content).hexdigest() != written:
+        raise TrainError(f"checkpoint {file} is damaged: its bytes are not those that were written")
+
+
+def _quoted(checksum: str) -> bytes:
+    return f'"{_CHECKSUM_KEY}":"{checksum}"'.encode()

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from ggam_fast import GGAMHead
-from ggam_fast.training.config.options import HeadConfig
+from ggam_fast.training.config.config_file import config_text, read_config_file
+from ggam_fast.training.config.options import HeadConfig, OptimConfig, TrainConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model import model_file
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.run import resume_state
+from ggam_fast.training.run.history import best_epoch, exhausted
 from ggam_fast.training.run.log import BOARD
 from ggam_fast.training.run.loop import Trainer
+from ggam_fast.training.show.curves import draw_curves
 from ggam_fast.training.system.distributed import World
+from ggam_fast.training.system.files import write_atomically
 from ggam_fast.training.use import evaluate as evaluation
 from ggam_fast.training.use import export
 
 METRICS = "metrics.json"
 OPTIONS = "options.yaml"
 GALLERY = "gallery.png"
+CURVES = "curves.png"
 # Files that `evaluate` and `export` add to the folder of a run.
 _MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *export.NAMES.values())
 
@@ -29,8 +34,8 @@ _MADE_OF_A_RUN = (evaluation.NUMBERS, evaluation.PAGE, export.DESCRIPTION, *expo
 class RunArtifacts:
     """The files that a run keeps in its folder `out`.
 
-    They are snapshots for --resume, the classifier of the best epoch, and the last classifier, which is the
-    result. The best epoch has the best validation accuracy, or the least training loss without that split.
+    They are snapshots for --resume, the classifier of the best epoch (see `history.best_epoch`), the last
+    classifier, which is the result, and the learning curves.
     """
 
     def __init__(
@@ -42,33 +47,60 @@ class RunArtifacts:
         self._description = description
         self._world = world
         self._epochs = 0
+        self._best_by = description["optim"]["best_by"]
         # A resumed run must have the same values.
         self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
         self._run["images"] = description["data"]["images"]
+        self._run["init_from"] = description.get("init_from")
 
     def clear(self) -> None:
         """Remove the files of an older run (--overwrite). Otherwise --resume would use its snapshots."""
         for name in (resume_state.FOLDER, BOARD):
             shutil.rmtree(self._out / name, ignore_errors=True)
-        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, *_MADE_OF_A_RUN):
+        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, CURVES, *_MADE_OF_A_RUN):
             (self._out / name).unlink(missing_ok=True)
 
     def restore(self) -> None:
-        """Restore the trainer from the newest snapshot in the folder.
+        """Restore the trainer from the newest snapshot in the folder. A finished run may get more epochs.
 
         Raises:
-            TrainError: there is no snapshot, or it is one of another model or data set.
+            TrainError: there is no snapshot, or it is one of another model, data set or number of processes,
+                or more epochs are asked of a run that is not finished.
         """
         state = resume_state.load_snapshot(self._out)
+        processes, size = len(state["fit"]["random"]), self._world.size
+        if processes != size:
+            started = f"with torchrun --nproc-per-node {processes}" if processes > 1 else "without torchrun"
+            raise TrainError(
+                f"--resume {self._out}: this run has {size} process{'es'[: 2 * (size > 1)]} and the stopped "
+                f"one had {processes}. Batches and learning rates would be others; start it {started}"
+            )
         state["run"]["head"] = HeadConfig.from_saved(state["run"]["head"]).keywords()
+        optim = {**asdict(OptimConfig()), **state["run"]["optim"]}  # from an older version
+        before, epochs = optim["epochs"], self._run["optim"]["epochs"]
+        state["run"]["optim"] = {**optim, "epochs": max(before, epochs)}
         for name, value in self._run.items():
-            if state["run"].get(name, value) != value:  # older snapshots do not record their images
+            if state["run"].get(name, value) != value:  # older snapshots do not record all of them
                 raise TrainError(
                     f"--resume {self._out}: its snapshot has another {name} than this run"
                     if name != "images"
                     else f"--resume {self._out}: images were added or removed since its snapshot"
                 )
+        history = state["fit"]["history"]
+        if epochs > before:
+            waited = exhausted(history[state["fit"].get("first", 0) :], self._best_by, optim["patience"])
+            if len(history) < before and not waited:
+                raise TrainError(
+                    f"--epochs {epochs} extends a finished run; {self._out} has {len(history)} of its "
+                    f"{before} epochs: resume it without --epochs first"
+                )
         self._trainer.load_state_dict(state["fit"])
+        if epochs > before:
+            self._trainer.extend()
+            if self._world.is_main:
+                options = read_config_file(self._out / OPTIONS, TrainConfig().values())
+                text = config_text({**options, "epochs": epochs})
+                write_atomically(self._out / OPTIONS, lambda part: part.write_text(text))
         self._epochs = len(self._trainer.history)
 
     def classifier(self) -> GGAMClassifier:
@@ -81,22 +113,28 @@ class RunArtifacts:
     def save_snapshot(self) -> None:
         # Every process does this, because each has its own part of the state.
         state = {"run": self._run, "fit": self._trainer.state_dict()}
-        if not self._world.is_main:
-            return
         # The best comes first. A run killed between the two lines resumes before this epoch and saves it
         # again.
         history = self._trainer.history
         if len(history) > self._epochs:
             self._epochs = len(history)
-            scores = [epoch.get("val_accuracy", -epoch["loss"]) for epoch in history]
-            if scores[-1] > max(scores[:-1], default=-math.inf):
+            if best_epoch(history, self._best_by) == len(history) - 1:
                 self._save(model_file.BEST)
-        resume_state.save_snapshot(self._out, self._trainer.steps, state)
+        if self._world.is_main:
+            resume_state.save_snapshot(self._out, self._trainer.steps, state)
+
+    def save_curves(self) -> None:
+        """Draw the learning curves of the finished epochs, if there are any."""
+        history = self._trainer.history
+        if self._world.is_main and history:
+            weight = self._description["optim"]["guidance_weight"]
+            draw_curves(self._out / CURVES, history, best_epoch(history, self._best_by), weight)
 
     def save_result(self) -> Path:
-        if self._world.is_main:
-            self._save(model_file.WEIGHTS)
+        self._save(model_file.WEIGHTS)
         return self._out / model_file.WEIGHTS
 
     def _save(self, name: str) -> None:
-        model_file.save_checkpoint(self._out, self.classifier(), self._description, name)
+        classifier = self.classifier()
+        if self._world.is_main:
+            model_file.save_checkpoint(self._out, classifier, self._description, name)

@@ -9,18 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn import functional as F
 
 from ggam_fast import GGAMHead
 from ggam_fast.training.config.options import OptimConfig
 from ggam_fast.training.data.batches import Batches
 from ggam_fast.training.data.mixing import Mix
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import Interrupted, TrainError
+from ggam_fast.training.model.batch_statistics import estimated, settled
 from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss
+from ggam_fast.training.run.history import exhausted
 from ggam_fast.training.run.log import RunLog
 from ggam_fast.training.run.resume_state import random_state, set_random_state
-from ggam_fast.training.show.console import Bar, Report
+from ggam_fast.training.show.console import Bar, Report, parts_of_loss
 from ggam_fast.training.system.compiling import compile_or_eager
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.distributed import ALONE, World
@@ -32,6 +35,8 @@ _READ_EVERY = 10
 _WARM_UP = 0.2
 _MOMENTUM = 0.9
 _NUMBERS = ("loss", "guidance", "accuracy")
+# Batches from which the statistics of batch norm are estimated again.
+_ESTIMATED_FROM = 50
 
 Groups = list[dict[str, Any]]
 
@@ -73,20 +78,51 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(
             device.type, enabled=dtype == torch.float16 and device.type == "cuda"
         )
+        # A constant decay would keep the first weights for 1 / (1 - decay) steps.
         self._average = (
-            AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
-            if optim.ema
-            else None
+            ModelEmaV3(trained, optim.ema, use_warmup=True, exclude_buffers=True) if optim.ema else None
         )
         self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         self._epoch, self._batch = 1, 0
+        self._first = 0  # finished epochs when the present schedule began
         self._sums = torch.zeros(len(_NUMBERS), device=device)
         self._pending: dict[str, Any] | None = None
+        self._train: Batches | None = None
+        self._estimated: dict[str, tuple[int, nn.Module]] = {}
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is a running average of the weights."""
+        return self._average is not None
 
     @property
     def result(self) -> nn.Module:
-        """The module that is tested and saved. Its weights are the running average, if there is one."""
-        return self.trained if self._average is None else self._average.module
+        """The module that is tested and saved. Its weights are the running average, if there is one.
+
+        If the statistics of its batch norms still depend on the first values, they are estimated again from
+        training batches. Under torchrun every process must then ask for it.
+        """
+        return self.last if self._average is None else self._with_statistics("average", self._average.module)
+
+    @property
+    def last(self) -> nn.Module:
+        """`result` with the weights of the last step."""
+        return self._with_statistics("last", self.trained)
+
+    def _with_statistics(self, kind: str, module: nn.Module) -> nn.Module:
+        if self._train is None or not self.steps:
+            return module
+        length = len(self._train)
+        batches = (self._epoch - 1) * length + self._batch
+        if settled(module, batches):
+            return module
+        known = self._estimated.get(kind)
+        if known is None or known[0] != batches:
+            # No training epoch has the number 0.
+            chosen = self._train.epoch(0, max(0, length - _ESTIMATED_FROM))
+            with autocast(self._device, self._dtype):
+                known = self._estimated[kind] = batches, estimated(module, chosen, self._world)
+        return known[1]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -98,6 +134,7 @@ class Trainer:
             "steps": self.steps,
             "history": self.history,
             "position": (self._epoch, self._batch),
+            "first": self._first,
             "sums": self._sums,
             "random": self._world.gather(random_state()),
         }
@@ -105,12 +142,33 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trained.load_state_dict(state["trained"])
         if self._average is not None:
-            self._average.load_state_dict(state["average"])
+            # Snapshots of older versions count the averaged steps.
+            self._average.load_state_dict(
+                {name: value for name, value in state["average"].items() if name != "n_averaged"}
+            )
         self._scaler.load_state_dict(state["scaler"])
         self.steps, self.history = state["steps"], list(state["history"])
         self._epoch, self._batch = state["position"]
+        self._first = state.get("first", 0)
         self._sums.copy_(state["sums"])
         self._pending = state
+
+    def extend(self) -> None:
+        """Begin a new schedule after the epochs of a finished run, with the optimizer's state.
+
+        Call it after `load_state_dict`.
+        """
+        assert self._pending is not None
+        self._first = len(self.history)
+        self._epoch, self._batch = self._first + 1, 0
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(self._pending["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            for name in ("initial_lr", "max_lr", "min_lr"):  # of the finished schedule
+                group.pop(name, None)
+            group["lr"] = rate
+        set_random_state(self._pending["random"][self._world.rank])
+        self._pending = None
 
     def run(
         self,
@@ -124,14 +182,18 @@ class Trainer:
     ) -> list[dict[str, float]]:
         """Run all remaining epochs, and return the numbers of every epoch.
 
-        `save` is called after each epoch and after every `save_every` steps.
+        `save` is called after each epoch and after every `save_every` steps. With `patience`, the run ends
+        after that many epochs without a better validation result.
 
         Raises:
             Interrupted: `check` raised it between two steps.
             TrainError: the loss of an epoch is not a finite number.
         """
         epochs, accumulate = self._optim.epochs, self._optim.accumulate
-        self._schedule = _schedule(self.optimizer, self._optim, epochs * -(-len(train) // accumulate))
+        self._train = train
+        self._schedule = _schedule(
+            self.optimizer, self._optim, (epochs - self._first) * -(-len(train) // accumulate)
+        )
         loss_of = self._step_function(train, report)
         if self._pending is not None:
             # The schedule must be made before this, because making it sets the rates of the first step.
@@ -145,7 +207,7 @@ class Trainer:
             save()  # a run that is killed in its first epoch can then resume too
         quiet = Report.silent() if report is None else report
         with quiet.bar("training", epochs * len(train), (self._epoch - 1) * len(train) + self._batch) as bar:
-            while self._epoch <= epochs:
+            while self._epoch <= epochs and not self._exhausted():
                 numbers = self._run_epoch(train, loss_of, log, bar, save, save_every)
                 if not math.isfinite(numbers["loss"]):
                     raise TrainError(
@@ -153,18 +215,33 @@ class Trainer:
                         f"--clip-grad or a smaller --lr than {self._optim.lr:g} may help"
                     )
                 if val is not None:
-                    logits, labels = evaluate(
-                        self.result, val, self._device, self._dtype, self._world, self._check
-                    )
-                    numbers["val_accuracy"] = (logits.argmax(1) == labels).float().mean().item()
+                    found = self._validated(val)
+                    numbers.update({f"val_{name}": value for name, value in found.items()})
                     if log is not None:
-                        log.numbers("val", self.steps, {"accuracy": numbers["val_accuracy"]})
+                        log.numbers("val", self.steps, found)
                 self.history.append({"epoch": self._epoch, **numbers})
-                quiet.epoch(self.history[-1], epochs)
+                quiet.epoch(self.history[-1], epochs, self._optim.guidance_weight)
                 self._epoch, self._batch = self._epoch + 1, 0
                 self._sums.zero_()
                 save()
+                if self._exhausted() and self._epoch <= epochs:
+                    logger.info(
+                        f"no better validation {self._optim.best_by} for {self._optim.patience} epochs: "
+                        f"stopped after epoch {len(self.history)} of {epochs}"
+                    )
         return self.history
+
+    def _exhausted(self) -> bool:
+        return exhausted(self.history[self._first :], self._optim.best_by, self._optim.patience)
+
+    def _validated(self, val: Batches) -> dict[str, float]:
+        """Cross entropy and accuracy of `result`. Beside an average stand those of the last weights."""
+        found = {}
+        for ending, module in {"": self.result, **({"_last": self.last} if self.averages else {})}.items():
+            logits, labels = evaluate(module, val, self._device, self._dtype, self._world, self._check)
+            found[f"loss{ending}"] = F.cross_entropy(logits, labels).item()
+            found[f"accuracy{ending}"] = (logits.argmax(1) == labels).float().mean().item()
+        return found
 
     def _run_epoch(
         self,
@@ -183,7 +260,7 @@ class Trainer:
         assert self._schedule is not None
         for inputs, labels in train.epoch(self._epoch, self._batch):
             if self._batch % accumulate == 0:  # between steps, never between the gradients of one step
-                self._check()
+                self._stop_if_asked()
             left_over = len(train) % accumulate
             share = left_over if self._batch >= len(train) - left_over else accumulate
             loss, numbers = loss_of(*self._mix(inputs, labels))
@@ -200,6 +277,9 @@ class Trainer:
             if unread == _READ_EVERY or last:
                 totals = torch.stack(self._world.gather(self._sums.cpu())).mean(0) / self._batch
                 means = dict(zip(_NUMBERS, totals.tolist(), strict=True))
+                means["cross_entropy"] = max(
+                    0.0, means["loss"] - self._optim.guidance_weight * means["guidance"]
+                )
                 now = time.monotonic()
                 speed = unread * len(labels) * self._world.size / (now - read_at)
                 if log is not None:
@@ -207,13 +287,28 @@ class Trainer:
                     log.numbers("train", self.steps, {**means, "lr": rate, "images_per_second": speed})
                 bar.advance(
                     unread,
-                    f"loss {means['loss']:.4g} guidance {means['guidance']:.4g}"
-                    f" accuracy {means['accuracy']:.3f} {speed:.0f} images/s",
+                    f"{parts_of_loss(means, self._optim.guidance_weight)}"
+                    f"  training accuracy {means['accuracy']:.3f}  {speed:.0f} images/s",
                     f"epoch {self._epoch}/{self._optim.epochs}",
                 )
                 unread, read_at = 0, now
         seconds = time.monotonic() - began
         return {**means, "images_per_second": images * self._world.size / seconds}
+
+    def _stop_if_asked(self) -> None:
+        """Raise `Interrupted` if `check` does so, in every process after the same step."""
+        if self._world.size == 1:
+            self._check()
+            return
+        if self.steps % _READ_EVERY:
+            return
+        try:
+            self._check()
+            asked = False
+        except Interrupted:
+            asked = True
+        if any(self._world.gather(asked)):
+            raise Interrupted
 
     def _step(self) -> None:
         assert self._schedule is not None
@@ -226,7 +321,7 @@ class Trainer:
         self._schedule.step()
         self.steps += 1
         if self._average is not None:
-            self._average.update_parameters(self.trained)
+            self._average.update(self.trained, self.steps)
 
     def _step_function(
         self, train: Batches, report: Report | None
@@ -281,12 +376,16 @@ def evaluate(
     world: World = ALONE,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) in float32 and labels (N,) of all batches, on the CPU, in every process."""
+    """Logits (N, K) in float32 and labels (N,) of all batches, on the CPU, in every process.
+
+    A single process calls `check` before each batch. Of several, none may leave the others behind.
+    """
     training = classifier.training
     classifier.eval()
     logits, labels = [], []
     for inputs, target in batches.epoch(0):
-        check()
+        if world.size == 1:
+            check()
         with autocast(device, dtype):
             logits.append(classifier(inputs).float().cpu())
         labels.append(target.cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from contextlib import suppress
 
@@ -13,7 +14,7 @@ from ggam_fast.training.data.batches import Batches, ImageBatches, MapBatches
 from ggam_fast.training.data.image_set import ImageFiles, ImageSet, eval_transform, train_transform, workers
 from ggam_fast.training.data.readers import read_images
 from ggam_fast.training.data.scan import readable
-from ggam_fast.training.errors import TrainError
+from ggam_fast.training.errors import TrainError, first_line
 from ggam_fast.training.model.backbones import Backbone, create_backbone
 from ggam_fast.training.model.classifier import GGAMClassifier, create_head
 from ggam_fast.training.model.feature_cache import MapFile, default_cache_dir, encoded
@@ -24,6 +25,7 @@ from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.distributed import ALONE, World
 from ggam_fast.training.system.files import locked
 from ggam_fast.training.system.interrupts import InterruptGuard
+from ggam_fast.training.use.open_run import open_run, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +55,14 @@ def check_images(images: ImageSet, backbone: Backbone, config: DataConfig) -> Im
 
 
 def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
-    """The backbone and head that `config` describes.
+    """The backbone and head that `config` describes, with random or pretrained weights.
 
     Raises:
         TrainError: the backbone or the head refuses an option.
     """
     backbone = create_backbone(
         config.backbone.backbone,
-        pretrained=config.backbone.pretrained,
+        pretrained=config.backbone.pretrained and config.run.init_from is None,
         image_size=config.data.image_size,
         resize=config.data.resize,
     )
@@ -68,6 +70,40 @@ def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
         return GGAMClassifier(backbone, create_head(backbone, num_classes, config.head))
     except (ValueError, TypeError) as error:
         raise TrainError(str(error)) from error
+
+
+def take_weights(model: GGAMClassifier, classes: tuple[str, ...], config: TrainConfig) -> str | None:
+    """Give `model` the weights of the run --init-from, and return the SHA-256 of their file.
+
+    The head keeps its own if its classes or options are others. Without --init-from nothing happens.
+
+    Raises:
+        TrainError: there is no such run, or its backbone is another one.
+    """
+    run = config.run.init_from
+    if run is None:
+        return None
+    checkpoint = open_run(run)
+    name = checkpoint.model.backbone.name
+    if name != model.backbone.name:
+        raise TrainError(
+            f"--init-from {run} has the backbone {name}, and --backbone is {model.backbone.name}"
+        )
+    try:
+        model.backbone.load_state_dict(checkpoint.model.backbone.state_dict())
+    except RuntimeError as error:
+        raise TrainError(
+            f"--init-from {run} has a backbone of another shape, for images of "
+            f"{checkpoint.model.backbone.image_size}: {first_line(error)}"
+        ) from error
+    same = checkpoint.classes == classes and checkpoint.description["head"] == config.head.keywords()
+    if same:
+        model.head.load_state_dict(checkpoint.model.head.state_dict())
+        logger.info(f"backbone and head start from {run}")
+    else:
+        other = "classes" if checkpoint.classes != classes else "head options"
+        logger.info(f"the backbone starts from {run}; the head starts anew, because {other} differ")
+    return hashlib.sha256(weights_file(run).read_bytes()).hexdigest()
 
 
 def image_batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,11 +16,12 @@ import torch
 from ggam_fast.training.config.config_file import config_text
 from ggam_fast.training.config.options import RunConfig, TrainConfig
 from ggam_fast.training.data.image_set import ImageSet
-from ggam_fast.training.errors import Interrupted
+from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.measure.classification import Metrics, classification_metrics
 from ggam_fast.training.model import model_file
 from ggam_fast.training.model.classifier import GGAMClassifier
-from ggam_fast.training.run.artifacts import GALLERY, METRICS, OPTIONS, RunArtifacts
+from ggam_fast.training.run.artifacts import CURVES, GALLERY, METRICS, OPTIONS, RunArtifacts
+from ggam_fast.training.run.history import best_epoch, best_text
 from ggam_fast.training.run.log import RunLog
 from ggam_fast.training.run.loop import Groups, Trainer, evaluate
 from ggam_fast.training.run.prepare import (
@@ -28,6 +30,7 @@ from ggam_fast.training.run.prepare import (
     image_batches,
     load_images,
     map_batches,
+    take_weights,
 )
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.show.gallery import draw_gallery
@@ -56,8 +59,8 @@ class Outcome:
 def train(config: TrainConfig, report: Report) -> Outcome:
     """Train as `config` says and write checkpoints, metrics, gallery, log and TensorBoard scalars.
 
-    The first Ctrl-C ends training after the current step and still saves a checkpoint. Under torchrun
-    every process calls this, but only the main process prints and writes.
+    The first Ctrl-C, or SIGTERM, ends training after the current step and still saves a snapshot and a
+    checkpoint. Under torchrun every process calls this, but only the main process prints and writes.
 
     Raises:
         TrainError: an option or the data are unfit, or a file cannot be written.
@@ -76,8 +79,14 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     dtype = precision(config.run.precision, device)
     images = load_images(config.data)
     images.log_notes(f"{images.name}: {images.summary()}")
+    if config.optim.patience and "val" not in images.splits:
+        raise TrainError(
+            f"--patience {config.optim.patience} needs a validation split; {images.name} has none"
+        )
     torch.manual_seed(config.optim.seed)
-    model = create_classifier(config, len(images.classes)).to(device)
+    model = create_classifier(config, len(images.classes))
+    taken = take_weights(model, images.classes, config)
+    model.to(device)
     backbone = model.backbone.to(memory_format=torch.channels_last)
     channels, (height, width) = backbone.num_features, backbone.feat_size
     logger.info(
@@ -100,7 +109,9 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             world=world,
             check=interrupt.check,
         )
-        artifacts = RunArtifacts(out, trainer, model, model_file.describe(model, images, config), world)
+        description = model_file.describe(model, images, config)
+        description["init_from"] = taken
+        artifacts = RunArtifacts(out, trainer, model, description, world)
         under_way = False
         try:
             batches = (
@@ -113,10 +124,12 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 logger.info(f"resumed after {trainer.steps} steps")
             elif world.is_main:
                 artifacts.clear()
-                places = {
-                    name: path and path.absolute()
-                    for name, path in (("root", config.data.root), ("split_by", config.data.split_by))
+                given = {
+                    "root": config.data.root,
+                    "split_by": config.data.split_by,
+                    "init_from": config.run.init_from,
                 }
+                places = {name: path and path.absolute() for name, path in given.items()}
                 options = {**config.values(), **places, "resume": None, "overwrite": None}
                 text = config_text(options)
                 write_atomically(out / OPTIONS, lambda part: part.write_text(text))
@@ -135,12 +148,22 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                     trainer.result, batches["test"], device, dtype, world, interrupt.check
                 )
                 metrics = classification_metrics(logits, labels)
+                last = None
+                if trainer.averages:
+                    last = classification_metrics(
+                        *evaluate(trainer.last, batches["test"], device, dtype, world, interrupt.check)
+                    )
                 path = artifacts.save_result()
+                artifacts.save_curves()
                 if log is None:
                     return Outcome(path, metrics, None)
                 report.table(metrics, images.classes, "test")
+                if last is not None:
+                    _compare(metrics, last, config.optim.ema)
+                logger.info(f"{best_text(epochs, config.optim.best_by)}: {model_file.BEST}")
                 seconds = time.monotonic() - started
-                write_metrics(out / METRICS, metrics, images, epochs, seconds, device)
+                best = best_epoch(epochs, config.optim.best_by) + 1
+                write_metrics(out / METRICS, metrics, last, images, epochs, best, seconds, device)
                 gallery = draw_gallery(out / GALLERY, artifacts.classifier(), images, "test", logits)
                 log.numbers(
                     "test", trainer.steps, {"accuracy": metrics.accuracy, "macro_f1": metrics.macro_f1}
@@ -150,36 +173,53 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             if not under_way:
                 logger.info("interrupted before the first step; nothing was changed")
                 return Outcome(None, None, None)
+            artifacts.save_snapshot()  # first, because a batch system may soon kill the process
             path = artifacts.save_result()
-            artifacts.save_snapshot()
+            artifacts.save_curves()
             logger.info(
                 f"interrupted after {trainer.steps} steps; checkpoint: {path}; "
                 f"ggam-fast train --resume {out} goes on"
             )
             return Outcome(path, None, None)
-        logger.info(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {METRICS}")
+        logger.info(f"{seconds:.0f} s; results in {out}: {path.name}, {gallery.name}, {CURVES}, {METRICS}")
         return Outcome(path, metrics, gallery)
 
 
 def write_metrics(
     path: Path,
     metrics: Metrics,
+    last: Metrics | None,
     images: ImageSet,
     epochs: list[dict[str, float]],
+    best: int,
     seconds: float,
     device: torch.device,
 ) -> None:
-    """Write the results of a run as JSON."""
+    """Write the results of a run as JSON.
+
+    `last`: those of the last weights, beside averaged ones. `best`: the best epoch, from 1 on.
+    """
     results = {
         "test": metrics.as_dict(),
+        **({} if last is None else {"test_last": last.as_dict()}),
         "classes": images.classes,
         "epochs": epochs,
+        "best_epoch": best,
         "seconds": round(seconds, 1),
         "device": device_name(device),
         "notes": images.notes,
         "versions": versions(),
     }
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+
+
+def _compare(averaged: Metrics, last: Metrics, decay: float) -> None:
+    text = f"test accuracy of the averaged weights {averaged.accuracy:.3f}, of the last {last.accuracy:.3f}"
+    # Two standard errors of the difference of two accuracies near 1 / 2, where they are largest.
+    if averaged.accuracy < last.accuracy - 2 * math.sqrt(0.5 / last.images):
+        logger.warning(f"{text}; the average is saved, and a lower --ema than {decay:g} may help")
+    else:
+        logger.info(text)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -57,6 +57,17 @@ class Bar:
             )
 
 
+def parts_of_loss(numbers: Mapping[str, float], guidance_weight: float) -> str:
+    """The training loss as the sum that it is: cross entropy + lambda * guidance."""
+    entropy, guidance = numbers["cross_entropy"], numbers["guidance"]
+    if not guidance_weight:
+        return f"loss: cross entropy {entropy:.4g}"
+    return (
+        f"loss {numbers['loss']:.4g} = cross entropy {entropy:.4g}"
+        f" + guidance {guidance_weight * guidance:.4g} ({guidance_weight:g} x {guidance:.4g})"
+    )
+
+
 class Report:
     """Prints tables and progress bars and, while it listens, the log of this package.
 
@@ -90,11 +101,16 @@ class Report:
     def note(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
-    def epoch(self, numbers: dict[str, float], epochs: int) -> None:
-        val = f"  val accuracy {numbers['val_accuracy']:.3f}" if "val_accuracy" in numbers else ""
+    def epoch(self, numbers: dict[str, float], epochs: int, guidance_weight: float) -> None:
+        val = ""
+        if "val_accuracy" in numbers:
+            val = f"  validation loss {numbers['val_loss']:.4g}  validation accuracy"
+            val += f" {numbers['val_accuracy']:.3f}"
+        if "val_accuracy_last" in numbers:
+            val += f" (averaged weights; last weights {numbers['val_accuracy_last']:.3f})"
         self.note(
-            f"epoch {numbers['epoch']}/{epochs}  loss {numbers['loss']:.4g}"
-            f"  guidance {numbers['guidance']:.4g}  accuracy {numbers['accuracy']:.3f}{val}"
+            f"epoch {numbers['epoch']}/{epochs}  {parts_of_loss(numbers, guidance_weight)}"
+            f"  training accuracy {numbers['accuracy']:.3f}{val}"
             f"  {numbers['images_per_second']:.0f} images/s"
         )
 

@@ -54,8 +54,8 @@ class EvaluateConfig:
     split: str = "test"
     """Split to evaluate."""
     weights: Literal["last", "best"] = "last"
-    """Classifier of the run. best has the best validation accuracy of all epochs. Without a validation
-    split, it has the least training loss."""
+    """Classifier of the run. best is that of the best epoch, as --best-by of the training chose
+    it."""
     out: Path | None = None
     """Folder for evaluation.json and evaluation.html. The default is the run's own folder."""
     faithfulness: int = 32

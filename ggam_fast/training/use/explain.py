@@ -45,8 +45,8 @@ class ExplainConfig:
     class_name: str | None = None
     """Class whose Grad-CAM is drawn for both runs. By default the class that --run predicts."""
     weights: Literal["last", "best"] = "last"
-    """Classifier of each run. best has the best validation accuracy of all epochs. Without a validation
-    split, it has the least training loss."""
+    """Classifier of each run. best is that of the best epoch, as --best-by of the training chose
+    it."""
     out: Path = Path("explained")
     """Folder of the figures. Each is named after its image, and older figures are replaced."""
     enlarge: bool = False

@@ -44,8 +44,8 @@ class ExportConfig:
     maps: bool = False
     """Output attention and Grad-CAM too, (N, h, w) each. Grad-CAM is that of the predicted class."""
     weights: Literal["last", "best"] = "last"
-    """Classifier of the run. best has the best validation accuracy of all epochs. Without a validation
-    split, it has the least training loss."""
+    """Classifier of the run. best is that of the best epoch, as --best-by of the training chose
+    it."""
     out: Path | None = None
     """Folder for the files. The default is the run's own folder. Older files are replaced."""
 

@@ -10,7 +10,7 @@ from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.data.readers import read_images
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.feature_cache import default_cache_dir
-from ggam_fast.training.model.model_file import BEST, Checkpoint, load_checkpoint
+from ggam_fast.training.model.model_file import BEST, WEIGHTS, Checkpoint, load_checkpoint
 
 
 def open_run(run: Path, weights: str = "last") -> Checkpoint:
@@ -22,6 +22,11 @@ def open_run(run: Path, weights: str = "last") -> Checkpoint:
     if weights == "best" and run.is_file():
         raise TrainError(f"--weights best needs the folder of a run; {run} is a file")
     return load_checkpoint(run / BEST if weights == "best" else run)
+
+
+def weights_file(run: Path, weights: str = "last") -> Path:
+    """The file that `open_run` opens."""
+    return run / (BEST if weights == "best" else WEIGHTS) if run.is_dir() else run
 
 
 def weights_name(run: Path, weights: str) -> str:

@@ -91,10 +91,26 @@ def test_options_of_another_run_are_refused(tiny_config, report, capsys):
     train(tiny_config, report)
     out = str(tiny_config.run.out)
     capsys.readouterr()
-    assert main(["train", "--resume", out, "--epochs", "9"]) == 2
+    assert main(["train", "--resume", out, "--epochs", "3"]) == 2
     assert "there --epochs is 4" in capsys.readouterr().err
     assert main(["train", "--resume", out + "-not"]) == 2
     assert "--resume must name the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("length", "words"), [(-30, "is cut off"), (0, "is empty"), (20, "is cut off")])
+def test_a_run_without_all_its_options_is_refused(tiny_config, report, capsys, length, words):
+    """The missing options would silently have their defaults."""
+    train(tiny_config, report)
+    path = tiny_config.run.out / OPTIONS
+    text = path.read_text()
+    path.write_text(text[:length])
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tiny_config.run.out)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    path.write_text(text)
+    assert main(["train", "--resume", str(tiny_config.run.out)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -37,27 +37,37 @@ def test_train_on_a_folder_end_to_end(run_command, photos, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.part"))
 
 
-def test_first_interrupt_leaves_a_checkpoint(command, environment, photos, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "options"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--finetune", "--workers", "1"))]
+)
+def test_first_interrupt_leaves_a_checkpoint(command, environment, photos, tmp_path, number, options):
+    """A terminal and a batch system send the signal to all processes of the run, and this one twice."""
     arguments = command(
         *("train", "--data", "folder", "--root", photos, *TINY, "--no-compile", "--out", "out"),
-        *("--epochs", "100000"),
+        *("--epochs", "100000", *options),
     )
     process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         for line in process.stdout:
             if line.startswith("epoch 2/"):
                 break
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert re.search(r"interrupted after \d+ steps; checkpoint: out/model\.safetensors", out)
+    steps = re.search(r"interrupted after (\d+) steps; checkpoint: out/model\.safetensors", out)
+    assert steps is not None
     assert load_checkpoint(tmp_path / "out").model(torch.zeros(1, 3, 64, 64)).isfinite().all()
     assert not (tmp_path / "out" / "metrics.json").exists()
+    assert (tmp_path / "out" / "snapshots" / f"step-{int(steps[1]):09d}.pt").exists()
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 def _break_image(photos: Path) -> None:

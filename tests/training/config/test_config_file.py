@@ -5,6 +5,7 @@ import pytest
 from ggam_fast.training.cli import main
 from ggam_fast.training.cli.commands import parse_train
 from ggam_fast.training.config.config_file import config_text, read_config_file
+from ggam_fast.training.config.options import TrainConfig
 from ggam_fast.training.errors import TrainError
 
 
@@ -12,6 +13,22 @@ def test_written_options_are_read_back(tmp_path):
     config = parse_train(["--recipe", "paper", "--preset", "paper", "--root", "here", "--lr", "1e-5"])
     (tmp_path / "options.yaml").write_text(config_text(config.values()))
     assert parse_train(["--config", str(tmp_path / "options.yaml")]) == config
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path):
+    path = tmp_path / "options.yaml"
+    known = TrainConfig().values()
+    text = config_text({**known, "epochs": 12, "seed": 34})
+    path.write_text(text)
+    whole = read_config_file(path, known)
+    for length in range(1, len(text) - 1):  # without the last line feed it is whole
+        path.write_text(text[:length])
+        with pytest.raises(TrainError, match="is cut off: it must end with the line"):
+            read_config_file(path, known)
+    path.write_text("epochs: 12\n")  # no file of ours
+    assert read_config_file(path, known) == {"epochs": 12}
+    path.write_text(text[:-1])
+    assert read_config_file(path, known) == whole
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,21 @@
 """Batches are a function of seed and epoch, and processes share them."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
 import pytest
 import torch
 
-from ggam_fast.training.data.batches import ImageBatches, MapBatches, Order, _Seeded
+from ggam_fast.training.data.batches import (
+    ImageBatches,
+    MapBatches,
+    Order,
+    _Seeded,
+    leave_interrupts_to_parent,
+)
 from ggam_fast.training.data.image_set import ImageFiles, eval_transform
 from ggam_fast.training.data.readers import folder
 from ggam_fast.training.errors import TrainError
@@ -125,3 +137,30 @@ def test_augmentation_is_that_of_seed_epoch_and_row():
     assert torch.get_rng_state().equal(before)
     assert drawn(0, 1, 2).equal(first)
     assert not any(drawn(*other).equal(first) for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)))
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGTERM from the parent"])
+def test_a_decoding_process_obeys_its_parent_alone(sent):
+    number = getattr(signal, sent.split()[0])
+    ready, worker_ready = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_decoding, args=(worker_ready,))
+    process.start()
+    try:
+        assert ready.recv() == "ready"
+        if sent.endswith("parent"):
+            os.kill(process.pid, number)
+            process.join(60)
+            assert process.exitcode == 0
+        else:
+            subprocess.run(["kill", f"-{number.value}", str(process.pid)], check=True)
+            process.join(0.5)
+            assert process.is_alive()
+    finally:
+        process.kill()
+
+
+def _decoding(pipe) -> None:
+    leave_interrupts_to_parent(0)
+    pipe.send("ready")
+    time.sleep(300)

@@ -91,6 +91,21 @@ def test_json_says_what_the_weights_file_carries(tmp_path):
     assert carried["optim"]["seed"] == 0
 
 
+@pytest.mark.parametrize("where", ["weights", "class name", "checksum"])
+def test_a_flipped_bit_is_noticed(tmp_path, where):
+    path = save(tmp_path, classifier(HeadConfig()), HeadConfig())
+    content = bytearray(path.read_bytes())
+    place = {
+        "weights": len(content) - 100,
+        "class name": content.index(b"classes") + 14,
+        "checksum": content.index(b"sha256") + 20,
+    }
+    content[place[where]] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TrainError, match=r"checkpoint \S+model\.safetensors is damaged: its bytes are not"):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, b"not safetensors"])
 def test_what_is_no_checkpoint_is_one_line(tmp_path, content):
     path = tmp_path / "model.safetensors"

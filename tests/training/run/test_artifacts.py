@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run import resume_state
@@ -53,6 +54,22 @@ def test_another_architecture_or_data_set_is_refused(tiny_config, report, photos
     os.rename(photos / "red", photos / "rouge")
     with pytest.raises(TrainError, match="another classes"):
         train(resumed, report)
+
+
+def test_another_number_of_processes_is_refused(tiny_config, report, monkeypatch):
+    """Other batches would follow, and a schedule of another length."""
+    train(tiny_config, report)
+    before = weights(tiny_config.run.out)
+    resumed = replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out))
+    path = max((tiny_config.run.out / resume_state.FOLDER).iterdir())
+    state = torch.load(path, weights_only=True)
+    state["fit"]["random"] *= 3
+    torch.save(state, path)
+    with pytest.raises(
+        TrainError, match=r"this run has 1 process and the stopped one had 3\. .*with torchrun --n"
+    ):
+        train(resumed, report)
+    assert same(weights(tiny_config.run.out), before)
 
 
 def test_images_that_changed_their_split_are_refused(tiny_config, report, photos):

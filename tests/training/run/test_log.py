@@ -26,9 +26,15 @@ def test_logs_of_a_run_that_was_stopped_are_those_of_one_that_was_not(tiny_confi
     steps = list(range(1, 25))
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in logged if record["part"] == "train"] == steps
+    weight = config.optim.guidance_weight
+    for record in logged:
+        if record["part"] == "train":
+            parts = record["cross_entropy"] + weight * record["guidance"]
+            assert record["loss"] == pytest.approx(parts, rel=1e-5)
+            assert record["cross_entropy"] > 0.5
     board = EventAccumulator(str(out / "tensorboard"))
     board.Reload()
-    for name in ("loss", "guidance", "accuracy", "lr", "images_per_second"):
+    for name in ("loss", "cross_entropy", "guidance", "accuracy", "lr", "images_per_second"):
         assert [point.step for point in board.Scalars(f"train/{name}")] == steps
     assert board.Scalars("test/accuracy")
     assert len(board.Images("gallery")) == 1

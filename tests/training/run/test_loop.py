@@ -1,16 +1,21 @@
 """Each option of the training loop does what its help says."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from timm.utils.model_ema import ModelEmaV3
 
+from ggam_fast.training import load_checkpoint
 from ggam_fast.training.config.options import OptimConfig
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.model.batch_statistics import settled
 from ggam_fast.training.run.loop import Trainer, _schedule
+from ggam_fast.training.run.prepare import image_batches, load_images
 from ggam_fast.training.run.train import train
-from tests.training.runs import numbers, said
+from tests.training.runs import numbers, said, with_
 
 
 def test_cosine_falls_from_the_highest_rate_to_nothing():
@@ -78,19 +83,63 @@ def test_average_is_the_running_one(maps):
             super()._step()
             states.append(copy.deepcopy(self.trained.state_dict()))
 
-    head = new_head(hidden_size=4)  # with batch norm, whose statistics are averaged too
-    optim = OptimConfig(epochs=1, ema=0.75)
+    head = new_head(hidden_size=4)  # with batch norm
+    optim = OptimConfig(epochs=4, ema=0.6)
     fit = Recorded(head, [{"params": list(head.parameters()), "lr": 0.1}], optim, 3, torch.device("cpu"))
     fit.run(maps(4), None)
-    # torch's first update copies.
-    for name, found in fit.result.state_dict().items():
-        if not found.is_floating_point():
-            continue
+    assert settled(head, 16)
+    weights, found = dict(head.named_parameters()), fit.result.state_dict()
+    for name, value in found.items():
         expected = states[0][name]
-        for state in states[1:]:
-            expected = 0.75 * expected + 0.25 * state[name]
-        torch.testing.assert_close(found, expected)
-    assert fit.result is not head
+        for step, state in enumerate(states[1:], 2):
+            # The decay warms up as 1 - step^(-2/3), so the first weights are soon forgotten.
+            decay = min(0.6, 1 - step ** (-2 / 3))
+            expected = decay * expected + (1 - decay) * state[name] if name in weights else state[name]
+        torch.testing.assert_close(value, expected)
+    assert fit.last is head
+    assert not all(value.equal(found[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optim": {"ema": 0.999}},
+        {"optim": {"ema": 0.999}, "backbone": {"finetune": True}},
+        {"backbone": {"finetune": True}},
+        {"head": {"attention_scale": "printed", "norm_eps": 1e-5}},
+    ],
+    ids=["average", "fine-tuned average", "fine-tuned", "printed scale"],
+)
+def test_short_run_saves_a_classifier_as_good_as_it_was_in_training(tiny_config, report, options):
+    """What is saved takes no first values along: neither weights nor statistics of batch norm."""
+    config = with_(tiny_config, lr=3e-3)
+    for part, values in options.items():
+        config = replace(config, **{part: replace(getattr(config, part), **values)})
+    assert train(config, report).metrics.accuracy == 1.0
+    model = load_checkpoint(config.run.out).model
+    images = load_images(config.data)
+    batches = image_batches(images, model, config, torch.device("cpu"))["test"]
+    inputs = torch.cat([some for some, _ in batches.epoch(0)])
+    with torch.no_grad():
+        tested = model(inputs).softmax(1).amax(1).mean()
+        model.head.train()
+        model.backbone.train(config.backbone.finetune)
+        trained = model(inputs).softmax(1).amax(1).mean()
+    assert tested.item() == pytest.approx(trained.item(), abs=0.1)
+
+
+def test_averaged_and_last_weights_are_compared(tiny_config, report, elsewhere, monkeypatch):
+    config = with_(tiny_config, lr=3e-3, ema=0.999)
+    train(config, report)
+    results = json.loads((config.run.out / "metrics.json").read_text())
+    assert results["test"]["accuracy"] == results["test_last"]["accuracy"] == 1.0
+    assert "test accuracy of the averaged weights 1.000, of the last 1.000" in said(report)
+    monkeypatch.setattr(ModelEmaV3, "update", lambda average, model, step: None)
+    config = elsewhere(config, "never")
+    train(config, report)
+    results = json.loads((config.run.out / "metrics.json").read_text())
+    assert results["test"]["accuracy"] < results["test_last"]["accuracy"] == 1.0
+    assert "a lower --ema than 0.999 may help" in said(report)
 
 
 def test_gradients_are_clipped(maps):

@@ -13,6 +13,44 @@ from ggam_fast.training.run.train import train
 from tests.training.runs import said
 
 
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_run_starts_from_the_weights_of_another(tiny_config, report, elsewhere, finetune):
+    config = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
+    train(config, report)
+    first = load_checkpoint(config.run.out).model.state_dict()
+    second = elsewhere(config, "second")
+    run = replace(second.run, init_from=config.run.out)
+    second = replace(second, run=run, optim=replace(second.optim, lr=0.0, backbone_lr=0.0, weight_decay=0.0))
+    train(second, report)
+    assert "backbone and head start from" in said(report)
+    found = load_checkpoint(run.out).model
+    assert all(value.equal(first[name]) for name, value in found.named_parameters())
+    # The frozen backbone is in no snapshot, so the run may go on only from the same weights.
+    train(replace(second, run=replace(run, resume=run.out)), report)
+    train(
+        replace(config, run=replace(config.run, overwrite=True), optim=replace(config.optim, seed=5)), report
+    )
+    with pytest.raises(TrainError, match="its snapshot has another init_from than this run"):
+        train(replace(second, run=replace(run, resume=run.out)), report)
+
+
+def test_another_head_starts_anew_and_another_backbone_is_refused(tiny_config, report, elsewhere, photos):
+    train(tiny_config, report)
+    first = load_checkpoint(tiny_config.run.out).model.state_dict()
+    second = elsewhere(tiny_config, "second")
+    second = replace(second, run=replace(second.run, init_from=tiny_config.run.out / "best.safetensors"))
+    train(replace(second, head=replace(second.head, hidden_size=8)), report)
+    assert "the head starts anew, because head options differ" in said(report)
+    found = load_checkpoint(second.run.out).model.backbone.state_dict()
+    assert all(value.equal(first[f"backbone.{name}"]) for name, value in found.items())
+    (photos / "red").rename(photos / "rouge")
+    train(replace(second, run=replace(second.run, overwrite=True)), report)
+    assert "the head starts anew, because classes differ" in said(report)
+    other = replace(second.backbone, backbone="test_efficientnet")
+    with pytest.raises(TrainError, match="has the backbone test_resnet, and --backbone is test_efficientnet"):
+        train(replace(second, backbone=other, run=replace(second.run, overwrite=True)), report)
+
+
 def test_crop_larger_than_the_resized_image(tiny_config, report):
     config = replace(tiny_config, data=replace(tiny_config.data, resize=32))
     with pytest.raises(TrainError, match="--resize"):

@@ -18,7 +18,7 @@ from ggam_fast.training.run.train import train
 from ggam_fast.training.system.interrupts import InterruptGuard
 from tests.training.conftest import TINY
 from tests.training.run.stopped import Stopped, full_disk, same, stop_after, weights
-from tests.training.runs import numbers
+from tests.training.runs import numbers, with_
 
 VARIANTS = {
     "frozen, averaged, mixed": {"optim": {"ema": 0.9, "mixup": 0.4}},
@@ -134,6 +134,7 @@ def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
     (out / "options.yaml").write_text("\n".join(kept) + "\n")
     for path in (out / resume_state.FOLDER).iterdir():
         state = torch.load(path, weights_only=True)
+        del state["run"]["optim"]["patience"], state["run"]["optim"]["best_by"]
         del state["run"]["head"]["attention_scale"], state["run"]["head"]["norm_eps"]
         del state["fit"]["trained"]["unit_mean"], state["fit"]["average"]["module.unit_mean"]
         torch.save(state, path)
@@ -141,6 +142,49 @@ def test_run_from_before_the_scale_and_eps_could_be_chosen_goes_on(
     ours, theirs = weights(out), weights(config.run.out)
     assert same(ours, theirs)
     assert not ours["head.unit_mean"]
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_a_finished_run_gets_more_epochs(tiny_config, report, elsewhere, monkeypatch, finetune):
+    """The schedule begins anew, and weights and the optimizer's state go on. A kill changes nothing."""
+    config = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
+    config = with_(config, ema=0.9, epochs=2)
+    stopped = elsewhere(config, "stopped")
+    for one in (config, stopped):
+        train(one, report)
+    before = weights(config.run.out)
+    longer = with_(replace(config, run=replace(config.run, resume=config.run.out)), epochs=5)
+    train(longer, report)
+    epochs = numbers(config.run.out)["epochs"]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4, 5]
+    assert "epochs: 5" in (config.run.out / "options.yaml").read_text().splitlines()
+    assert not same(weights(config.run.out), before)
+    records = [json.loads(line) for line in (config.run.out / "log.jsonl").read_text().splitlines()]
+    rates = [record["lr"] for record in records if record["part"] == "train"]
+    lr = config.optim.lr
+    assert rates[1] < 0.2 * lr  # it falls to nothing, rises again, and falls
+    assert max(rates[2:]) > 0.5 * lr
+    assert rates[-1] < 0.2 * lr
+    longer = with_(replace(stopped, run=replace(stopped.run, resume=stopped.run.out, save_every=1)), epochs=5)
+    with monkeypatch.context() as patch:
+        steps = 2 * (3 if finetune else 6)
+        stop_after(patch, steps + 4)
+        with pytest.raises(Stopped):
+            train(longer, report)
+    train(longer, report)
+    for file in ("model.safetensors", "best.safetensors"):
+        assert same(weights(stopped.run.out, file), weights(config.run.out, file))
+
+
+def test_a_run_that_is_not_finished_gets_no_more_epochs(tiny_config, report, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Stopped):
+            train(tiny_config, report)
+    longer = with_(replace(tiny_config, run=replace(tiny_config.run, resume=tiny_config.run.out)), epochs=5)
+    with pytest.raises(TrainError, match=r"--epochs 5 extends a finished run; \S+ has 1 of its 4 epochs"):
+        train(longer, report)
+    assert "epochs: 4" in (tiny_config.run.out / "options.yaml").read_text().splitlines()
 
 
 def test_killed_in_its_first_epoch(tiny_config, report, elsewhere, monkeypatch):

@@ -35,6 +35,7 @@ def test_run_learns_and_leaves_all_its_results(tiny_config, report):
     out = tiny_config.run.out
     names = {path.name for path in out.iterdir()}
     results = {"model.safetensors", "best.safetensors", "config.json", "metrics.json", "gallery.png"}
+    results |= {"curves.png"}
     assert names == results | {"options.yaml", "log.jsonl", "tensorboard", "snapshots"}
     assert any((out / "tensorboard").iterdir())
     epochs = numbers(out)["epochs"]
@@ -85,6 +86,9 @@ def test_validation_split_is_followed(tiny_config, report, photos):
     train(replace(tiny_config, data=data), report)
     epochs = numbers(tiny_config.run.out)["epochs"]
     assert all(0 <= epoch["val_accuracy"] <= 1 for epoch in epochs)
+    # Random guesses among three classes have a cross entropy of log 3 = 1.1.
+    assert 0.5 < epochs[0]["val_loss"] < 3
+    assert f"validation loss {epochs[-1]['val_loss']:.4g}  validation accuracy" in said(report)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,22 @@ def test_the_table_names_the_class_that_is_most_often_confused(report):
     assert "always the commonest class: 0.600" in said(report)
 
 
+def test_the_loss_is_shown_as_the_sum_that_it_is(report):
+    numbers = {"epoch": 1, "loss": 2.127, "cross_entropy": 0.04, "guidance": 2087.0, "accuracy": 0.9}
+    numbers |= {"images_per_second": 800.0}
+    report.epoch(numbers, 6, 1e-3)
+    report.epoch({**numbers, "loss": 0.04, "val_loss": 0.1, "val_accuracy": 0.8}, 6, 0.0)
+    report.epoch({**numbers, "val_loss": 0.1, "val_accuracy": 0.8, "val_accuracy_last": 0.7}, 6, 1e-3)
+    first, second, third = said(report).splitlines()
+    assert first == (
+        "epoch 1/6  loss 2.127 = cross entropy 0.04 + guidance 2.087 (0.001 x 2087)"
+        "  training accuracy 0.900  800 images/s"
+    )
+    assert "loss: cross entropy 0.04  training accuracy 0.900" in second
+    assert "validation loss 0.1  validation accuracy 0.800  800" in second
+    assert "validation accuracy 0.800 (averaged weights; last weights 0.700)" in third
+
+
 def test_a_silent_report_prints_nothing(capsys):
     report = console.Report.silent()
     report.note("anything")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -121,6 +122,27 @@ def test_what_differs_is_refused_and_the_old_files_stay(run, report, monkeypatch
     monkeypatch.setattr(exporting, "_torch", wrong)
     with pytest.raises(TrainError, match=r"logits differs from the eager model by 1.0e-03"):
         export_run(ExportConfig(run, "torch", True))
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert not list(run.rglob(".part-*"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_full_disk_is_one_line_and_the_old_files_stay(run, report, environment, kind):
+    export_run(ExportConfig(run, kind))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    script = (
+        "import resource, sys\n"
+        "from ggam_fast.training.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))\n"  # in bytes
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "export", run, "--format", kind],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    *_, line = done.stderr.splitlines()  # matplotlib may say before that it cannot write its cache
+    assert re.fullmatch(r"ggam-fast: cannot write \S+, \S+: File too large", line)
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     assert not list(run.rglob(".part-*"))
 

@@ -1,0 +1,68 @@
+"""The learning curves of a run: losses and accuracies after each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ggam_fast.training.show.figures import BLUE, GREEN, ORANGE, VERMILION, new_figure
+from ggam_fast.training.system.files import write_atomically
+
+# For each panel: names in the history, labels, colours and line styles.
+_LOSSES = (
+    ("cross_entropy", "training, cross entropy", BLUE, "-"),
+    ("guidance", "training, lambda x guidance", ORANGE, ":"),
+    ("val_loss", "validation, cross entropy", VERMILION, "-"),
+    ("val_loss_last", "validation, last weights", GREEN, "--"),
+)
+_ACCURACIES = (
+    ("accuracy", "training", BLUE, "-"),
+    ("val_accuracy", "validation", VERMILION, "-"),
+    ("val_accuracy_last", "validation, last weights", GREEN, "--"),
+)
+
+
+def draw_curves(
+    path: Path, history: Sequence[Mapping[str, float]], best: int, guidance_weight: float
+) -> Path:
+    """Draw the numbers of every epoch into a PNG file. A grey line marks the epoch with index `best`.
+
+    Raises:
+        TrainError: the file cannot be written.
+    """
+    figure = new_figure(10, 3.8)
+    losses, accuracies = figure.subplots(1, 2)
+    _panel(losses, history, _LOSSES, best, guidance_weight)
+    _panel(accuracies, history, _ACCURACIES, best, 1.0)
+    losses.set_ylabel("loss")
+    losses.set_ylim(bottom=0)
+    accuracies.set_ylabel("accuracy")
+    accuracies.set_ylim(0, 1.02)
+    write_atomically(path, lambda part: figure.savefig(part))
+    return path
+
+
+def _panel(
+    axes: Axes,
+    history: Sequence[Mapping[str, float]],
+    curves: Sequence[tuple[str, str, str, str]],
+    best: int,
+    guidance_weight: float,
+) -> None:
+    for name, label, colour, style in curves:
+        # Epochs of older versions lack some numbers.
+        points = [(epoch["epoch"], epoch[name]) for epoch in history if name in epoch]
+        if name == "guidance":
+            points = [(epoch, guidance_weight * value) for epoch, value in points] if guidance_weight else []
+        if points:
+            epochs, values = zip(*points, strict=True)
+            marker = "o" if len(history) < 30 else None
+            axes.plot(epochs, values, style, color=colour, label=label, marker=marker, markersize=4)
+    axes.axvline(history[best]["epoch"], color="0.7", linewidth=1, zorder=0, label="best epoch")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=9, frameon=False)

@@ -28,7 +28,7 @@ LAYERS = (
     ("differentiable", "backends.triton.sums", "classifier.rules"),
     ("backends.triton.flops",),
     ("backends.triton", "classifier.scores", "step"),
-    ("recorded",),
+    ("called", "recorded"),
     ("compiled", "losses"),
     ("functional", "head", "reference"),
     ("presets", "integrations"),

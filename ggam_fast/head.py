@@ -208,17 +208,16 @@ class GGAMHead(GGAMHeadBase):
         weight, smoothing = checks.loss_weights(guidance_weight, label_smoothing)
         self._check_request(target, pre_logits=False)
         shares = self.cam_detach and self.pool_type not in ("flatten", "") and torch.is_grad_enabled()
-        shares = shares and self._reads_mlp()
         if not shares or forward_mode():
-            out = self(features, target)
-            loss = GGAMLoss(weight, smoothing, self.ignore_index)(out, target)
-            return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
-        terms = self._loss_terms(weight, smoothing)
+            return self._drop_in_loss(features, target, weight, smoothing)
+        terms, given = self._loss_terms(weight, smoothing), features
         features = self._without_prefix(features)
         if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
             replayed = recorded.fused(self, features, target, terms, self._check)
             if replayed is not None:
                 return replayed
+        if not self._reads_mlp():
+            return self._drop_in_loss(given, target, weight, smoothing)
         x, spatial_shape, mlp, options, backend = self._inputs(features)
         target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
 
@@ -245,6 +244,14 @@ class GGAMHead(GGAMHeadBase):
 
         loss, out = step.fused_loss(x, mlp, options, backend, score, layers is not None, target, terms)
         return FusedLoss(loss, _with_map(out, spatial_shape))
+
+    def _drop_in_loss(
+        self, features: Tensor, target: Tensor, guidance_weight: float, label_smoothing: float
+    ) -> FusedLoss:
+        """The head and GGAMLoss one after the other."""
+        out = self(features, target)
+        loss = GGAMLoss(guidance_weight, label_smoothing, self.ignore_index)(out, target)
+        return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
 
     def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
         """Features as (N, C, L), their spatial shape, the channel MLP, the options, the resolved backend.

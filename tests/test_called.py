@@ -355,3 +355,12 @@ def test_a_layer_of_another_width_is_an_error() -> None:
     head.fc2 = nn.Sequential(nn.Linear(4, C + 1))  # type: ignore[assignment]
     with pytest.raises(ValueError, match=rf"fc2 must give \(N, {C}\); got"):
         head(features(torch.device("cpu"), torch.float32))
+
+
+def test_the_fused_loss_of_tokens_cuts_the_prefix_once(device: torch.device) -> None:
+    head, reference = pair(device=device, hidden_size=0, input_fmt="NLC", prefix_tokens=2)
+    wrap(head, reference, "lora")
+    tokens = torch.rand(4, 12, C, dtype=torch.float64, device=device)
+    target = hard_target(device, 4)
+    loss, _ = fused_ggam_loss(head, tokens, target, guidance_weight=0.3)
+    torch.testing.assert_close(loss, GGAMLoss(0.3)(reference(tokens, target), target))

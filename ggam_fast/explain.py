@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .base import GGAMHeadBase
-from .functional import cam
+from .functional import cam, unwrapped
 
 MAPS = ("cam", "spatial_attention")
 
@@ -128,7 +128,7 @@ def _network_and_head(model: Any) -> tuple[Any, Any]:
             break
         model = inner
     model = model._modules.get("_orig_mod", model) if isinstance(model, nn.Module) else model
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    head = unwrapped(model.get_classifier()) if hasattr(model, "get_classifier") else None
     if not isinstance(head, GGAMHeadBase) or not hasattr(model, "forward_features"):
         raise TypeError(
             "model must be one of create_model or replace_head, or have forward_features, and "

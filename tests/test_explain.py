@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import ggam_fast
 from ggam_fast import GGAMHead, explain
+from ggam_fast.functional import fused_ggam_loss
 from tests.parity import relative_error
 
 timm = pytest.importorskip("timm")
@@ -108,6 +109,29 @@ def test_models_of_replace_head_and_wrappers() -> None:
     for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
         again = explain(wrapped, images)  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
+def test_a_head_that_peft_trains() -> None:
+    """peft keeps the head beside a trained copy; the copy is what answers, and what is explained."""
+    peft = pytest.importorskip("peft")
+    model, images = build("test_vit")
+    before = explain(model, images)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"])
+    tuned = peft.get_peft_model(model, config).eval()
+    assert not isinstance(tuned.get_classifier(), GGAMHead)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    target = torch.tensor([0, 3, 6])
+    out, found = tuned(images, target), explain(tuned, images, target)
+    torch.testing.assert_close(found.logits, out.logits.detach())
+    torch.testing.assert_close(found.cam_weights, out.cam_weights)
+    loss, _ = fused_ggam_loss(tuned.get_classifier(), tuned.forward_features(images), target)
+    torch.testing.assert_close(loss, ggam_fast.GGAMLoss(0.1)(out, target))
+    with tuned.disable_adapter():
+        again = explain(tuned, images)
+    torch.testing.assert_close(again.logits, before.logits)
 
 
 def test_pictures() -> None:

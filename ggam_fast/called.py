@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .backends.registry import full_precision
 from .backends.torch import cam_weights
-from .classifier.layers import hooked, packed
+from .classifier.layers import packed
 from .classifier.rules import Scores
 from .classifier.scores import custom_scores
 from .closed_form import (
@@ -27,13 +27,6 @@ from .closed_form import (
     pull_back_to_channels,
 )
 from .differentiable import DifferentiableBackend
-
-
-def read_directly(layer: nn.Module) -> bool:
-    """Whether the layer is its weight and bias, and nothing else: x W^T + b."""
-    if type(layer).forward is not nn.Linear.forward or hooked(layer):
-        return False
-    return layer.bias is not None and not packed(layer)
 
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:

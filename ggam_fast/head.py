@@ -13,8 +13,8 @@ from .autograd import Anchored, forward_mode
 from .backends.registry import autocasts, full_precision
 from .backends.torch import TORCH
 from .base import GGAMHeadBase, GGAMOutput
-from .called import CalledBackend, CalledMLP, call, read_directly
-from .classifier.layers import hooked, known_layers, modules_of
+from .called import CalledBackend, CalledMLP, call
+from .classifier.layers import hooked, known_layers, modules_of, read_directly
 from .classifier.rules import LayerGradient, Scores, run, scores
 from .classifier.scores import custom_scores
 from .closed_form import ChannelMLP, Options
@@ -136,7 +136,7 @@ class GGAMHead(GGAMHeadBase):
         forward = forward_mode()
         second_order = target is not None and not self.cam_detach and (forward or torch.is_grad_enabled())
         called = None
-        if not self._reads_mlp():
+        if self._calls_mlp(mlp):
             mlp_modules = CalledMLP(self.fc1, self.fc2)
             called = CalledBackend(backend, mlp_modules, target is not None, not second_order)
         composed = second_order or forward or called is not None
@@ -216,9 +216,9 @@ class GGAMHead(GGAMHeadBase):
             replayed = recorded.fused(self, features, target, terms, self._check)
             if replayed is not None:
                 return replayed
-        if not self._reads_mlp():
-            return self._drop_in_loss(given, target, weight, smoothing)
         x, spatial_shape, mlp, options, backend = self._inputs(features)
+        if self._calls_mlp(mlp):
+            return self._drop_in_loss(given, target, weight, smoothing)
         target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
 
         layers = known_layers(self.classifier, self.drop)
@@ -262,21 +262,20 @@ class GGAMHead(GGAMHeadBase):
         self._check_positions(spatial_shape)
         options = Options(self.attention, self.spatial_norm, self.pool_type, self.attention_scale)
         backend = checks.backend(self.backend, x)
-        if not options.uses_channel or not self._reads_mlp():
+        if not options.uses_channel or not read_directly(self.fc1, self.fc2):
             return x, spatial_shape, ChannelMLP(None, None, None, None), options, backend
-        for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
+        fc1, fc2 = self.fc1, self.fc2
+        for name, layer in (("fc1", fc1), ("fc2", fc2)):
             if hasattr(layer.weight, "full_tensor"):
                 raise TypeError(
                     f"{name} must have a whole weight, because the head reads it directly; got a sharded "
                     f"{type(layer.weight).__name__}: shard the head or a module around it"
                 )
-        fc1, fc2 = self.fc1, self.fc2
         return x, spatial_shape, ChannelMLP(fc1.weight, fc1.bias, fc2.weight, fc2.bias), options, backend
 
-    def _reads_mlp(self) -> bool:
-        """Whether fc1 and fc2, if there are any, are a weight and a bias alone; else they are called."""
-        layers = (self._modules.get(name) for name in ("fc1", "fc2"))
-        return all(layer is None or read_directly(layer) for layer in layers)
+    def _calls_mlp(self, mlp: ChannelMLP) -> bool:
+        """Whether fc1 and fc2 are called, because there is more to them than weights and biases."""
+        return mlp.fc1_weight is None and self.attention in ("channel_spatial", "channel")
 
     def _compiles_whole(
         self,
@@ -293,7 +292,7 @@ class GGAMHead(GGAMHeadBase):
         return (
             type(self) is GGAMHead
             and self.cam_detach
-            and self._reads_mlp()
+            and not self._calls_mlp(mlp)
             and compiled.applies(x, mlp, options, layers, target)
         )
 

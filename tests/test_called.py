@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from ggam_fast import GGAMHead, GGAMLoss, recorded
-from ggam_fast.called import read_directly
+from ggam_fast.classifier.layers import read_directly
 from ggam_fast.functional import fused_ggam_loss, guidance_loss
 from tests.head.heads import POOLS
 from tests.parity import (

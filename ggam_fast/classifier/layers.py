@@ -39,6 +39,16 @@ def packed(module: nn.Module) -> bool:
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")
 
 
+def read_directly(*layers: nn.Module) -> bool:
+    """Whether each layer is its weight and bias and nothing else: x W^T + b."""
+    for layer in layers:
+        if type(layer).forward is not nn.Linear.forward or hooked(layer):
+            return False
+        if layer.bias is None or packed(layer):
+            return False
+    return True
+
+
 def known_layers(classifier: nn.Module, drop: nn.Dropout) -> list[Layer] | None:
     """The layers of `known_modules`, or None."""
     modules = known_modules(classifier, drop)

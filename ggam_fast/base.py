@@ -1,6 +1,9 @@
 """The base of the head and of its eager reference: constructor, parameters, state and timm's interface."""
 
-from collections.abc import Callable, Mapping
+import functools
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -30,8 +33,29 @@ class GGAMOutput(NamedTuple):
     """() L_GGAM, non-negative for "symmetric" """
 
 
+_from_fields = GGAMOutput.__new__
+
+
+@functools.wraps(_from_fields)
+def _from_fields_or_one_iterable(cls: Any, *values: Any, **fields: Any) -> GGAMOutput:
+    """A tuple is also made of one iterable, as transformers' Trainer rebuilds what a model returns."""
+    if len(values) == 1 and not fields and not isinstance(values[0], Tensor):
+        values = tuple(values[0])
+    return _from_fields(cls, *values, **fields)
+
+
+GGAMOutput.__new__ = _from_fields_or_one_iterable  # type: ignore[method-assign, assignment]
+
 # torch.export.save writes its name.
 torch.utils._pytree._register_namedtuple(GGAMOutput, serialized_type_name="ggam_fast.GGAMOutput")
+
+
+_OF_THE_LOGITS = ("attention", "spatial_norm", "pool_type")
+_OTHERS = (
+    "cam_at", "cam_class", "cam_detach", "cam_norm", "cam_temperature", "divergence", "guidance_reduction",
+    "ignore_index", "prefix_tokens",
+)  # fmt: skip
+_RAISE = (*_OF_THE_LOGITS, "act_layer")  # the first norm's eps may move with the scale: docs/options.md
 
 
 class GGAMHeadBase(nn.Module):
@@ -163,17 +187,74 @@ class GGAMHeadBase(nn.Module):
         self._attention_scale = checks.one_of("attention_scale", value, checks.ATTENTION_SCALE)
         self.unit_mean = torch.tensor(value == "unit_mean", device=self.unit_mean.device)
 
+    def _saved_options(self) -> dict[str, Any]:
+        """The options in the state dict."""
+        options = {name: getattr(self, name) for name in (*_OF_THE_LOGITS, *_OTHERS)}
+        if not self._custom_classifier and isinstance(self.classifier, nn.Sequential):
+            options["act_layer"] = type(self.classifier[3]).__name__
+            options["norm_eps"] = getattr(self.classifier[0], "eps", None)
+        return options
+
+    def get_extra_state(self) -> Tensor:
+        """The options as JSON in a uint8 tensor, because safetensors holds tensors alone."""
+        text = json.dumps(self._saved_options(), sort_keys=True).encode()
+        device = "cpu" if self.unit_mean.is_meta else self.unit_mean.device
+        return torch.tensor(list(text), dtype=torch.uint8, device=device)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Warn if a head of other options saved the weights. A strict `load_state_dict` raises too if its
+        logits would differ."""
+        differences = self._other_options(state)
+        if differences:
+            self._warn_of(differences.values())
+
+    def _other_options(self, state: Tensor) -> dict[str, str]:
+        """The options that are not the saved ones, and what each is and was."""
+        try:
+            saved = dict(json.loads(bytes(torch.as_tensor(state).round().to(torch.uint8).tolist())))
+        except (RuntimeError, TypeError, ValueError):
+            return {"": "the saved options cannot be read"}
+        own = self._saved_options()
+        differ = (name for name in own if name in saved and saved[name] != own[name])
+        return {name: f"{name}={own[name]!r}, saved with {saved[name]!r}" for name in differ}
+
+    def _warn_of(self, differences: Iterable[str]) -> None:
+        text = "; ".join(differences)
+        warnings.warn(
+            f"{type(self).__name__} has other options than its state dict: {text}. Build it with the saved "
+            "options for the saved results",
+            stacklevel=2,
+        )
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        name = f"{prefix}unit_mean"
+        name, options = f"{prefix}unit_mean", f"{prefix}_extra_state"
         parts = tuple(f"{prefix}{part}." for part in ("fc1", "fc2", "classifier"))
         own = any(key.startswith(parts) for key in state_dict)
         if name not in state_dict and own:
             state_dict[name] = torch.tensor(False, device=self.unit_mean.device)
-        super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
+        differences = self._other_options(state_dict.pop(options)) if options in state_dict else {}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if options in missing_keys:  # files from before the options were saved
+            missing_keys.remove(options)
         if name in state_dict and not state_dict[name].is_meta:
             self._attention_scale = "unit_mean" if bool(state_dict[name]) else "printed"
+        # Whether the load is strict is not known here: torch raises for unexpected keys if it is.
+        wrong = [differences[name] for name in _RAISE if name in differences]
+        if wrong:
+            unexpected_keys.append(f"{options} ({'; '.join(wrong)})")
+        if differences:
+            self._warn_of(differences.values())
 
     @property
     def pooled_features(self) -> int:
@@ -294,7 +375,8 @@ class GGAMHeadBase(nn.Module):
         }
         source = "se_module." if any(k.startswith("se_module.") for k in found) else "s_se_module."
         own = self.state_dict()
-        del own["unit_mean"]  # the authors' file has none, so it loads as "printed"
+        # The authors' file has neither, so it loads as "printed".
+        del own["unit_mean"], own["_extra_state"]
         converted: dict[str, Tensor] = {}
         for key, value in found.items():
             if key.startswith(source):

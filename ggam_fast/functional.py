@@ -6,7 +6,7 @@ and float64 on the torch backend. Small tensors are float32 (float64 for float64
 Bad input raises a ValueError or TypeError that names the argument, what came and what is expected.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -258,8 +258,8 @@ def fused_ggam_loss(
     `loss` is a scalar in float32 (float64 for float64 features). It can be scaled (GradScaler) and
     differentiated once. torch.func can neither differentiate nor vmap it. `out` carries no gradient.
 
-    `head` may be inside torch.compile or torch's CheckpointWrapper. The head itself then runs, not compiled:
-    compile the function that calls this.
+    `head` may be inside torch.compile, torch's CheckpointWrapper or peft's `modules_to_save`. The head itself
+    then runs, not compiled: compile the function that calls this.
 
     The head's own forward hooks do not run. Under DDP or FSDP call this inside the wrapped module's forward,
     and let FSDP shard a module around the head.
@@ -269,7 +269,7 @@ def fused_ggam_loss(
         ValueError: an input does not fit the head or GGAMLoss.
         RuntimeError: in a backward with create_graph=True.
     """
-    head, given = _unwrapped(head), head
+    head, given = unwrapped(head), head
     fused = getattr(head, "fused_loss", None)
     if not isinstance(head, GGAMHeadBase) or fused is None:
         inner = isinstance(getattr(head, "module", None), nn.Module)  # DDP, FSDP, DataParallel
@@ -283,17 +283,24 @@ def fused_ggam_loss(
     return fused(features, target, guidance_weight, label_smoothing)
 
 
-_INNER = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile, and of CheckpointWrapper
-
-
-def _unwrapped(head: nn.Module) -> nn.Module:
-    """The module inside wrappers that change no result."""
+def unwrapped(head: nn.Module) -> nn.Module:
+    """The module inside wrappers that change no result: torch.compile, CheckpointWrapper, peft's copies."""
     while isinstance(head, nn.Module):
-        inner = next((m for name, m in head._modules.items() if name in _INNER and m is not None), None)
+        inner = _inner(head)
         if inner is None:
             break
         head = inner
     return head
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    parts = module._modules
+    copies, original = parts.get("modules_to_save"), parts.get("original_module")
+    if isinstance(copies, nn.ModuleDict) and original is not None:  # peft trains copies of whole modules
+        wrapper: Any = module
+        active = [name for name in wrapper.active_adapters if name in copies]
+        return copies[active[0]] if active and not wrapper.disable_adapters else original
+    return next((parts[n] for n in ("_orig_mod", "_checkpoint_wrapped_module") if n in parts), None)
 
 
 def guidance_loss(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Proxy
 
 from . import checks, step
@@ -13,7 +13,8 @@ from .autograd import Anchored, forward_mode
 from .backends.registry import autocasts, full_precision, looked_into
 from .backends.torch import TORCH
 from .base import GGAMHeadBase, GGAMOutput
-from .classifier.layers import hooked, known_layers, modules_of
+from .called import CalledBackend, CalledMLP, call
+from .classifier.layers import hooked, known_layers, modules_of, read_directly
 from .classifier.rules import LayerGradient, Scores, run, scores
 from .classifier.scores import custom_scores
 from .closed_form import ChannelMLP, Options
@@ -138,7 +139,11 @@ class GGAMHead(GGAMHeadBase):
         x, spatial_shape, mlp, options, backend, layers, target, terms = inputs
         forward = forward_mode()
         second_order = target is not None and not self.cam_detach and (forward or torch.is_grad_enabled())
-        composed = second_order or forward
+        called = None
+        if self._calls_mlp(mlp):
+            mlp_modules = CalledMLP(self.fc1, self.fc2)
+            called = CalledBackend(backend, mlp_modules, target is not None, not second_order)
+        composed = second_order or forward or called is not None
 
         if not pre_logits and self._compiles_whole(x, mlp, options, layers, target, backend):
             assert compiled is not None
@@ -149,28 +154,35 @@ class GGAMHead(GGAMHeadBase):
             checks.scores(out.logits, x.shape[0], self.num_classes)
             return _with_map(out, spatial_shape)
 
-        if not (pre_logits or second_order) and self._runs_whole(inputs):
+        if not (pre_logits or second_order) and called is None and self._runs_whole(inputs):
             out = step.drop_in(inputs, self.num_classes)
             return out.logits if target is None else out
 
-        attended = step.ggam_attention(x, mlp, options, backend, differentiable=composed)
+        if forward and target is not None and (layers is None or self.pool_type == "" or called is not None):
+            what = "classifier" if called is None else "fc1 or fc2"
+            raise NotImplementedError(
+                f"a custom {what}'s Grad-CAM is autograd's and has no forward mode (torch.func.jvp): call "
+                "the head without target, or use reverse mode (torch.func.vjp, backward)"
+            )
+        if called is not None:
+            attended = called.attention(x, options)
+        else:
+            attended = step.ggam_attention(x, mlp, options, backend, differentiable=composed)
         stages = "torch" if forward else backend
         if target is None or terms is None:
             return self._classify(layers, attended.pooled, spatial_shape, pre_logits, stages)
-        if forward and (layers is None or self.pool_type == ""):
-            raise NotImplementedError(
-                "a custom classifier's Grad-CAM is autograd's and has no forward mode (torch.func.jvp): call "
-                "the head without target, or use reverse mode (torch.func.vjp, backward)"
-            )
         logits, pull_back = self._score(layers, attended.pooled, spatial_shape, not second_order, stages)
         checks.scores(logits, x.shape[0], self.num_classes)
         seed, share = TORCH.class_scores(logits, target, self.cam_class, self.ignore_index)
         (v,), _ = pull_back([seed])
         if composed:
             with full_precision(x):
-                beta = step.grad_cam_weights(
-                    x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
-                )
+                if called is not None:
+                    beta = called.grad_cam_weights(x, options, attended, v, self.cam_at)
+                else:
+                    beta = step.grad_cam_weights(
+                        x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
+                    )
                 log_s = torch.log_softmax(attended.channel_logits, -1)
                 norm = (self.cam_norm, self.cam_temperature, self.divergence)
                 s, per_image = log_s.exp(), kl_guidance(log_s, beta, *norm)
@@ -204,10 +216,8 @@ class GGAMHead(GGAMHeadBase):
         self._check_request(target, pre_logits=False)
         shares = self.cam_detach and self.pool_type not in ("flatten", "") and torch.is_grad_enabled()
         if not shares or forward_mode():
-            out = self(features, target)
-            loss = GGAMLoss(weight, smoothing, self.ignore_index)(out, target)
-            return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
-        terms = self._loss_terms(weight, smoothing)
+            return self._drop_in_loss(features, target, weight, smoothing)
+        terms, whole_features = self._loss_terms(weight, smoothing), features
         if self.prefix_tokens:
             features = self._without_prefix(features)
         if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
@@ -216,6 +226,8 @@ class GGAMHead(GGAMHeadBase):
                 return replayed
         x, spatial_shape, mlp, options, backend, layers, labels, _ = self._check(features, target)
         assert labels is not None
+        if self._calls_mlp(mlp):
+            return self._drop_in_loss(whole_features, target, weight, smoothing)
         if self._compiles_whole(x, mlp, options, layers, labels, backend):
             assert compiled is not None
             assert layers is not None
@@ -235,35 +247,37 @@ class GGAMHead(GGAMHeadBase):
         loss, out = step.fused_loss(x, mlp, options, backend, classifier, labels, terms, self.num_classes)
         return FusedLoss(loss, _with_map(out, spatial_shape))
 
+    def _drop_in_loss(
+        self, features: Tensor, target: Tensor, guidance_weight: float, label_smoothing: float
+    ) -> FusedLoss:
+        """The head and GGAMLoss one after the other."""
+        out = self(features, target)
+        loss = GGAMLoss(guidance_weight, label_smoothing, self.ignore_index)(out, target)
+        return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
+
     def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
-        """Features as (N, C, L), their spatial shape, the channel MLP, the options, the resolved backend."""
+        """Features as (N, C, L), their spatial shape, the channel MLP, the options, the resolved backend.
+
+        The channel MLP is empty if it is not used, or if its layers must be called.
+        """
         x, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
         self._check_positions(spatial_shape)
         options = Options(self.attention, self.spatial_norm, self.pool_type, self.attention_scale)
-        mlp = ChannelMLP(None, None, None, None)
-        if options.uses_channel:
-            parameters: list[Tensor] = []
-            for name, layer in (("fc1", self.fc1), ("fc2", self.fc2)):
-                own_forward = type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__
-                own = layer._parameters
-                by_hook = bool(layer._forward_pre_hooks) and not ("weight" in own and "bias" in own)
-                if own_forward or by_hook:
-                    other = "parameters that a hook computes (pruning)" if by_hook else "a forward of its own"
-                    raise TypeError(
-                        f"{name} must be a plain nn.Linear, because the head reads its weight and bias "
-                        f"directly; got {type(layer).__name__} with {other}"
-                    )
-                weight, bias = layer.weight, layer.bias
-                if bias is None:
-                    raise TypeError(f"{name} must have a bias; got {layer}")
-                if hasattr(weight, "full_tensor"):
-                    raise TypeError(
-                        f"{name} must have a whole weight, because the head reads it directly; got a sharded "
-                        f"{type(weight).__name__}: shard the head or a module around it"
-                    )
-                parameters += [weight, bias]
-            mlp = ChannelMLP(*parameters)
-        return x, spatial_shape, mlp, options, checks.backend(self.backend, x)
+        backend = checks.backend(self.backend, x)
+        if not options.uses_channel or not read_directly(self.fc1, self.fc2):
+            return x, spatial_shape, ChannelMLP(None, None, None, None), options, backend
+        fc1, fc2 = self.fc1, self.fc2
+        for name, layer in (("fc1", fc1), ("fc2", fc2)):
+            if hasattr(layer.weight, "full_tensor"):
+                raise TypeError(
+                    f"{name} must have a whole weight, because the head reads it directly; got a sharded "
+                    f"{type(layer.weight).__name__}: shard the head or a module around it"
+                )
+        return x, spatial_shape, ChannelMLP(fc1.weight, fc1.bias, fc2.weight, fc2.bias), options, backend
+
+    def _calls_mlp(self, mlp: ChannelMLP) -> bool:
+        """Whether fc1 and fc2 are called, because there is more to them than weights and biases."""
+        return mlp.fc1_weight is None and self.attention in ("channel_spatial", "channel")
 
     def _compiles_whole(
         self,
@@ -278,7 +292,10 @@ class GGAMHead(GGAMHeadBase):
         if not torch.compiler.is_compiling() or backend != "triton" or compiled is None:
             return False
         return (
-            type(self) is GGAMHead and self.cam_detach and compiled.applies(x, mlp, options, layers, target)
+            type(self) is GGAMHead
+            and self.cam_detach
+            and not self._calls_mlp(mlp)
+            and compiled.applies(x, mlp, options, layers, target)
         )
 
     def _runs_whole(self, inputs: Inputs) -> bool:
@@ -322,9 +339,9 @@ class GGAMHead(GGAMHeadBase):
                 classifier._modules = {str(i): m for i, m in enumerate((*body, self.drop, last))}
             return classifier(x)
         for layer in body:
-            x = layer(x)
+            x = call(layer, x)
         x = self.drop(x)
-        return x if pre_logits else last(x)
+        return x if pre_logits else call(last, x)
 
     def _score(
         self,

@@ -28,10 +28,11 @@ LAYERS = (
     ("differentiable", "backends.triton.sums", "classifier.rules"),
     ("backends.triton.flops",),
     ("backends.triton", "classifier.scores", "step"),
-    ("recorded",),
+    ("called", "recorded"),
     ("compiled", "losses"),
     ("functional", "head", "reference"),
-    ("presets", "integrations"),
+    ("explain", "integrations", "presets"),
+    ("blocks", "hub", "tasks"),
 )  # fmt: skip
 """Each module imports from the rows above its own alone."""
 
@@ -74,8 +75,8 @@ def own(names: Iterator[str]) -> set[str]:
 
 def test_public_names() -> None:
     assert ggam_fast.__all__ == [
-        "GGAMHead", "GGAMLoss", "GGAMLossParts", "GGAMOutput", "cam", "create_model", "functional", "presets",
-        "reference", "replace_head",
+        "Explanation", "GGAMHead", "GGAMLoss", "GGAMLossParts", "GGAMOutput", "cam", "create_model",
+        "explain", "functional", "guide_block", "presets", "reference", "replace_head",
     ]  # fmt: skip
     assert all(hasattr(ggam_fast, name) for name in ggam_fast.__all__)
     assert ggam_fast.cam is functional.cam
@@ -126,7 +127,7 @@ def test_autograd_nodes_know_their_signature() -> None:
     """torch looks it up at every call, which takes longer than a launch."""
     nodes = {
         x
-        for name in modules()
+        for name in modules().keys() - {"hub", "tasks"}  # which need other libraries
         if checks.TRITON_AVAILABLE or "triton" not in name
         for x in vars(importlib.import_module(f"ggam_fast.{name}")).values()
         if isinstance(x, type) and issubclass(x, torch.autograd.Function) and "forward" in vars(x)
@@ -167,7 +168,7 @@ def run(code: str, **environment: str) -> str:
 def test_works_without_triton_timm_and_torchvision() -> None:
     code = """
 import sys
-for name in ("triton", "timm", "torchvision", "ggam_fast.training"):
+for name in ("triton", "timm", "torchvision", "huggingface_hub", "ggam_fast.training"):
     sys.modules[name] = None
 import torch, ggam_fast
 head = ggam_fast.GGAMHead(32, 5)
@@ -178,6 +179,11 @@ try:
     ggam_fast.create_model("resnet18", 5)
 except ImportError as error:
     print(error)
+for name in ("GGAMTask", "HubModel"):
+    try:
+        getattr(ggam_fast, name)
+    except ImportError as error:
+        print(error)
 try:
     ggam_fast.GGAMHead(32, 5, backend="triton")(torch.rand(4, 32, 3, 3))
 except RuntimeError as error:
@@ -186,6 +192,8 @@ except RuntimeError as error:
     printed = run(code)
     assert 'backend="triton" needs the package triton' in printed
     assert "create_model needs timm: pip install timm" in printed
+    assert "GGAMTask needs a timm that has timm.task: pip install -U timm" in printed
+    assert "HubModel needs huggingface_hub: pip install huggingface_hub" in printed
 
 
 @pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
@@ -196,7 +204,8 @@ def test_kernels_are_an_attribute_of_the_package() -> None:
 def test_import_is_light() -> None:
     """Neither the training extras nor the compiler are imported with the library."""
     loaded = set(run("import ggam_fast, sys; print(*sys.modules)").split())
-    assert not loaded & {"timm", "torchvision", "matplotlib", "captum", "torch._inductor.compile_fx"}
+    heavy = {"timm", "torchvision", "huggingface_hub", "matplotlib", "captum", "torch._inductor.compile_fx"}
+    assert not loaded & heavy
 
 
 # Environment variables

@@ -386,13 +386,6 @@ def test_functional(call: Callable[[], Any], error: type[Exception], message: st
         call()
 
 
-def test_wrapped_channel_layer() -> None:
-    head = GGAMHead(32, 3, hidden_size=4)
-    head.fc1 = nn.Sequential(head.fc1)  # type: ignore[assignment]
-    with pytest.raises(TypeError, match="got Sequential with a forward of its own"):
-        head(torch.rand(2, 32, 3, 3))
-
-
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_tensors_of_another_device(backend: str) -> None:
     """A kernel would take their addresses."""

@@ -17,6 +17,7 @@ RUNS = {  # what is typed: the libraries it needs beyond torch
     "torchvision_backbones.py --network vgg16 --images 24 --batch-size 8 --epochs 4": ["torchvision"],
     "lightning_module.py": ["pytorch_lightning"],
     "hf_trainer.py": ["transformers", "accelerate"],
+    "hf_model.py": ["transformers", "accelerate"],
     "own_classifier.py --on vector": [],
     "own_classifier.py --on map": [],
 }
@@ -43,9 +44,11 @@ def losses(printed: str) -> list[float]:
 def test_the_loss_falls(command: str, tmp_path: Path) -> None:
     for name in RUNS[command]:
         pytest.importorskip(name)
-    found = losses(run(command, tmp_path))
+    printed = run(command, tmp_path)
+    found = losses(printed)
     assert len(found) >= 3
     assert found[-1] < found[0]
+    assert "loaded again: True" in printed or command != "hf_model.py"
 
 
 def test_every_example_is_run() -> None:

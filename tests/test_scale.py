@@ -53,6 +53,7 @@ def migrated(printed: GGAMHeadBase, kappa: int, **options: Any) -> GGAMHeadBase:
     """The head at a plain head's scale that does what the printed one does: its first norm's eps is given."""
     head = type(printed)(C, K, rd_channels=6, hidden_size=10, **options).to(next(printed.parameters()))
     state = printed.state_dict()
+    del state["_extra_state"]  # norm_eps differs
     state["unit_mean"] = torch.ones_like(state["unit_mean"])
     state["classifier.0.running_mean"] = state["classifier.0.running_mean"] * kappa
     state["classifier.0.running_var"] = state["classifier.0.running_var"] * kappa**2

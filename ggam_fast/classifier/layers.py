@@ -22,7 +22,7 @@ def known_modules(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | 
     """The layers in order, with dropout before the last one, or None if one is not known."""
     *body, last = modules_of(classifier)
     modules = [*body, drop, last]
-    known = all(type(m) in _READERS and not hooked(m) for m in modules)
+    known = all(type(m) in _READERS and not hooked(m) and not packed(m) for m in modules)
     return modules if known and not hooked(classifier) else None
 
 
@@ -31,6 +31,22 @@ def hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks,
              module._backward_hooks, module._backward_pre_hooks)  # fmt: skip
     return any(hooks) or "forward" in vars(module)
+
+
+def packed(module: nn.Module) -> bool:
+    """Whether the weight is a tensor subclass with rules of its own, such as torchao's quantized ones."""
+    weight = getattr(module, "weight", None)
+    return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")
+
+
+def read_directly(*layers: nn.Module) -> bool:
+    """Whether each layer is its weight and bias and nothing else: x W^T + b."""
+    for layer in layers:
+        if type(layer).forward is not nn.Linear.forward or hooked(layer):
+            return False
+        if layer.bias is None or packed(layer):
+            return False
+    return True
 
 
 def known_layers(classifier: nn.Module, drop: nn.Dropout) -> list[Layer] | None:

@@ -12,22 +12,25 @@ from torch import Tensor
 
 from .rules import LayerGradient, Scores
 
-_IN_PLACE = (
-    "classifier must not change its input in place, because Grad-CAM takes the gradient there: "
-    "give its first layer inplace=False"
-)
+_NO_DERIVATIVE = ("is not implemented", "not have been used in the graph", "does not require grad")
 
 
-def custom_scores(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
+def custom_scores(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool, name: str = "classifier"
+) -> Scores:
     """`scores_by_autograd`, with a graph break in torch.compile unless it may trace autograd."""
     if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.trace_autograd_ops:
-        reason = "a custom classifier's Grad-CAM compiles with torch._dynamo.config.trace_autograd_ops = True"
-        return torch._dynamo.disable(scores_by_autograd, reason=reason)(classifier, x, detach)
-    return scores_by_autograd(classifier, x, detach)
+        reason = (
+            f"Grad-CAM through a custom {name} compiles with torch._dynamo.config.trace_autograd_ops = True"
+        )
+        return torch._dynamo.disable(scores_by_autograd, reason=reason)(classifier, x, detach, name)
+    return scores_by_autograd(classifier, x, detach, name)
 
 
-def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool) -> Scores:
-    """Scores and v of any module, whose forward runs once.
+def scores_by_autograd(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, detach: bool, name: str = "classifier"
+) -> Scores:
+    """Scores and v of any module, whose forward runs once.  Errors call it by `name`.
 
     Autograd computes v.  It also computes the parameters' gradients, so the pullback returns none.
     Raises ValueError if the module changes its input in place, because v would then be a wrong gradient.
@@ -36,9 +39,14 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
     # is_exporting() is also True in every compilation by Dynamo (torch 2.11).
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
-            "torch.export cannot trace the class-score gradient of a custom classifier: export the head "
+            f"torch.export cannot trace the class-score gradient of a custom {name}: export the head "
             "without target, or with a classifier of Linear, BatchNorm1d, ELU, ReLU and Dropout layers"
+            + (" and plain Linear layers as fc1 and fc2" if name != "classifier" else "")
         )
+    in_place = (
+        f"{name} must not change its input in place, because Grad-CAM takes the gradient there: "
+        "give its first layer inplace=False"
+    )
     needs_graph = torch.is_grad_enabled()
     eager = not torch.compiler.is_compiling()
     inference = eager and torch.is_inference_mode_enabled()
@@ -55,22 +63,30 @@ def scores_by_autograd(classifier: Callable[[Tensor], Tensor], x: Tensor, detach
             logits = classifier(x)
         except RuntimeError as error:
             if x.is_leaf and "leaf Variable that requires grad" in str(error):
-                raise ValueError(_IN_PLACE) from error
+                raise ValueError(in_place) from error
             raise
         if eager and x._version != version:
-            raise ValueError(_IN_PLACE)
+            raise ValueError(in_place)
 
     def pull_one(seed: Tensor) -> Tensor:
         # The module may compute in float16, in which the cross entropy's small gradients would be zero.
         scale = power_of_two(seed.detach())
         with graph_allowed(), torch.enable_grad():
-            (v,) = torch.autograd.grad(
-                logits,
-                x,
-                (seed / scale).to(logits.dtype),
-                retain_graph=needs_graph,
-                create_graph=needs_graph and not detach,
-            )
+            try:
+                (v,) = torch.autograd.grad(
+                    logits,
+                    x,
+                    (seed / scale).to(logits.dtype),
+                    retain_graph=needs_graph,
+                    create_graph=needs_graph and not detach,
+                )
+            except RuntimeError as error:
+                if not any(hint in str(error) for hint in _NO_DERIVATIVE):
+                    raise
+                raise RuntimeError(
+                    f"{name} has no derivative, which Grad-CAM needs (a quantized layer often has none): "
+                    "call the head without target"
+                ) from error
         return scale * (v.detach() if detach else v)
 
     def pull_back(seeds: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import ggam_fast.head
@@ -224,38 +223,6 @@ def test_a_hook_on_the_classifier_leaves_dropout_where_it_was(device: torch.devi
     assert_close(results(), expected)
     assert seen == [1]
     assert len(head.classifier) == 5
-
-
-def test_a_channel_mlp_that_would_have_to_be_called_is_refused(device: torch.device) -> None:
-    """Its weights are read: what hooks or another forward do would be lost, silently."""
-
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    class Quantised(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.packed, self.bias = nn.Parameter(torch.ones(4, C)), nn.Parameter(torch.ones(4))
-
-    replaced, quantised = (GGAMHead(C, K, rd_channels=4, device=device) for _ in range(2))
-    replaced.fc2 = Doubled(4, C, device=device)
-    quantised.fc1 = Quantised().to(device)
-    x = features(device, torch.float32)
-    for parameter in ("weight", "bias"):
-        pruned = GGAMHead(C, K, rd_channels=4, device=device)
-        prune.random_unstructured(pruned.fc1, parameter, 0.5)
-        with pytest.raises(
-            TypeError, match=r"fc1 must be a plain nn.Linear.*Linear with parameters that a hook"
-        ):
-            pruned(x)
-    with pytest.raises(TypeError, match=r"fc1 must be.*got Quantised with a forward of its own"):
-        quantised(x)
-    with pytest.raises(TypeError, match=r"fc2 must be.*got Doubled with a forward of its own"):
-        replaced(x)
-    watched = GGAMHead(C, K, rd_channels=4, device=device)
-    watched.fc1.register_forward_pre_hook(lambda *_: None)
-    assert watched(x).shape == (x.shape[0], K)
 
 
 def test_frozen_features_train_the_parameters(device: torch.device) -> None:

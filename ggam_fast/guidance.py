@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLAT = 8
+"""How many roundings apart values may be and count as equal."""
+
 
 def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tensor:
     """log b~ (N, C) from beta (N, C)."""
@@ -30,14 +33,17 @@ def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tens
 
 
 def _zscore(beta: Tensor) -> Tensor:
-    """(beta - mean) / population standard deviation over channels; 0 where all are equal.
+    """(beta - mean) / population standard deviation over channels; 0 where all are equal but for roundings.
+
+    Values count as equal if they differ by at most 8 roundings of the largest.  Otherwise the z-score would
+    turn the rounding of equal numbers into a target.
 
     beta can be 1e-7 or far smaller, so it is scaled to 1 before it is squared. The z-score does not
     depend on that scale, so no gradient goes through the scale.
     """
     # Compare the values themselves: the mean of equal values may round to another number.
     low, high = torch.aminmax(beta.detach(), dim=-1, keepdim=True)
-    flat = low == high
+    flat = high - low <= FLAT * torch.finfo(beta.dtype).eps * torch.maximum(high.abs(), low.abs())
     centred = (beta - beta.mean(-1, keepdim=True)).masked_fill(flat, 0.0)
     largest = centred.detach().abs().amax(-1, keepdim=True)
     unit = centred / largest.masked_fill(flat, 1.0)

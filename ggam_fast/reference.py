@@ -11,6 +11,7 @@ from torch.fx import Proxy
 
 from . import checks
 from .base import GGAMHeadBase, GGAMOutput
+from .guidance import FLAT
 
 
 class GGAMHeadReference(GGAMHeadBase):
@@ -102,7 +103,9 @@ class GGAMHeadReference(GGAMHeadBase):
     def guidance(self, log_s: Tensor, beta: Tensor) -> Tensor:
         """L_GGAM of log S and beta, both (N, C)."""
         if self.cam_norm in ("standardized", "standardized_softmax"):
-            flat = (beta == beta[:, :1]).all(1, keepdim=True)
+            low, high = beta.detach().amin(1, keepdim=True), beta.detach().amax(1, keepdim=True)
+            roundings = FLAT * torch.finfo(beta.dtype).eps
+            flat = high - low <= roundings * torch.maximum(low.abs(), high.abs())
             centred = torch.where(flat, 0, beta - beta.mean(1, keepdim=True))
             variance = centred.square().mean(1, keepdim=True)
             beta = centred / torch.where(flat, 1, variance).sqrt()

@@ -20,12 +20,12 @@ import triton.language as tl
 
 from .arrival import is_last, row_sum
 
-# The two bits of CAM_NORM; 0 is a sigmoid of beta itself.
-SOFTMAX_CAM = tl.constexpr(1)
-STANDARDIZED_CAM = tl.constexpr(2)
 SYMMETRIC = tl.constexpr(0)
 FORWARD = tl.constexpr(1)
 REVERSE = tl.constexpr(2)
+
+
+FLAT = tl.constexpr(8 * 2.0**-23)
 
 
 @triton.jit
@@ -47,14 +47,14 @@ def _log_softmax(x, mask):
 
 @triton.jit
 def _standardized(beta, mask, C: tl.constexpr):
-    """beta with mean 0 and deviation 1 over channels, or 0 if all values are equal.
+    """beta with mean 0 and deviation 1 over channels, or 0 if all values are equal but for 8 roundings.
 
     Values are compared directly, because the mean of equal values may round.  beta can be far below 1e-7, so
     it is scaled before it is squared.
     """
     high = tl.max(tl.where(mask, beta, -float("inf")), axis=0)
     low = tl.min(tl.where(mask, beta, float("inf")), axis=0)
-    flat = low == high
+    flat = high - low <= tl.maximum(tl.abs(high), tl.abs(low)) * FLAT
     centred = tl.where(mask, beta - tl.sum(beta, axis=0) / C, 0.0)
     centred = tl.where(flat, 0.0, centred)
     largest = tl.max(tl.abs(centred), axis=0)
@@ -84,7 +84,8 @@ def guidance_kernel(
     total_ptr,  # () float32
     C: tl.constexpr,
     L: tl.constexpr,
-    CAM_NORM: tl.constexpr,
+    STANDARDIZED: tl.constexpr,  # z-scores of beta over channels
+    SOFTMAX: tl.constexpr,  # a softmax, not a sigmoid
     DIVERGENCE: tl.constexpr,
     MEAN: tl.constexpr,  # the mean over images, not the sum; used only with share
     BLOCK_C: tl.constexpr,
@@ -120,10 +121,10 @@ def guidance_kernel(
     tl.store(channel_ptr + row, s, mask=mask)
 
     z = beta
-    if CAM_NORM & STANDARDIZED_CAM:
+    if STANDARDIZED:
         z = _standardized(z, mask, C)
     z /= temperature
-    if CAM_NORM & SOFTMAX_CAM:
+    if SOFTMAX:
         log_q = _log_softmax(z, mask)
         q = tl.exp(log_q)
     else:

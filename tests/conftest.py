@@ -62,5 +62,7 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("fuzz") and "fuzz" not in item.config.option.markexpr:
+        pytest.skip("runs with -m fuzz")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

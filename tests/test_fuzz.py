@@ -1,22 +1,26 @@
 """Random heads on random features against the float64 reference, on both backends.
 
-    pytest tests/test_fuzz.py            300 examples
-    pytest tests/test_fuzz.py -m fuzz    50,000; --hypothesis-seed=N repeats a run, FUZZ_EXAMPLES=N changes the number
+    pytest tests/test_fuzz.py            300 examples, the same in every run
+    pytest tests/test_fuzz.py -m fuzz    50,000 others; FUZZ_EXAMPLES=N changes the number, and
+                                         --hypothesis-seed=N repeats a run
 
-Each example draws shapes, memory layout, type, magnitude and pattern of the features, all options, the form of the
-step, train or eval, and whether steps are recorded.  A classifier with batch norm trains on four images or more: of two,
-each output is +1 or -1 and the exact gradient is zero.
+Each example draws shapes, memory layout, type, magnitude and pattern of the features, all options, the
+form of the step, train or eval, and whether steps are recorded. A classifier with batch norm trains on
+four images or more: of two, each output is +1 or -1 and the exact gradient is zero.
 
-The tolerance follows from the example's conditioning.  A float32 computation that is backward stable returns the exact
-result of inputs that differ by a few roundings.  So the reference runs again in float64 with every input and parameter
-changed by up to one rounding of float32.  A result may differ by 200 times as much, or by 10 times the error of the
-reference in float32, plus 1e-5 of its norm for the roundings of its own sums.  Not compared, only held to be finite:
+The tolerance follows from the example's conditioning. A float32 computation that is backward stable
+returns the exact result of inputs that differ by a few roundings. So the reference runs again in float64,
+with every input and parameter changed by up to one rounding of float32. A result may differ by 200 times
+as much, or by 10 times the error of the reference in float32, plus 1e-5 of its norm for the roundings of
+its own sums. Some examples are not compared:
 
-* features of 1e5 and more (with `cam_detach=False` not even finite).  Their S and T are one-hot, so gradients are differences of equal numbers, and batch norm of
-  equal rows amplifies their rounding.
-* examples whose reference overflows in the types of the results;
-* float16 with `cam_detach=False`: autograd adds dA from several nodes in float16, and one of them may overflow;
-* `spatial_norm="sum"` with `cam_detach=False`: second derivatives divide by the square of a sum that may underflow.
+* Features of 1e5 and more are held to finite results alone, with `cam_detach=False` not even to those.
+  Their S and T are one-hot, so gradients are differences of equal numbers, and batch norm of equal rows
+  amplifies their rounding.
+* The reference may overflow in the types of the results.
+* In float16 with `cam_detach=False` autograd adds dA from several nodes in float16, and one may overflow.
+* With `spatial_norm="sum"` and `cam_detach=False` second derivatives divide by the square of a sum that
+  may underflow.
 """
 
 import copy
@@ -138,11 +142,9 @@ def judge(case: Case, backend: str) -> bool:
     if backend == "triton" and x.dtype == torch.float64:
         x = x.float()
     small = torch.float64 if x.dtype == torch.float64 else torch.float32
-    arguments = {"pool_type": case["pool_type"], **options}
-    head = GGAMHead(case["c"], case["k"], backend=backend, rd_channels=min(3, case["c"]), **arguments).to(
-        small
-    )
-    exact = GGAMHeadReference(case["c"], case["k"], rd_channels=min(3, case["c"]), **arguments).double()
+    arguments = {"pool_type": case["pool_type"], "rd_channels": min(3, case["c"]), **options}
+    head = GGAMHead(case["c"], case["k"], backend=backend, **arguments).to(small)
+    exact = GGAMHeadReference(case["c"], case["k"], **arguments).double()
     training = case["training"] and (case["n"] > 3 or not options["hidden_size"])
     with torch.no_grad():
         for p in head.parameters():

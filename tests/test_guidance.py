@@ -74,3 +74,15 @@ def test_two_distributions_are_commensurate(device: torch.device) -> None:
 def test_a_target_for_channels_needs_channel_attention(attention: str) -> None:
     with pytest.raises(ValueError, match='cam_norm="standardized_softmax" is a target for channel attention'):
         GGAMHead(8, 3, attention=attention, cam_norm="standardized_softmax")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_but_for_roundings_is_flat(dtype: torch.dtype, device: torch.device) -> None:
+    """Up to 8 roundings count as equal; a spread of more is standardized."""
+    eps = torch.finfo(dtype).eps
+    beta = torch.full((2, 30), 1e-3, dtype=dtype, device=device)
+    beta[:, 0] *= 1 + 4 * eps
+    flat = log_cam_norm(beta, "standardized_softmax", 1.0)
+    torch.testing.assert_close(flat, torch.full_like(flat, -math.log(30)))
+    beta[:, 0] *= 1 + 100 * eps
+    assert log_cam_norm(beta, "standardized_softmax", 1.0)[0, 0] > -1.0

@@ -27,7 +27,8 @@ def launch(
     guidance.guidance_kernel[(n,)](
         e, first, None, None, None, ds, *rows[:4], scale, 1.0, share, counter, ce,
         rows[4] if sums else None, rows[5] if ce is not None else None,
-        C=c, L=4, CAM_NORM=0, SYMMETRIC=mean, MEAN=mean, BLOCK_C=block, BLOCK_L=4, num_warps=warps,
+        C=c, L=4, STANDARDIZED=False, SOFTMAX=False, DIVERGENCE=0, MEAN=mean,
+        BLOCK_C=block, BLOCK_L=4, num_warps=warps,
     )  # fmt: skip
     return rows
 

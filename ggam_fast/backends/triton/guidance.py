@@ -159,8 +159,8 @@ def guidance(
             logits.contiguous(), contiguous(first), contiguous(t), contiguous(du), contiguous(grad_mean),
             contiguous(ds), beta, s, of_images, de, weight, temperature, share, counter, losses,
             None if share is None else total, None if share is None or losses is None else loss,
-            L=positions, CAM_NORM=cam_norm, DIVERGENCE=divergence, MEAN=mean,
-            BLOCK_L=plan.map_block(positions, sizes["num_warps"]), **sizes,
+            L=positions, STANDARDIZED=cam_norm >= 2, SOFTMAX=cam_norm % 2 == 1, DIVERGENCE=divergence,
+            MEAN=mean, BLOCK_L=plan.map_block(positions, sizes["num_warps"]), **sizes,
         )  # fmt: skip
     elif not thread.faked:
         total.zero_()

@@ -28,6 +28,7 @@ from ggam_fast.kernels import plan as plan  # noqa: E402  (needs the line above 
 
 NORM = {"softmax": 0, "sum": 1, "sigmoid": 2, "none": 3}
 POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
+# Odd: a softmax.  At least 2: of z-scores.
 CAM_NORM = {"sigmoid": 0, "softmax": 1, "standardized": 2, "standardized_softmax": 3}
 DIVERGENCE = {"symmetric": 0, "forward": 1, "reverse": 2}
 # Multiply-adds round once.  Triton 3.9 warns that its default will change.

@@ -103,3 +103,9 @@ def test_the_help_has_every_command() -> None:
     short, full = texts["train"]
     assert "--guidance-weight" in short
     assert len(full.splitlines()) > len(short.splitlines())
+
+
+def test_every_promise_has_its_test() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "promises.md").read_text())
+    assert len(named) > 30
+    assert not [(file, test) for file, test in named if f"\ndef {test}(" not in (ROOT / file).read_text()]

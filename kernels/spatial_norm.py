@@ -135,6 +135,15 @@ def spatial_norm_grad_kernel(
                 t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
             dots += dt * t
     dot = tl.sum(dots, axis=0)
+    if NORM == SUM:  # again, for the rounding of <dT, T>: where dT is constant, that is all there is of dU
+        dots = tl.zeros((BLOCK_L,), tl.float32)
+        for start in range(0, L, BLOCK_L):
+            if L > BLOCK_L:
+                l = start + tl.arange(0, BLOCK_L)
+                dt = _dt(map_ptr, extra_ptr, scale, l, P, L, BLOCK_L)
+                t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
+            dots += (dt - dot) * t
+        dot += tl.sum(dots, axis=0)
 
     for start in range(0, L, BLOCK_L):
         if L > BLOCK_L:

@@ -24,7 +24,11 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cam_at": "logits"}, ValueError, r"cam_at must be one of 'features', 'attended'; got 'logits'"),
     ({"cam_class": "second"}, ValueError, r"cam_class must be one of 'label', 'predicted'; got 'second'"),
     ({"cam_norm": "relu"}, ValueError, r"cam_norm must be one of .*; got 'relu'"),
-    ({"divergence": "js"}, ValueError, r"divergence must be one of 'symmetric', 'forward'; got 'js'"),
+    (
+        {"divergence": "js"},
+        ValueError,
+        r"divergence must be one of 'symmetric', 'forward', 'reverse'; got 'js'",
+    ),
     (
         {"guidance_reduction": "none"},
         ValueError,

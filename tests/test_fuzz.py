@@ -205,14 +205,14 @@ def run(case: Case, backend: str) -> bool:
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 
 
-@settings(max_examples=220, derandomize=True, **QUIET)
+@settings(max_examples=250, derandomize=True, **QUIET)
 @given(case=cases(40, 7))
 def test_torch(case: Case) -> None:
     run(case, "torch")
 
 
 @needs_triton
-@settings(max_examples=80, derandomize=True, **QUIET)
+@settings(max_examples=50, derandomize=True, **QUIET)
 @given(case=cases(40, 5))
 def test_kernels(case: Case) -> None:
     run(case, "triton")

@@ -39,6 +39,8 @@ def spatial_norm_grad(dt: Tensor, t: Tensor, total: Tensor, norm: str) -> Tensor
     centred = dt - (dt * t).sum(-1, keepdim=True)
     if norm == "softmax":
         return t * centred
+    # Again, for the rounding of <dT, T>: where dT is constant, that is all there is of dU.
+    centred = centred - (centred * t).sum(-1, keepdim=True)
     empty = (total == 0).unsqueeze(-1)
     return (centred / total.unsqueeze(-1).masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
 
@@ -272,8 +274,8 @@ class Backend:
         gamma, from_batch = as_types(x.dtype, layer.weight)[0], layer.from_batch
         affine = layer.weight is not None or layer.bias is not None
         if not x.shape[0]:
-            zeros = x.sum(0) if affine else None
-            return list(rows), zeros, zeros
+            dgamma, dbeta = x.new_zeros(2, x.shape[1]).unbind(0) if affine else (None, None)
+            return list(rows), dgamma, dbeta
         if from_batch:
             mean, scale = saved[:2]
             variance = mean

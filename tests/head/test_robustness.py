@@ -124,6 +124,8 @@ def test_without_gradients_the_same_comes_out(
     backend: str, cam_norm: str, cam_at: str, attention: str, options: dict[str, Any], device: torch.device
 ) -> None:
     """Where beta and the guidance loss are one stage."""
+    if cam_norm == "standardized_softmax" and attention in ("spatial", "none"):
+        pytest.skip("is refused")
     divergence = "forward" if cam_norm == "softmax" else "symmetric"
     options = {**options, "cam_norm": cam_norm, "cam_at": cam_at, "divergence": divergence}
     dtype = torch.float32 if backend == "triton" else torch.float64

@@ -5,7 +5,7 @@ import zlib
 import pytest
 import torch
 
-from ggam_fast.backends.torch import spatial_norm
+from ggam_fast.backends.torch import Backend, spatial_norm
 
 from .cases import ALL, FUSED, check, make, weights  # first: it skips without triton
 
@@ -100,3 +100,17 @@ def test_the_backward_of_one_and_of_two_gradients(
             bound = torch.einsum("ncl,nl->nc", a.double().abs(), terms)
             assert torch.isfinite(ds).all()
             assert (ds - torch.einsum("ncl,nl->nc", a.double(), du)).norm() <= 1e-5 * bound.norm()
+
+
+@pytest.mark.parametrize("l", [7, 49, 4097])
+@pytest.mark.parametrize("stages", [S, Backend()], ids=["kernels", "torch"])
+def test_a_constant_gradient_of_a_sum_normed_map_vanishes(
+    stages: Backend, l: int, device: torch.device
+) -> None:
+    """dU = (dT - <dT, T>) / sum U is zero for a constant dT, though <dT, T> rounds and sum U is small."""
+    t = torch.rand(5, l, device=device)
+    t /= t.sum(1, keepdim=True)
+    total, dt = torch.full((5,), 1e-3, device=device), torch.full((5, l), 0.7, device=device)
+    du = stages.spatial_norm_grad(dt, 1.0, None, t, total, "sum")
+    a_rounding = 0.7 / 1e-3 * torch.finfo(torch.float32).eps
+    assert float(du.abs().max()) < 1e-2 * a_rounding

@@ -1,0 +1,234 @@
+"""Change one line at a time and see whether a test fails.
+
+    python -m tests.mutants --list                  the number of mutants of each file
+    python -m tests.mutants --minutes 30 --seed 1   a random sample, as many as fit
+    python -m tests.mutants kernels/guidance.py     the mutants of one file
+
+Mutants are chosen by rule, never by hand: a comparison or an arithmetic operator, a sign, a constant or an
+index, a term, a mask's two values, `and` for `or`, a dropped `not`, a dropped cast, two swapped arguments.
+Docstrings, annotations, assertions and errors are left alone.  The tests of a mutant's file run in a changed
+copy of the checkout until one fails.  A mutant that lives is printed: either a test is missing, or the change
+means nothing.
+"""
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+_TRITON, _KERNELS, _PARITY = "tests/backends/triton", "tests/kernels", "tests/head/test_parity.py"
+TESTS: dict[str, list[str]] = {
+    "kernels/channel_sum.py": [f"{_TRITON}/test_sums.py", f"{_KERNELS}/test_tiles.py"],
+    "kernels/spatial_sum.py": [f"{_KERNELS}/test_spatial_sum.py", f"{_TRITON}/test_sums.py"],
+    "kernels/spatial_norm.py": [f"{_TRITON}/test_sums.py", f"{_TRITON}/test_extremes.py"],
+    "kernels/guidance.py": [
+        f"{_KERNELS}/test_guidance.py",
+        f"{_TRITON}/test_guidance.py",
+        f"{_TRITON}/test_extremes.py",
+    ],
+    "kernels/softmax.py": [f"{_KERNELS}/test_softmax.py", f"{_TRITON}/test_extremes.py"],
+    "kernels/batch_norm.py": [f"{_KERNELS}/test_batch_norm.py", f"{_TRITON}/test_layers.py"],
+    "kernels/cross_entropy.py": [f"{_KERNELS}/test_cross_entropy.py", f"{_TRITON}/test_cross_entropy.py"],
+    "kernels/max_pool.py": [f"{_KERNELS}/test_max_pool.py", f"{_TRITON}/test_pooling.py"],
+    "kernels/features_grad.py": [f"{_TRITON}/test_features_grad.py"],
+    "ggam_fast/closed_form.py": [
+        "tests/test_closed_form.py",
+        "tests/test_step.py",
+        "tests/head/test_parity.py",
+    ],
+    "ggam_fast/guidance.py": ["tests/test_guidance.py", "tests/test_losses.py"],
+    "ggam_fast/entropy.py": ["tests/test_entropy.py", "tests/test_losses.py", "tests/test_step.py"],
+    "ggam_fast/norm.py": ["tests/test_norm.py"],
+    "ggam_fast/losses.py": ["tests/test_losses.py", "tests/test_errors.py"],
+    "ggam_fast/autograd.py": [
+        "tests/test_autograd.py",
+        "tests/test_differentiable.py",
+        "tests/head/test_parity.py",
+    ],
+    "ggam_fast/backends/torch.py": [
+        "tests/backends/test_torch.py",
+        "tests/classifier",
+        "tests/head/test_parity.py",
+    ],
+    "ggam_fast/classifier/rules.py": ["tests/classifier"],
+    "ggam_fast/training/measure/classification.py": ["tests/training/measure"],
+    "ggam_fast/training/measure/faithfulness.py": ["tests/training/measure"],
+    "ggam_fast/training/measure/geometry.py": ["tests/training/measure"],
+    "ggam_fast/training/measure/localization.py": ["tests/training/measure"],
+}
+_COMPARE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
+_ARITHMETIC = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*")}
+_CASTS = {"to", "float", "double", "contiguous", "detach", "clone"}
+
+
+class Mutant(NamedTuple):
+    """The bytes [begin, end) of a file replaced."""
+
+    file: str
+    line: int
+    begin: int
+    end: int
+    text: str
+    rule: str
+
+    def applied(self, source: bytes) -> bytes:
+        return source[: self.begin] + self.text.encode() + source[self.end :]
+
+
+def mutants(file: str, source: bytes) -> list[Mutant]:
+    """Every mutant of the file, in the order of its lines."""
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    tree, found = ast.parse(source), []
+
+    def begin(node: ast.AST) -> int:
+        return starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+
+    def end(node: ast.AST) -> int:
+        return starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+
+    def text(node: ast.AST) -> str:
+        return source[begin(node) : end(node)].decode()
+
+    def add(node: ast.AST, span: tuple[int, int], new: str, rule: str) -> None:
+        found.append(Mutant(file, node.lineno, *span, new, rule))  # type: ignore[attr-defined]
+
+    def between(left: ast.AST, right: ast.AST, old: str, new: str, node: ast.AST, rule: str) -> None:
+        at = source.find(old.encode(), end(left), begin(right))
+        if at >= 0:
+            add(node, (at, at + len(old)), new, rule)
+
+    for node in _code(tree):
+        whole = (begin(node), end(node)) if hasattr(node, "lineno") else (0, 0)
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            symbol = source[end(node.left) : begin(node.comparators[0])].decode().strip(" ()\n")
+            if symbol in _COMPARE:
+                between(node.left, node.comparators[0], symbol, _COMPARE[symbol], node, "comparison")
+        elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            old, new = _ARITHMETIC[type(node.op)]
+            between(node.left, node.right, old, new, node, "operator")
+            if isinstance(node.op, (ast.Add, ast.Sub)):
+                add(node, whole, text(node.left), "dropped term")
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+            add(node, whole, text(node.operand), "sign" if isinstance(node.op, ast.USub) else "dropped not")
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            add(node, whole, repr(node.value + 1), "constant")
+        elif isinstance(node, ast.BoolOp):
+            old, new = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
+            between(node.values[0], node.values[1], old, new, node, "and, or")
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            if name in _CASTS and isinstance(node.func, ast.Attribute):
+                add(node, whole, text(node.func.value), "dropped cast")
+            a, b = (
+                (node.args[-2], node.args[-1])
+                if name == "where" and len(node.args) == 3
+                else (*node.args, None, None)[:2]
+            )
+            if a is not None and b is not None and text(a) != text(b) and not isinstance(a, ast.Starred):
+                middle = source[end(a) : begin(b)].decode()
+                add(node, (begin(a), end(b)), text(b) + middle + text(a), "swapped arguments")
+    kept = [m for m in found if _parses(m.applied(source))]
+    return sorted(kept, key=lambda m: (m.begin, m.end, m.text))
+
+
+def _code(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that compute: not docstrings, annotations, decorators, assertions and errors."""
+    for field, value in ast.iter_fields(tree):
+        if field in ("annotation", "returns", "decorator_list", "type_params") or isinstance(
+            value, ast.JoinedStr
+        ):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, (ast.Assert, ast.Raise, ast.Import, ast.ImportFrom)):
+                continue
+            if isinstance(node, ast.AST):
+                yield node
+                yield from _code(node)
+
+
+def _parses(source: bytes) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
+
+
+def sample(files: Sequence[str], seed: str) -> list[Mutant]:
+    """All mutants of the files in an order that depends on the seed alone."""
+    every = [m for file in files for m in mutants(file, (ROOT / file).read_bytes())]
+    random.Random(seed).shuffle(every)
+    return every
+
+
+def lives(mutant: Mutant, checkout: Path, timeout: float) -> bool:
+    """Whether all tests of the mutant's file pass.  A run that takes too long counts as a failure."""
+    path = checkout / mutant.file
+    source = path.read_bytes()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(checkout),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", "not slow", *TESTS[mutant.file]]
+    try:
+        path.write_bytes(mutant.applied(source))
+        run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, timeout=timeout)
+        return run.returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        path.write_bytes(source)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", metavar="FILE", help="files to change (default: all)")
+    parser.add_argument("--list", action="store_true", help="print how many mutants there are, and stop")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after this time")
+    parser.add_argument("--seed", default="0", help="which mutants come first, such as a commit's hash")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the tests of one mutant")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append a line for each mutant")
+    chosen = parser.parse_args(arguments)
+    files = chosen.files or list(TESTS)
+    if unknown := [file for file in files if file not in TESTS]:
+        parser.error(f"no tests are known for {', '.join(unknown)}; choose from {', '.join(TESTS)}")
+    if chosen.list:
+        for file in files:
+            print(f"{len(mutants(file, (ROOT / file).read_bytes())):5d}  {file}")
+        return 0
+    began, tried, survivors = time.monotonic(), 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder, "checkout")
+        shutil.copytree(
+            ROOT, checkout, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "runs")
+        )
+        for mutant in sample(files, chosen.seed):
+            if time.monotonic() - began > 60 * chosen.minutes:
+                break
+            lived, tried = lives(mutant, checkout, chosen.timeout), tried + 1
+            where = f"{mutant.file}:{mutant.line}: {mutant.rule}: {mutant.text!r}"
+            print(("LIVES   " if lived else "killed  ") + where, flush=True)
+            survivors += [where] * lived
+            if chosen.json:
+                with chosen.json.open("a") as lines:
+                    lines.write(json.dumps({**mutant._asdict(), "lives": lived, "seed": chosen.seed}) + "\n")
+    print(f"{tried} mutants in {time.monotonic() - began:.0f} s, {len(survivors)} live")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

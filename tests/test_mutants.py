@@ -1,0 +1,57 @@
+"""Mutants are changes of code, chosen by rule, and the same for the same seed."""
+
+import ast
+
+import pytest
+
+from tests import mutants
+from tests.mutants import ROOT, TESTS
+
+SOURCE = b'''
+"""A docstring of 1 + 2."""
+def f(a: int, b):
+    """2 > 1"""
+    assert a > 1
+    if a < b and not b:
+        raise ValueError(1 + 2)
+    return -a.float() + g(a, b)[0] * 0.5
+'''
+
+
+def test_each_rule() -> None:
+    found = {
+        (m.rule, m.applied(SOURCE).splitlines()[m.line - 1].strip()) for m in mutants.mutants("f.py", SOURCE)
+    }
+    assert found == {
+        ("comparison", b"if a <= b and not b:"),
+        ("and, or", b"if a < b or not b:"),
+        ("dropped not", b"if a < b and b:"),
+        ("operator", b"return -a.float() - g(a, b)[0] * 0.5"),
+        ("operator", b"return -a.float() + g(a, b)[0] / 0.5"),
+        ("dropped term", b"return -a.float()"),
+        ("sign", b"return a.float() + g(a, b)[0] * 0.5"),
+        ("dropped cast", b"return -a + g(a, b)[0] * 0.5"),
+        ("swapped arguments", b"return -a.float() + g(b, a)[0] * 0.5"),
+        ("constant", b"return -a.float() + g(a, b)[1] * 0.5"),
+        ("constant", b"return -a.float() + g(a, b)[0] * 1.5"),
+    }
+
+
+@pytest.mark.parametrize("file", ["kernels/softmax.py", "ggam_fast/norm.py"])
+def test_mutants_of_a_file_differ_from_it(file: str) -> None:
+    source = (ROOT / file).read_bytes()
+    found = mutants.mutants(file, source)
+    assert len(found) > 20
+    assert all(ast.dump(ast.parse(m.applied(source))) != ast.dump(ast.parse(source)) for m in found)
+
+
+def test_files_and_their_tests_are_there() -> None:
+    assert [path for path in TESTS if not (ROOT / path).is_file()] == []
+    assert [path for tests in TESTS.values() for path in tests if not (ROOT / path).exists()] == []
+
+
+def test_a_seed_is_an_order() -> None:
+    files = ["kernels/softmax.py", "ggam_fast/norm.py"]
+    assert mutants.sample(files, "a") == mutants.sample(files, "a")
+    assert mutants.sample(files, "a") != mutants.sample(files, "b")
+    assert sorted(mutants.sample(files, "a")) == sorted(mutants.sample(files, "b"))

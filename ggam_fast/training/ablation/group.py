@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from scipy import stats  # type: ignore[import-untyped]
+from ggam_fast.training.measure.seeds import paired
 
 
 class Group(NamedTuple):
@@ -57,8 +56,5 @@ def paired_difference(ours: Group, theirs: Group, *path: str) -> tuple[float, fl
         }
 
     mine, other = by_seed(ours), by_seed(theirs)
-    differences = [mine[seed] - other[seed] for seed in mine if seed in other]
-    if len(differences) < 2:
-        return None
-    width = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    return statistics.mean(differences), float(width)
+    found = paired(mine, other)
+    return None if found is None else (found.mean, found.half_width)

@@ -183,12 +183,30 @@ def predict(arguments: Sequence[str]) -> int:
         return 0 if predicting.predict(config, report) is not None else 130
 
 
+def compare(arguments: Sequence[str]) -> int:
+    """Compare finished runs: means over seeds, paired differences and curves.
+
+    Runs that differ in their seed alone are one group. Others are compared with the first group.
+
+        ggam-fast compare runs/plain-0 runs/plain-1 runs/guided-0 runs/guided-1
+        ggam-fast compare runs/* --out compared
+    """
+    from ggam_fast.training.show.console import Report
+    from ggam_fast.training.use import compare as comparing
+
+    config, report = _parsed("compare", comparing.CompareConfig(), arguments), Report()
+    with report.listening():
+        comparing.compare(config, report)
+    return 0
+
+
 # The function of each command. Its docstring is the command's help.
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "explain": explain,
     "predict": predict,
+    "compare": compare,
     "ablate": ablate,
     "export": export,
     "data": data,
@@ -201,6 +219,7 @@ _CONFIGS = {
     "evaluate": ("use.evaluate", "EvaluateConfig"),
     "explain": ("use.explain", "ExplainConfig"),
     "predict": ("use.predict", "PredictConfig"),
+    "compare": ("use.compare", "CompareConfig"),
     "ablate": ("ablation.study", "AblateConfig"),
     "export": ("use.export", "ExportConfig"),
 }

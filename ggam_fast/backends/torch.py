@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ggam_fast.guidance import kl_guidance_with_grad
 from ggam_fast.layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer, LayerGradient, Link
-from ggam_fast.norm import settle
+from ggam_fast.norm import move, settle
 from ggam_fast.precision import as_type, as_types, compute_dtype
 
 aten = torch.ops.aten
@@ -79,7 +79,10 @@ def batch_norm(
             found = (saved[0], saved[1])
         else:
             y, found = F.batch_norm(x, None, None, gamma, beta, True, 0.0, layer.eps), None
-        if settles:
+        if settles and found is not None:  # the statistics are in hand, and another pass over x is not free
+            mean, rstd = found
+            move(layer, mean, (rstd.square().reciprocal() - layer.eps).clamp_min(0.0), x.shape[0])
+        elif settles:
             assert momentum is not None
             settle(x, own_mean, own_var, layer.tracked, momentum)
         return y, found

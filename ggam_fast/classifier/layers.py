@@ -35,7 +35,9 @@ def hooked(module: nn.Module) -> bool:
 
 def packed(module: nn.Module) -> bool:
     """Whether the weight is a tensor subclass with rules of its own, such as torchao's quantized ones."""
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight) is nn.Parameter:
+        return False
     return hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")
 
 

@@ -84,12 +84,6 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def pair(tensors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """One or two tensors in dense memory, padded with None."""
-    first, second = (*tensors, None, None)[:2]
-    return contiguous(first), contiguous(second)
-
-
 def like_layout(features: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty (N, C, L) tensor, dense, in the memory order of `features`."""
     batch, channels, positions = features.shape

@@ -14,7 +14,7 @@ from .backends.registry import autocasts, full_precision, looked_into
 from .backends.torch import TORCH
 from .base import GGAMHeadBase, GGAMOutput
 from .called import CalledBackend, CalledMLP, call
-from .classifier.layers import hooked, known_layers, modules_of, read_directly
+from .classifier.layers import hooked, known_layers, modules_of, read_directly, weight_and_bias
 from .classifier.rules import LayerGradient, Scores, run, scores
 from .classifier.scores import custom_scores
 from .closed_form import ChannelMLP, Options
@@ -264,16 +264,12 @@ class GGAMHead(GGAMHeadBase):
         self._check_positions(spatial_shape)
         options = Options(self.attention, self.spatial_norm, self.pool_type, self.attention_scale)
         backend = checks.backend(self.backend, x)
-        if not options.uses_channel or not read_directly(self.fc1, self.fc2):
-            return x, spatial_shape, ChannelMLP(None, None, None, None), options, backend
-        fc1, fc2 = self.fc1, self.fc2
-        for name, layer in (("fc1", fc1), ("fc2", fc2)):
-            if hasattr(layer.weight, "full_tensor"):
-                raise TypeError(
-                    f"{name} must have a whole weight, because the head reads it directly; got a sharded "
-                    f"{type(layer.weight).__name__}: shard the head or a module around it"
-                )
-        return x, spatial_shape, ChannelMLP(fc1.weight, fc1.bias, fc2.weight, fc2.bias), options, backend
+        mlp = ChannelMLP(None, None, None, None)
+        if options.uses_channel:
+            fc1, fc2 = self.fc1, self.fc2
+            if read_directly(fc1, fc2):
+                mlp = ChannelMLP(*weight_and_bias("fc1", fc1), *weight_and_bias("fc2", fc2))
+        return x, spatial_shape, mlp, options, backend
 
     def _calls_mlp(self, mlp: ChannelMLP) -> bool:
         """Whether fc1 and fc2 are called, because there is more to them than weights and biases."""

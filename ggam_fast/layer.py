@@ -69,7 +69,8 @@ def chain_of(layers: Sequence[Layer]) -> list[Link]:
         before = links[-1] if links else None
         joins = layer.kind in (ELU, RELU) and before is not None and before.layer.kind == BATCH_NORM
         if joins and before is not None and before.follows is None:
-            links[-1] = before._replace(follows=layer)
+            links[-1] = Link(before.layer, layer, before.from_batch, before.moves)
         else:
-            links.append(Link(layer, None, layer.from_batch, layer.moves))
+            norm = layer.kind == BATCH_NORM
+            links.append(Link(layer, None, norm and layer.from_batch, norm and layer.moves))
     return links

@@ -11,14 +11,13 @@ from torch.autograd import forward_ad
 
 from .torch import TORCH, Backend
 
-_BACKENDS: dict[str, Backend] = {"torch": TORCH}
-_TRACED: dict[str, Backend] = {"torch": TORCH}
+_BACKENDS: dict[str, tuple[Backend, Backend]] = {"torch": (TORCH, TORCH)}
 _DIFFERENTIABLE: dict[str, Backend] = {}
 
 
 def register(name: str, backend: Backend, traced: Backend | None = None) -> None:
     """Make `get_backend(name)` return `backend`, or `traced` (if given) for tracers and transforms."""
-    _BACKENDS[name], _TRACED[name] = backend, backend if traced is None else traced
+    _BACKENDS[name] = backend, backend if traced is None else traced
 
 
 def register_differentiable(name: str, backend: Backend) -> None:
@@ -43,7 +42,8 @@ def looked_into() -> bool:
 
 def get_backend(name: str) -> Backend:
     """The stages of "torch" or "triton", for code that autograd does not differentiate."""
-    return (_TRACED if looked_into() else _BACKENDS)[name]
+    backend, traced = _BACKENDS[name]
+    return traced if traced is not backend and looked_into() else backend
 
 
 def get_differentiable(name: str) -> Backend:

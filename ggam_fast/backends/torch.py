@@ -67,7 +67,8 @@ def batch_norm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Batch norm of x (N, C), which updates the running statistics.
 
-    With `give` it also returns the batch's mean and 1 / deviation, or None if they were not computed.
+    With `give` it also returns the batch's mean and 1 / deviation, detached, or None if they were not
+    computed.
     """
     # The operator behind F.batch_norm returns the statistics too.  For one image F.batch_norm has the error.
     give = give and layer.from_batch and x.shape[0] > 1
@@ -76,7 +77,7 @@ def batch_norm(
     if own_mean is None or own_var is None or settles:
         if give:
             y, *saved = aten._native_batch_norm_legit.no_stats(x, gamma, beta, True, 0.0, layer.eps)
-            found = (saved[0], saved[1])
+            found = (saved[0].detach(), saved[1].detach())
         else:
             y, found = F.batch_norm(x, None, None, gamma, beta, True, 0.0, layer.eps), None
         if settles and found is not None:  # the statistics are in hand, and another pass over x is not free
@@ -93,7 +94,7 @@ def batch_norm(
     mean, var = as_types(x.dtype, own_mean, own_var)
     if give:
         y, *saved = aten._native_batch_norm_legit(x, gamma, beta, mean, var, True, momentum or 0.0, layer.eps)
-        found = (saved[0], saved[1])
+        found = (saved[0].detach(), saved[1].detach())
     else:
         y = F.batch_norm(x, mean, var, gamma, beta, layer.training, momentum or 0.0, layer.eps)
         found = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ggam_fast.layer import BATCH_NORM, DROPOUT, ELU, IDENTITY, LINEAR, RELU, Layer
 from ggam_fast.norm import SettlingBatchNorm1d
@@ -20,17 +20,23 @@ def modules_of(classifier: nn.Module) -> list[nn.Module]:
 
 def known_modules(classifier: nn.Module, drop: nn.Dropout) -> list[nn.Module] | None:
     """The layers in order, with dropout before the last one, or None if one is not known."""
-    *body, last = modules_of(classifier)
-    modules = [*body, drop, last]
-    known = all(type(m) in _READERS and not hooked(m) and not packed(m) for m in modules)
-    return modules if known and not hooked(classifier) else None
+    modules = modules_of(classifier)
+    modules.insert(-1, drop)
+    for m in modules:
+        if type(m) not in _READERS or hooked(m) or packed(m):
+            return None
+    return None if hooked(classifier) else modules
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether the module has hooks or its own `forward` attribute, which run only if it is called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks,
-             module._backward_hooks, module._backward_pre_hooks)  # fmt: skip
-    return any(hooks) or "forward" in vars(module)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def packed(module: nn.Module) -> bool:
@@ -51,6 +57,17 @@ def read_directly(*layers: nn.Module) -> bool:
     return True
 
 
+def weight_and_bias(name: str, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The tensors of a layer that `read_directly` allows; an error names it if the weight is sharded."""
+    weight = tensor_of(layer, "weight")
+    if type(weight) is not nn.Parameter and hasattr(weight, "full_tensor"):
+        raise TypeError(
+            f"{name} must have a whole weight, because the head reads it directly; got a sharded "
+            f"{type(weight).__name__}: shard the head or a module around it"
+        )
+    return weight, tensor_of(layer, "bias")
+
+
 def known_layers(classifier: nn.Module, drop: nn.Dropout) -> list[Layer] | None:
     """The layers of `known_modules`, or None."""
     modules = known_modules(classifier, drop)
@@ -62,17 +79,25 @@ def read(module: nn.Module) -> Layer:
     return _READERS[type(module)](module)
 
 
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)`, without the microsecond that a module takes to find a parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found  # FSDP keeps its views as plain attributes
+
+
 def _linear(m: nn.Linear) -> Layer:
-    return Layer(LINEAR, m.weight, m.bias)
+    return Layer(LINEAR, tensor_of(m, "weight"), tensor_of(m, "bias"))
 
 
 def _batch_norm(m: nn.BatchNorm1d) -> Layer:
-    mean, var = m.running_mean, m.running_var
+    weight, bias, buffers = tensor_of(m, "weight"), tensor_of(m, "bias"), m._buffers
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if m.training and not m.track_running_stats:
         mean = var = None
-    return Layer(BATCH_NORM, m.weight, m.bias, mean, var, m.num_batches_tracked, m.training, m.eps,
-    m.momentum,
-                 type(m) is SettlingBatchNorm1d)  # fmt: skip
+    return Layer(
+        BATCH_NORM, weight, bias, mean, var, buffers.get("num_batches_tracked"), m.training, m.eps,
+        m.momentum, type(m) is SettlingBatchNorm1d,
+    )  # fmt: skip
 
 
 _READERS: dict[type, Callable[[Any], Layer]] = {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ggam_fast.autograd import Linear
-from ggam_fast.backends.registry import get_backend
+from ggam_fast.backends.registry import get_backend, looked_into
 from ggam_fast.backends.torch import TORCH, Backend, batch_norm
 from ggam_fast.layer import (
     BATCH_NORM,
@@ -131,16 +131,22 @@ def _batch_norm(layer: Layer, x: Tensor, stages: Backend, backend: str) -> tuple
             return [v * slope for v in rows], [held]
 
         return x * slope + (0.0 if beta is None else beta), pull_nothing
-    y, _ = batch_norm(layer, x, gamma, beta)
+    y, constants = batch_norm(layer, x, gamma, beta, give=not looked_into())
 
-    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+    def statistics() -> tuple[Tensor, Tensor]:
+        """The mean and 1 / deviation; with derivatives if they are enabled."""
+        if constants is not None and not torch.is_grad_enabled():
+            return constants
         if layer.from_batch:
             variance, mean = torch.var_mean(x, 0, correction=0)
         else:
             assert layer.running_mean is not None
             assert layer.running_var is not None
             mean, variance = layer.running_mean.to(dtype), layer.running_var.to(dtype)
-        scale = torch.rsqrt(variance + layer.eps)
+        return mean, torch.rsqrt(variance + layer.eps)
+
+    def pull(rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[LayerGradient]]:
+        mean, scale = statistics()
         if torch.is_grad_enabled():
             weighted = rows if gamma is None else [v * gamma for v in rows]
             if not layer.from_batch:

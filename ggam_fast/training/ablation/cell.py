@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -10,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ggam_fast import GGAMHead
 from ggam_fast.guidance import kl_guidance, log_cam_norm
 from ggam_fast.training.config.options import TrainConfig
 from ggam_fast.training.data.batches import Batches
@@ -20,9 +20,10 @@ from ggam_fast.training.measure.classification import classification_metrics
 from ggam_fast.training.measure.geometry import Placed, object_share, placed
 from ggam_fast.training.measure.localization import Tally, centred
 from ggam_fast.training.model.backbones import Backbone
-from ggam_fast.training.model.classifier import create_head
+from ggam_fast.training.model.classifier import LastClassifier, Trained, create_head, head_and_features
+from ggam_fast.training.model.cut import LastLayers
 from ggam_fast.training.model.heatmaps import heat_maps
-from ggam_fast.training.run.loop import Trainer, evaluate
+from ggam_fast.training.run.loop import Trainer, evaluate, parameter_groups
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.versions import versions
 
@@ -31,16 +32,26 @@ _PICTURES = 6
 
 
 class CellData:
-    """What all cells share, such as the annotations of the test split in pixels of the network's input."""
+    """What all cells share, such as the annotations of the test split in pixels of the network's input.
+
+    `last`: the layers of the backbone that every cell trains from these weights on.
+    """
 
     def __init__(
-        self, images: ImageSet, backbone: Backbone, device: torch.device, dtype: torch.dtype, thresholds: int
+        self,
+        images: ImageSet,
+        backbone: Backbone,
+        device: torch.device,
+        dtype: torch.dtype,
+        thresholds: int,
+        last: LastLayers | None = None,
     ) -> None:
         self.images = images
         self.backbone = backbone
         self.device = device
         self.dtype = dtype
         self.thresholds = thresholds
+        self.last = last
 
     @cached_property
     def annotations(self) -> list[Placed]:
@@ -85,7 +96,7 @@ class CellData:
 def run_cell(
     config: TrainConfig, data: CellData, batches: dict[str, Batches], check: Callable[[], None]
 ) -> dict[str, Any]:
-    """Train a head on cached maps, measure it, and return the numbers in JSON's types.
+    """Train a head, or the last layers too, on cached maps. Measure it, and return numbers in JSON's types.
 
     Raises:
         Interrupted: `check` raised it.
@@ -98,10 +109,11 @@ def run_cell(
         head = create_head(data.backbone, classes, config.head).to(device)
     except (ValueError, TypeError) as error:
         raise TrainError(str(error)) from error
-    before = beta_statistics(head, batches["val"])
+    trained: Trained = head if data.last is None else LastClassifier(copy.deepcopy(data.last), head)
+    before = beta_statistics(trained, batches["val"])
     trainer = Trainer(
-        head,
-        [{"params": list(head.parameters()), "lr": config.optim.lr}],
+        trained,
+        parameter_groups(trained, config.optim),
         config.optim,
         classes,
         device,
@@ -112,19 +124,19 @@ def run_cell(
     trained_from = time.monotonic()
     epochs = trainer.run(batches["train"], batches["val"])
     trained_for = time.monotonic() - trained_from
-    head = cast(GGAMHead, trainer.result).eval()
+    trained = cast(Trained, trainer.result).eval()
     results: dict[str, Any] = {"epochs": epochs}
     for split in ("val", "test"):
-        logits, labels = evaluate(head, batches[split], device, dtype, check=check)
+        logits, labels = evaluate(trained, batches[split], device, dtype, check=check)
         metrics = classification_metrics(logits, labels)
         results[split] = {
             name: getattr(metrics, name) for name in ("accuracy", "balanced_accuracy", "macro_f1", "majority")
         }
-    grad_cam, attention = _test_maps(head, data, batches["test"])
+    grad_cam, attention = _test_maps(trained, data, batches["test"])
     if data.annotations:
         maps = {"grad_cam": grad_cam} | ({} if attention is None else {"attention": attention})
         results["localisation"] = data.localised(maps) | data.chance
-    results["beta"] = {"before": before, "after": beta_statistics(head, batches["val"])}
+    results["beta"] = {"before": before, "after": beta_statistics(trained, batches["val"])}
     results["pictures"] = {
         "rows": data.pictures,
         "grad_cam": _plain(grad_cam[data.pictures]),
@@ -136,12 +148,13 @@ def run_cell(
     return results
 
 
-def _test_maps(head: GGAMHead, data: CellData, batches: Batches) -> tuple[Tensor, Tensor | None]:
+@torch.no_grad()
+def _test_maps(trained: Trained, data: CellData, batches: Batches) -> tuple[Tensor, Tensor | None]:
     """Grad-CAM of the label and spatial attention of every test image, (N, h, w) on the CPU."""
     cams, attentions = [], []
-    for features, labels in batches.epoch(0):
+    for inputs, labels in batches.epoch(0):
         with autocast(data.device, data.dtype):
-            found = heat_maps(head, features, labels)
+            found = heat_maps(*head_and_features(trained, inputs), labels)
         cams.append(found.grad_cam.cpu())
         if found.attention is not None:
             attentions.append(found.attention.cpu())
@@ -149,7 +162,7 @@ def _test_maps(head: GGAMHead, data: CellData, batches: Batches) -> tuple[Tensor
 
 
 @torch.no_grad()
-def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
+def beta_statistics(trained: Trained, batches: Batches) -> dict[str, float]:
     """Statistics of beta over channels, as means over all images of a split.
 
     `median`, `p90`: median and 90 % quantile of |beta|. `spread`: standard deviation of b~ divided by its
@@ -157,11 +170,12 @@ def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
     Q = sum_c b~_c, the minimum lies at S = b~ / Q. There the symmetric loss is (Q - 1) log(Q) / 2, and the
     forward loss is -log Q. `correlation`: correlation of log S and beta over channels, 0 if S is uniform.
     """
-    training = head.training
-    head.eval()
+    training = trained.training
+    trained.eval()
     sums: dict[str, float] = {}
     count = 0
-    for features, labels in batches.epoch(0):
+    for inputs, labels in batches.epoch(0):
+        head, features = head_and_features(trained, inputs)
         out = head(features, labels)
         beta = out.cam_weights.double()
         log_b = log_cam_norm(beta, head.cam_norm, head.cam_temperature)
@@ -179,7 +193,7 @@ def beta_statistics(head: GGAMHead, batches: Batches) -> dict[str, float]:
         for name, values in found.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item()
         count += len(labels)
-    head.train(training)
+    trained.train(training)
     return {name: value / count for name, value in sums.items()}
 
 

@@ -42,8 +42,8 @@ _CONTEXT = """\
 The history of the authors' README has top-1 accuracies of ResNet-50 on CUB-200-2011, in percent. They are
 only indicative, because its tables disagree. Without guidance: fine-tuning 85.1, spatial 85.60, channel
 85.39, both 86.86. With Grad-CAM guidance: baseline 85.3, spatial 86.58, channel 86.26. The authors fine-tuned
-whole networks on 200 classes of birds. Here the backbone stays frozen and the data are different. At most the
-sign of a difference can be compared, not its size."""
+whole networks on 200 classes of birds. Here at most its last layers are trained, and the data are different.
+At most the sign of a difference can be compared, not its size."""
 
 
 def write_report(
@@ -119,11 +119,12 @@ def markdown(
     cell = groups[0].cells[0]
     seeds = sorted({one["cell"]["seed"] for group in groups for one in group.cells})
     splits = ", ".join(f"{count} {name}" for name, count in about["splits"].items())
+    tuned = f"fine-tuned from {since} on" if (since := about.get("finetune_from")) else "frozen"
     versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
     parts = [
         f"# Ablation on {about['data']}",
         "" if about["finished"] else "**Unfinished: some cells are missing.**",
-        f"{splits} images of {len(about['classes'])} classes. Backbone {about['backbone']}, frozen. "
+        f"{splits} images of {len(about['classes'])} classes. Backbone {about['backbone']}, {tuned}. "
         f"{cell['options']['epochs']} epochs. Device: {about['device']}. Versions: {versions}.",
         "\n".join(f"* {note}" for note in about["notes"]),
         f"```\n{about['command']}\n```",

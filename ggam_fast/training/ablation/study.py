@@ -1,7 +1,8 @@
 """`ggam-fast ablate`: compare attentions, norms of beta and guidance weights over several seeds.
 
-All heads are trained on the maps of a frozen backbone. One cell is one head, trained with one seed. Each
-finished cell is one file, so the same command run again trains only the cells that are missing.
+All heads are trained on cached maps: those of a frozen backbone, or those that enter its trained last layers.
+One cell is one head, trained with one seed. Each finished cell is one file, so the same command run again
+trains only the cells that are missing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
+from ggam_fast import GGAMHead
 from ggam_fast.training.ablation.cell import CellData, run_cell
 from ggam_fast.training.ablation.report import write_report
 from ggam_fast.training.config.options import (
@@ -27,7 +29,8 @@ from ggam_fast.training.config.options import (
 )
 from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.errors import Interrupted, TrainError
-from ggam_fast.training.run.prepare import check_images, create_classifier, load_images, map_batches
+from ggam_fast.training.model.cut import LastLayers
+from ggam_fast.training.run.prepare import check_images, create_classifier, divided, load_images, map_batches
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.system.devices import device_name, precision, resolve_device
 from ggam_fast.training.system.files import remove_parts, write_atomically
@@ -70,15 +73,20 @@ class StudyConfig:
     norm_eps: float = HeadConfig.norm_eps
     """Eps of the classifier's first batch norm. It is the same for every cell."""
     backbone: str = "tf_efficientnet_lite0"
-    """Name of a timm model. It must end in a feature map or in patch tokens, and it stays frozen."""
+    """Name of a timm model. It must end in a feature map or in patch tokens. Without --finetune-from it stays
+    frozen."""
     pretrained: bool = True
     """Start from ImageNet weights."""
+    finetune_from: str | None = None
+    """Train the backbone from this module on, such as blocks.5 or layer4. Every cell trains it anew."""
     epochs: int = 6
     """Passes over the training split. Their number is the same for every cell."""
     batch_size: int = 64
     """Images in a batch."""
     lr: float = 3e-4
-    """Highest learning rate."""
+    """Highest learning rate of the head."""
+    backbone_lr: float = 1e-4
+    """Highest learning rate of the backbone, with --finetune-from."""
     thresholds: int = 25
     """Number of thresholds of MaxBoxAccV2. Most of the time of localisation goes into them."""
     pictures: bool = True
@@ -119,7 +127,7 @@ class AblateConfig:
         study = self.study
         return TrainConfig(
             data=self.data,
-            backbone=BackboneConfig(study.backbone, study.pretrained),
+            backbone=BackboneConfig(study.backbone, study.pretrained, finetune_from=study.finetune_from),
             head=HeadConfig(
                 attention=attention,  # type: ignore[arg-type]
                 cam_norm=cam_norm,  # type: ignore[arg-type]
@@ -133,6 +141,7 @@ class AblateConfig:
                 epochs=study.epochs,
                 batch_size=study.batch_size,
                 lr=study.lr,
+                backbone_lr=study.backbone_lr,
                 guidance_weight=weight,
                 seed=seed,
             ),
@@ -202,6 +211,9 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
     base = config.training("none", study.cam_norms[0], 0.0, 0)
     model = create_classifier(base, len(images.classes)).to(device)
     model.backbone.to(memory_format=torch.channels_last)
+    frozen, trained = divided(model, base)
+    assert frozen is not None
+    last = None if isinstance(trained, GGAMHead) else cast(LastLayers, trained.backbone)
     if config.data.skip_bad_images:
         images = check_images(images, model.backbone, config.data)
     images = with_validation(images)
@@ -223,8 +235,8 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
                 path = folder / f"{cell.name}.json"
                 found = stored(path, options)
                 if found is None:
-                    batches = map_batches(images, model, training, device, dtype, report, interrupt)
-                    data = data or CellData(images, model.backbone, device, dtype, study.thresholds)
+                    batches = map_batches(images, frozen, training, device, dtype, report, interrupt)
+                    data = data or CellData(images, model.backbone, device, dtype, study.thresholds, last)
                     found = {
                         "cell": vars(cell),
                         "options": options,
@@ -247,6 +259,7 @@ def ablate(config: AblateConfig, report: Report, command: str) -> bool:
             "notes": images.notes,
             "classes": images.classes,
             "backbone": study.backbone,
+            "finetune_from": study.finetune_from,
             "preprocessing": (model.backbone.image_size, model.backbone.resize),
             "device": device_name(device),
             "command": command,

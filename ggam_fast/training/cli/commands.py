@@ -20,11 +20,17 @@ from ggam_fast.training.errors import TrainError
 
 Config = TypeVar("Config")
 
-# The options of `train` that --help describes. It lists all others with their defaults.
-_EVERYDAY = (
-    *("data", "root", "backbone", "finetune", "preset", "attention", "recipe", "epochs", "batch_size"),
-    *("lr", "guidance_weight", "seed", "out", "resume"),
-)
+# The options that --help describes. It lists all others with their defaults.
+_EVERYDAY = {
+    "train": (
+        *("data", "root", "backbone", "finetune", "finetune_from", "preset", "attention", "recipe"),
+        *("epochs", "batch_size", "lr", "guidance_weight", "seed", "out", "resume"),
+    ),
+    "ablate": (
+        *("data", "root", "out", "seeds", "guidance_weights", "cam_norms", "attentions", "backbone"),
+        *("finetune_from", "epochs", "batch_size", "lr", "backbone_lr", "thresholds", "pictures"),
+    ),
+}
 # Options that may change when a run is resumed.
 _PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
 
@@ -35,6 +41,7 @@ def train(arguments: Sequence[str]) -> int:
     Without options it trains a head for solar cells (elpv) in a few minutes on two cores.
 
         ggam-fast train --data folder --root photos --out runs/photos
+        ggam-fast train --finetune-from blocks.5 --out runs/last      # train the last layers too
         ggam-fast train --recipe paper --data folder --root photos    # train the whole network on a GPU
         ggam-fast train --config options.yaml --seed 1 --out runs/b   # read options, override one
         ggam-fast train --resume runs/photos                          # go on with a stopped run
@@ -134,10 +141,12 @@ def explain(arguments: Sequence[str]) -> int:
 def ablate(arguments: Sequence[str]) -> int:
     """Compare attentions, norms of beta and guidance weights over several seeds.
 
-    It trains many heads on the cached maps of a frozen backbone, and writes a report.
+    It trains many heads on the cached maps of a frozen backbone, and writes a report. With
+    --finetune-from, each head trains the last layers of the backbone too.
     The same command continues a stopped study.
 
         ggam-fast ablate --out ablation-elpv --epochs 3
+        ggam-fast ablate --finetune-from blocks.5 --out ablation-last-layers
         ggam-fast ablate --data birds --root packages --out ablation-birds --seeds 0 1 2 3 4
     """
     from ggam_fast.training.ablation import study
@@ -236,7 +245,7 @@ def run(arguments: Sequence[str]) -> int:
     if "--help" in rest or "-h" in rest:
         module, config = _CONFIGS[name]
         options = getattr(import_module(f"ggam_fast.training.{module}"), config)()
-        print(screen(name, COMMANDS[name].__doc__ or "", options, _EVERYDAY if name == "train" else None))
+        print(screen(name, COMMANDS[name].__doc__ or "", options, _EVERYDAY.get(name)))
         return 0
     if "--help-all" in rest:
         rest = ["--help"]

@@ -55,6 +55,16 @@ class BackboneConfig:
     """Start from ImageNet weights. The `train` extra includes those of the default backbone."""
     finetune: bool = False
     """Train the backbone too. Otherwise it is frozen, and its maps are computed once and cached."""
+    finetune_from: str | None = None
+    """Train the backbone from this module on, such as blocks.5 or layer4. The maps that enter it are computed
+    once and cached."""
+
+    @property
+    def tuned(self) -> str:
+        """Which part of the backbone is trained, in words."""
+        if self.finetune_from is not None:
+            return f"fine-tuned from {self.finetune_from} on"
+        return "fine-tuned" if self.finetune else "frozen"
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ class OptimConfig:
     lr: float = 3e-4
     """Highest learning rate of the head."""
     backbone_lr: float = 1e-4
-    """Highest learning rate of the backbone, with --finetune."""
+    """Highest learning rate of the backbone, with --finetune or --finetune-from."""
     weight_decay: float = 0.01
     """Weight decay of the optimizer."""
     clip_grad: float = 0.0
@@ -213,6 +223,11 @@ class TrainConfig:
             if value is not None and not (least <= value < below):
                 ending = "or more" if below == infinity else f"or more and below {below}"
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
+        if self.backbone.finetune and self.backbone.finetune_from is not None:
+            raise TrainError(
+                f"--finetune trains the whole backbone, and --finetune-from {self.backbone.finetune_from} "
+                "a part of it; leave out one of them; with --recipe paper, --no-finetune leaves out the first"
+            )
         if optim.cutmix and not self.backbone.finetune:
             raise TrainError(
                 "--cutmix pastes patches of images, but the maps of a frozen backbone are computed earlier; "

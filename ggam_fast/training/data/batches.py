@@ -80,7 +80,7 @@ class Batches(Protocol):
 
 
 class MapBatches:
-    """Batches of feature maps (N, C, H, W), in order.
+    """Batches of maps (N, C, H, W) or tokens (N, L, C), in order.
 
     With `shuffle_seed` they are shuffled in every epoch, and the last partial batch is left out.
     """
@@ -97,7 +97,7 @@ class MapBatches:
         if device.type == "cuda" and maps.nbytes < _RESIDENT_SHARE * _free_memory(device):
             maps = maps.to(device)
         # Rows of this view are contiguous, so indexing copies whole rows.
-        self._rows = maps.permute(0, 2, 3, 1)
+        self._rows = maps.permute(0, 2, 3, 1) if maps.ndim == 4 else maps
         self._labels = labels.to(maps.device)
         self._device = device
         self.order = Order(len(labels), batch_size, shuffle_seed, world)
@@ -113,7 +113,8 @@ class MapBatches:
         return self._batch(torch.arange(self.order.batch_size, device=self._labels.device))
 
     def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self._rows[chosen].permute(0, 3, 1, 2)
+        maps = self._rows[chosen]
+        maps = maps.permute(0, 3, 1, 2) if maps.ndim == 4 else maps
         return maps.to(self._device), self._labels[chosen].to(self._device)
 
 

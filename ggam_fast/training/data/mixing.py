@@ -26,7 +26,10 @@ class Mix:
             return inputs, labels
         index = int(torch.randint(len(self._mixers), ())) if len(self._mixers) > 1 else 0
         channels_last = inputs.is_contiguous(memory_format=torch.channels_last)
-        mixed, targets = self._mixers[index](inputs, labels)
+        # torchvision takes inputs of four dimensions, and tokens have three.
+        shaped = inputs.unsqueeze(1) if inputs.ndim == 3 else inputs
+        mixed, targets = self._mixers[index](shaped, labels)
+        mixed = mixed.view_as(inputs)
         return mixed.contiguous(memory_format=torch.channels_last) if channels_last else mixed, targets
 
 

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -21,6 +21,21 @@ LITE0 = "tf_efficientnet_lite0"
 _SECONDS = 3.0  # to wait for the hub
 
 
+class Layout(NamedTuple):
+    """How a timm model lays out its last features: `prefix_tokens` before those of the patches, and NHWC."""
+
+    prefix_tokens: int
+    channels_last: bool
+
+    def maps(self, features: Tensor) -> Tensor:
+        """`features` as maps (N, C, H, W), which are a view."""
+        if features.ndim == 3:
+            tokens = features[:, self.prefix_tokens :]
+            side = round(tokens.shape[1] ** 0.5)
+            return tokens.transpose(1, 2).unflatten(2, (side, -1))
+        return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+
 class Backbone(nn.Module):
     """A timm model without pooling and classifier.
 
@@ -28,10 +43,12 @@ class Backbone(nn.Module):
     channels-last maps (NHWC) and tokens (NLC) become views of that shape in channels-last memory. Class and
     register tokens are left out.
 
-    Attributes: `name`; `num_features` = C; `feat_size` = (H, W); `image_size`, `mean`, `std` and `resize`,
-    which describe the expected images. `preprocessing` has these four in the order of
-    `image_set.eval_transform`.
+    Attributes: `name`; `num_features` = C; `feat_size` = (H, W); `map_shape` = (C, H, W); `image_size`,
+    `mean`, `std` and `resize`, which describe the expected images. `preprocessing` has these four in the
+    order of `image_set.eval_transform`.
     """
+
+    kind = "feature maps"
 
     def __init__(
         self, model: Any, name: str, image_size: int | None = None, resize: int | None = None
@@ -49,6 +66,9 @@ class Backbone(nn.Module):
                 f"--resize must be at least the crop's side of {self.image_size}; got {self.resize}"
             )
         self.num_features: int = model.num_features
+        self.layout = Layout(
+            getattr(model, "num_prefix_tokens", 0), getattr(model, "output_fmt", "NCHW") == "NHWC"
+        )
         self.feat_size = self._probe()
 
     @property
@@ -56,14 +76,15 @@ class Backbone(nn.Module):
         return self.image_size, self.mean, self.std, self.resize
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.model.forward_features(images)
-        if features.ndim == 3:
-            tokens = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
-            side = round(tokens.shape[1] ** 0.5)
-            return tokens.transpose(1, 2).unflatten(2, (side, -1))
-        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            return features.permute(0, 3, 1, 2)
-        return features
+        return self.layout.maps(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The last features in the layout of timm."""
+        return self.model.forward_features(images)
+
+    @property
+    def map_shape(self) -> tuple[int, ...]:
+        return self.num_features, *self.feat_size
 
     def _probe(self) -> tuple[int, int]:
         """Run one blank image through the network, to find (H, W) and to check that the head fits."""
@@ -87,11 +108,16 @@ class Backbone(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of all weights and statistics."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self.model)
+
+
+def fingerprint(module: nn.Module, more: str = "") -> str:
+    """SHA-256 of `more` and of all weights and statistics of `module`."""
+    digest = hashlib.sha256(more.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def create_backbone(

@@ -10,6 +10,7 @@ from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.training.config.options import HeadConfig
 from ggam_fast.training.data.mixing import hard
 from ggam_fast.training.model.backbones import Backbone
+from ggam_fast.training.model.cut import LastLayers
 from ggam_fast.training.system.devices import autocast
 
 
@@ -25,17 +26,40 @@ class GGAMClassifier(nn.Module):
         return self.head(self.backbone(images), target)
 
 
+class LastClassifier(nn.Module):
+    """The last layers of a backbone with a head: from what enters them to logits (N, K) or `GGAMOutput`."""
+
+    def __init__(self, backbone: LastLayers, head: GGAMHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, maps: Tensor, target: Tensor | None = None) -> Tensor | GGAMOutput:
+        return self.head(self.backbone(maps), target)
+
+
+Trained = GGAMHead | LastClassifier | GGAMClassifier
+"""What a run trains. A head takes feature maps, and a whole classifier takes images."""
+
+
+def head_and_features(trained: Trained, inputs: Tensor) -> tuple[GGAMHead, Tensor]:
+    """The head of `trained` and the features that reach it."""
+    if isinstance(trained, GGAMHead):
+        return trained, inputs
+    return trained.head, trained.backbone(inputs)
+
+
 class GuidedLoss(nn.Module):
     """The loss of a batch, and (loss, guidance loss, accuracy) without a graph.
 
-    Inputs are maps for a head and images for a classifier. The fused loss is computed in a module's forward,
+    Inputs are those of the trained module, maps or images. The fused loss is computed in a module's forward,
     because torch.compile and DistributedDataParallel wrap modules. DistributedDataParallel averages only
     gradients of what its own forward computes.
     """
 
     def __init__(
         self,
-        trained: GGAMHead | GGAMClassifier,
+        trained: Trained,
         guidance_weight: float,
         label_smoothing: float,
         device: torch.device,
@@ -48,12 +72,8 @@ class GuidedLoss(nn.Module):
         self._dtype = dtype
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        trained = self.trained
         with autocast(self._device, self._dtype):
-            if isinstance(trained, GGAMClassifier):
-                head, features = trained.head, trained.backbone(inputs)
-            else:
-                head, features = trained, inputs
+            head, features = head_and_features(self.trained, inputs)
             loss, out = fused_ggam_loss(head, features, targets, **self._weights)
         accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
         return loss, torch.stack([loss.detach(), out.guidance_loss, accuracy])

@@ -1,4 +1,4 @@
-"""Feature maps of a frozen backbone. They are computed once and then memory-mapped."""
+"""Maps of a frozen backbone, or of its frozen first layers. They are computed once and then memory-mapped."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ggam_fast.training.data.image_set import ImageFiles
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.backbones import Backbone
+from ggam_fast.training.model.cut import FirstLayers
 from ggam_fast.training.system import cache
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class MapFile:
     def __init__(
         self,
         folder: Path,
-        backbone: Backbone,
+        backbone: Backbone | FirstLayers,
         weights: str,
         dataset: ImageFiles,
         dtype: torch.dtype,
@@ -71,8 +72,8 @@ class MapFile:
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         self.path = folder / f"{backbone.name}-{backbone.image_size}-{digest[:20]}.maps"
         self.dtype = dtype
-        self._shape = (len(dataset), *backbone.feat_size, backbone.num_features)
-
+        self._shape = (len(dataset), *_stored(torch.empty(1, *backbone.map_shape, device="meta")).shape[1:])
+        self._kind = backbone.kind
         self.nbytes = math.prod(self._shape) * dtype.itemsize
         self._images = os.path.commonpath([path.parent.absolute() for path, _ in dataset.items])
         self._looked_at: tuple[int, int, int] | None = None
@@ -96,7 +97,9 @@ class MapFile:
         return self._sound
 
     def open(self) -> Tensor:
-        """Maps (N, C, H, W) in channels-last memory, mapped from the file. `sound` checks them before.
+        """The maps, mapped from the file. Maps (N, C, H, W) are in channels-last memory.
+
+        `sound` checks them before.
 
         Raises:
             TrainError: the file cannot be read.
@@ -107,17 +110,18 @@ class MapFile:
             raise TrainError(f"cannot read feature maps {self.path}: {error}") from error
         with suppress(OSError):  # another user's file
             os.utime(self.path)  # `ggam-fast cache` tells by it when the maps were used last
-        return flat.view(self._shape).permute(0, 3, 1, 2)
+        stored = flat.view(self._shape)
+        return stored.permute(0, 3, 1, 2) if stored.ndim == 4 else stored
 
     def write(self, batches: Iterable[Tensor]) -> None:
-        """Store batches of maps (n, C, H, W) one after the other. If a batch fails, no file is left.
+        """Store batches of maps (n, ...) one after the other. If a batch fails, no file is left.
 
         Raises:
             TrainError: the folder cannot be made or written.
         """
         folder = self.path.parent
         about = {
-            "kind": "feature maps",
+            "kind": self._kind,
             "backbone": self.path.name.rsplit("-", 2)[0],
             "images": self._images,
             "shape": self._shape,
@@ -126,7 +130,7 @@ class MapFile:
 
         def rows() -> Iterator[memoryview]:
             for maps in batches:
-                flat = maps.permute(0, 2, 3, 1).to(self.dtype).contiguous().view(-1).view(torch.uint8)
+                flat = _stored(maps).to(self.dtype).contiguous().view(-1).view(torch.uint8)
                 yield flat.numpy().data
 
         try:
@@ -137,6 +141,11 @@ class MapFile:
             raise TrainError(
                 f"cannot write feature maps to {folder}: {reason}; choose another --cache-dir"
             ) from error
+
+
+def _stored(maps: Tensor) -> Tensor:
+    """`maps` in the order of the file. The first dimension behind N moves to the end, but not for tokens."""
+    return maps.permute(0, 2, 3, 1) if maps.ndim == 4 else maps
 
 
 def encoded(

@@ -61,6 +61,7 @@ def describe(model: GGAMClassifier, images: ImageSet, config: TrainConfig) -> di
         },
         "optim": asdict(config.optim),
         "finetune": config.backbone.finetune,
+        "finetune_from": config.backbone.finetune_from,
     }
 
 

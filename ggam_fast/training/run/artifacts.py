@@ -12,7 +12,8 @@ from ggam_fast.training.config.config_file import config_text, read_config_file
 from ggam_fast.training.config.options import HeadConfig, OptimConfig, TrainConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model import model_file
-from ggam_fast.training.model.classifier import GGAMClassifier
+from ggam_fast.training.model.classifier import GGAMClassifier, LastClassifier
+from ggam_fast.training.model.cut import with_last
 from ggam_fast.training.run import resume_state
 from ggam_fast.training.run.history import best_epoch, exhausted
 from ggam_fast.training.run.log import BOARD
@@ -50,6 +51,7 @@ class RunArtifacts:
         self._best_by = description["optim"]["best_by"]
         # A resumed run must have the same values.
         self._run = {name: description[name] for name in ("backbone", "head", "classes", "optim", "finetune")}
+        self._run["finetune_from"] = description["finetune_from"]
         self._run["images"] = description["data"]["images"]
         self._run["init_from"] = description.get("init_from")
 
@@ -108,6 +110,8 @@ class RunArtifacts:
         result = self._trainer.result
         if isinstance(result, GGAMClassifier):
             return result
+        if isinstance(result, LastClassifier):
+            return GGAMClassifier(with_last(self._model.backbone, result.backbone), result.head)
         return GGAMClassifier(self._model.backbone, cast(GGAMHead, result))
 
     def save_snapshot(self) -> None:

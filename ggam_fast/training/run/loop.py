@@ -19,7 +19,7 @@ from ggam_fast.training.data.batches import Batches
 from ggam_fast.training.data.mixing import Mix
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.model.batch_statistics import estimated, settled
-from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss
+from ggam_fast.training.model.classifier import GuidedLoss, Trained
 from ggam_fast.training.run.history import exhausted
 from ggam_fast.training.run.log import RunLog
 from ggam_fast.training.run.resume_state import random_state, set_random_state
@@ -42,7 +42,7 @@ Groups = list[dict[str, Any]]
 
 
 class Trainer:
-    """Trains `trained`, a GGAM head on maps or a whole classifier on images, as `optim` says.
+    """Trains `trained`, on maps or on images, as `optim` says.
 
     `groups`: the parameter groups, each with its highest learning rate `lr`. `num_classes`: number of
     classes, for mixed targets. `steps`: number of optimizer steps so far. `history`: the numbers of every
@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(
         self,
-        trained: GGAMHead | GGAMClassifier,
+        trained: Trained,
         groups: Groups,
         optim: OptimConfig,
         num_classes: int,
@@ -344,6 +344,16 @@ class Trainer:
 
         # The compiler does not trace DistributedDataParallel, so it gets the module inside.
         return self._world.wrap(compile_or_eager(step, step, probe), self._device)
+
+
+def parameter_groups(trained: Trained, optim: OptimConfig) -> Groups:
+    """Parameter groups: the head at `lr` and what is trained of the backbone at `backbone_lr`."""
+    if isinstance(trained, GGAMHead):
+        return [{"params": list(trained.parameters()), "lr": optim.lr}]
+    return [
+        {"params": list(trained.head.parameters()), "lr": optim.lr},
+        {"params": list(trained.backbone.parameters()), "lr": optim.backbone_lr},
+    ]
 
 
 def _optimizer(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:

@@ -16,7 +16,8 @@ from ggam_fast.training.data.readers import read_images
 from ggam_fast.training.data.scan import readable
 from ggam_fast.training.errors import TrainError, first_line
 from ggam_fast.training.model.backbones import Backbone, create_backbone
-from ggam_fast.training.model.classifier import GGAMClassifier, create_head
+from ggam_fast.training.model.classifier import GGAMClassifier, LastClassifier, Trained, create_head
+from ggam_fast.training.model.cut import FirstLayers, cut
 from ggam_fast.training.model.feature_cache import MapFile, default_cache_dir, encoded
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.system.cache import remove_dead_parts
@@ -44,7 +45,7 @@ def load_images(config: DataConfig) -> ImageSet:
     )
 
 
-def check_images(images: ImageSet, backbone: Backbone, config: DataConfig) -> ImageSet:
+def check_images(images: ImageSet, backbone: Backbone | FirstLayers, config: DataConfig) -> ImageSet:
     """`scan.readable` with the options of `config`."""
     return readable(
         images,
@@ -70,6 +71,28 @@ def create_classifier(config: TrainConfig, num_classes: int) -> GGAMClassifier:
         return GGAMClassifier(backbone, create_head(backbone, num_classes, config.head))
     except (ValueError, TypeError) as error:
         raise TrainError(str(error)) from error
+
+
+def divided(
+    model: GGAMClassifier, config: TrainConfig
+) -> tuple[None, GGAMClassifier] | tuple[Backbone | FirstLayers, Trained]:
+    """What stays frozen and makes the maps, None if nothing does, and what is trained on them.
+
+    Both share the modules of `model`. Gradients are turned on and off as this says.
+
+    Raises:
+        TrainError: the backbone cannot be cut where --finetune-from says.
+    """
+    if config.backbone.finetune:
+        return None, model
+    frozen: Backbone | FirstLayers = model.backbone
+    trained: Trained = model.head
+    if config.backbone.finetune_from is not None:
+        frozen, last = cut(model.backbone, config.backbone.finetune_from)
+        trained = LastClassifier(last, model.head)
+    model.requires_grad_(False)
+    trained.requires_grad_(True)
+    return frozen, trained
 
 
 def take_weights(model: GGAMClassifier, classes: tuple[str, ...], config: TrainConfig) -> str | None:
@@ -137,7 +160,7 @@ def image_batches(
 
 def map_batches(
     images: ImageSet,
-    model: GGAMClassifier,
+    frozen: Backbone | FirstLayers,
     config: TrainConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -145,21 +168,21 @@ def map_batches(
     interrupt: InterruptGuard,
     world: World = ALONE,
 ) -> dict[str, Batches]:
-    """Batches of the frozen backbone's maps for every split. Maps that the cache lacks are computed,
+    """Batches of the maps of `frozen` for every split. Maps that the cache lacks are computed,
     and so are those without their checksum.
 
     The training split has every image in all its mirrorings.
     """
-    backbone = model.backbone.eval()
-    transform = eval_transform(*backbone.preprocessing)
+    frozen.eval()
+    transform = eval_transform(*frozen.preprocessing)
     folder = config.data.cache_dir or default_cache_dir()
     datasets = {
         split: ImageFiles(images, split, transform, images.flips if split == "train" else ((),))
         for split in images.splits
     }
-    weights = backbone.fingerprint()
+    weights = frozen.fingerprint()
     files = {
-        split: MapFile(folder, backbone, weights, dataset, dtype, config.data.enlarge)
+        split: MapFile(folder, frozen, weights, dataset, dtype, config.data.enlarge)
         for split, dataset in datasets.items()
     }
     if world.is_main:
@@ -170,7 +193,7 @@ def map_batches(
             folder.mkdir(parents=True, exist_ok=True)
         # If two runs need the same maps, the second waits for the first.
         with locked(files["train"].path.with_suffix(".lock"), interrupt.check):
-            _fill(files, datasets, images, backbone, config, device, dtype, report, interrupt)
+            _fill(files, datasets, images, frozen, config, device, dtype, report, interrupt)
     world.barrier()
     return {
         split: MapBatches(
@@ -189,7 +212,7 @@ def _fill(
     files: dict[str, MapFile],
     datasets: dict[str, ImageFiles],
     images: ImageSet,
-    backbone: Backbone,
+    frozen: Backbone | FirstLayers,
     config: TrainConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -202,9 +225,9 @@ def _fill(
         return
     count = sum(map(len, missing.values()))
     if not config.data.skip_bad_images:  # with that option they are already checked
-        check_images(images, backbone, config.data)
+        check_images(images, frozen, config.data)
     logger.info(
-        f"computing {count} feature maps, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
+        f"computing {count} {frozen.kind}, {sum(files[s].nbytes for s in missing) / 1e6:,.1f} MB"
         f", kept in {files[next(iter(missing))].path.parent}"
     )
     largest = max(missing, key=lambda split: len(missing[split]))
@@ -216,14 +239,14 @@ def _fill(
 
     def encode(inputs: Tensor) -> Tensor:
         with autocast(device, dtype):
-            return backbone(inputs)
+            return frozen(inputs)
 
     if config.run.compile and count >= _COMPILE_BACKBONE_FROM:
         logger.info("compiling the backbone")
         example, _ = sources[largest].example()
         with torch.no_grad():
-            encode = compile_or_eager(encode, backbone, lambda f: f(example))
-    with report.bar("feature maps", count) as bar:
+            encode = compile_or_eager(encode, frozen, lambda f: f(example))
+    with report.bar(frozen.kind, count) as bar:
 
         def on_batch(images: int) -> None:
             interrupt.check()

@@ -19,14 +19,14 @@ from ggam_fast.training.data.image_set import ImageSet
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.measure.classification import Metrics, classification_metrics
 from ggam_fast.training.model import model_file
-from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.run.artifacts import CURVES, GALLERY, METRICS, OPTIONS, RunArtifacts
 from ggam_fast.training.run.history import best_epoch, best_text
 from ggam_fast.training.run.log import RunLog
-from ggam_fast.training.run.loop import Groups, Trainer, evaluate
+from ggam_fast.training.run.loop import Trainer, evaluate, parameter_groups
 from ggam_fast.training.run.prepare import (
     check_images,
     create_classifier,
+    divided,
     image_batches,
     load_images,
     map_batches,
@@ -90,17 +90,17 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     backbone = model.backbone.to(memory_format=torch.channels_last)
     channels, (height, width) = backbone.num_features, backbone.feat_size
     logger.info(
-        f"{backbone.name}, {'fine-tuned' if config.backbone.finetune else 'frozen'}, maps of "
+        f"{backbone.name}, {config.backbone.tuned}, maps of "
         f"{channels} x {height} x {width}; GGAM head; {device_name(device)}"
         + (f"; {world.size} processes" if world.size > 1 else "")
     )
-    if config.backbone.finetune or config.data.skip_bad_images:
+    frozen, trained = divided(model, config)
+    if frozen is None or config.data.skip_bad_images:
         images = check_images(images, backbone, config.data)
     with run_folder(config.run, images.name, world) as out, InterruptGuard() as interrupt:
-        model.backbone.requires_grad_(config.backbone.finetune)
         trainer = Trainer(
-            model if config.backbone.finetune else model.head,
-            parameter_groups(model, config),
+            trained,
+            parameter_groups(trained, config.optim),
             config.optim,
             len(images.classes),
             device,
@@ -116,8 +116,8 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
         try:
             batches = (
                 image_batches(images, model, config, device, world)
-                if config.backbone.finetune
-                else map_batches(images, model, config, device, dtype, report, interrupt, world)
+                if frozen is None
+                else map_batches(images, frozen, config, device, dtype, report, interrupt, world)
             )
             if config.run.resume is not None:
                 artifacts.restore()
@@ -229,11 +229,3 @@ def run_folder(config: RunConfig, name: str, world: World) -> Iterator[Path]:
     with made_here if world.is_main else nullcontext(None) as made:
         folder = world.broadcast(made)
         yield folder
-
-
-def parameter_groups(model: GGAMClassifier, config: TrainConfig) -> Groups:
-    """Parameter groups: the head at `lr` and, if it is fine-tuned, the backbone at `backbone_lr`."""
-    groups: Groups = [{"params": list(model.head.parameters()), "lr": config.optim.lr}]
-    if config.backbone.finetune:
-        groups.append({"params": list(model.backbone.parameters()), "lr": config.optim.backbone_lr})
-    return groups

@@ -152,7 +152,10 @@ def evaluated(
     metrics = classification_metrics(looked.logits, looked.labels)
     report.table(metrics, images.classes, config.split)
     results: dict[str, Any] = {
-        "run": {name: checkpoint.description[name] for name in ("backbone", "head", "optim", "finetune")},
+        "run": {
+            **{name: checkpoint.description[name] for name in ("backbone", "head", "optim", "finetune")},
+            "finetune_from": checkpoint.description.get("finetune_from"),  # older checkpoints have none
+        },
         "weights": weights_name(config.run, config.weights),
         "data": images.name,
         "notes": images.notes,

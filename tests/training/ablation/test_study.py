@@ -88,6 +88,26 @@ def test_the_same_seed_gives_the_same_cell(study, report, tmp_path):
         assert found[0][key] == found[1][key]
 
 
+def test_every_cell_trains_the_last_layers_anew(study, report, tmp_path):
+    found = {}
+    for out, seeds in (("two", (0, 1)), ("one", (1,)), ("frozen", (1,))):
+        tuned = {} if out == "frozen" else {"finetune_from": "layer4", "backbone_lr": 1e-2}
+        short = replace(study.study, attentions=("spatial",), seeds=seeds, out=tmp_path / out, epochs=2)
+        short = replace(study, study=replace(short, **tuned))
+        assert ablate(short, report, "")
+        cell = json.loads((tmp_path / out / "cells" / "spatial-unguided-seed1.json").read_text())
+        found[out] = (
+            [{**epoch, "images_per_second": 0} for epoch in cell["epochs"]],
+            [cell[key] for key in ("val", "test", "beta", "pictures")],
+        )
+    assert found["two"] == found["one"] != found["frozen"]
+    assert found["one"][0][-1]["loss"] != found["frozen"][0][-1]["loss"]
+    assert "fine-tuned from layer4 on" in (tmp_path / "one" / "report.md").read_text()
+    frozen = replace(study.study, attentions=("spatial",), seeds=(1,), out=tmp_path / "one", epochs=2)
+    with pytest.raises(TrainError, match="--finetune-from layer4, not None"):
+        ablate(replace(study, study=frozen), report, "")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,6 +116,7 @@ def test_the_same_seed_gives_the_same_cell(study, report, tmp_path):
         ({"guidance_weights": (0.1, 0.0)}, "--guidance-weights must be above 0"),
         ({"epochs": 0}, "--epochs must be 1 or more"),
         ({"thresholds": 0}, "--thresholds must be from 1 to 1000"),
+        ({"finetune_from": "layer9"}, "--finetune-from layer9 cannot be used"),
     ],
 )
 def test_bad_choices_are_named(study, report, change, message):

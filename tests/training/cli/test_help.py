@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from ggam_fast.training.ablation.study import AblateConfig
 from ggam_fast.training.cli import main
 from ggam_fast.training.cli.commands import COMMANDS
 from ggam_fast.training.config.options import TrainConfig
@@ -28,10 +29,12 @@ def test_all_help_has_the_full_text(name, run_command):
     assert "By default $XDG_CACHE_HOME" in " ".join(done.stdout.replace("│", " ").split())
 
 
-def test_help_names_every_option_and_its_default(capsys):
-    assert main(["train", "--help"]) == 0
+@pytest.mark.parametrize(("command", "config"), [("train", TrainConfig), ("ablate", AblateConfig)])
+def test_help_names_every_option_and_its_default(capsys, command, config):
+    assert main([command, "--help"]) == 0
     shown = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("  --"))
-    for name, value in TrainConfig().values().items():
+    sections = [vars(section) for section in vars(config()).values()]
+    for name, value in [option for section in sections for option in section.items()]:
         found = re.search(rf"--(\[no-\])?{name.replace('_', '-')}(?= |$)(.*)", shown, re.MULTILINE)
         assert found is not None
         assert bool(found[1]) == (value is True)

@@ -20,6 +20,13 @@ def test_mixed_targets_are_the_shares_of_what_was_mixed(options):
     assert hard(targets).equal(targets.argmax(1))
 
 
+def test_tokens_are_mixed_as_maps_are():
+    tokens = torch.arange(4.0).view(4, 1, 1).expand(4, 5, 8)
+    mixed, targets = Mix(4, mixup=1.0)(tokens, torch.arange(4))
+    assert mixed.shape == tokens.shape
+    assert mixed[:, 0, 0].allclose(targets @ torch.arange(4.0))
+
+
 def test_without_mixing_a_batch_stays_as_it_is():
     inputs, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
     assert Mix(4)(inputs, labels) == (inputs, labels)

@@ -106,9 +106,10 @@ def test_average_is_the_running_one(maps):
         {"optim": {"ema": 0.999}},
         {"optim": {"ema": 0.999}, "backbone": {"finetune": True}},
         {"backbone": {"finetune": True}},
+        {"optim": {"ema": 0.999}, "backbone": {"finetune_from": "layer4"}},
         {"head": {"attention_scale": "printed", "norm_eps": 1e-5}},
     ],
-    ids=["average", "fine-tuned average", "fine-tuned", "printed scale"],
+    ids=["average", "fine-tuned average", "fine-tuned", "last layers", "printed scale"],
 )
 def test_short_run_saves_a_classifier_as_good_as_it_was_in_training(tiny_config, report, options):
     """What is saved takes no first values along: neither weights nor statistics of batch norm."""
@@ -124,6 +125,8 @@ def test_short_run_saves_a_classifier_as_good_as_it_was_in_training(tiny_config,
         tested = model(inputs).softmax(1).amax(1).mean()
         model.head.train()
         model.backbone.train(config.backbone.finetune)
+        if config.backbone.finetune_from is not None:
+            model.backbone.model.get_submodule(config.backbone.finetune_from).train()
         trained = model(inputs).softmax(1).amax(1).mean()
     assert tested.item() == pytest.approx(trained.item(), abs=0.1)
 
@@ -164,11 +167,11 @@ def test_one_cycle_of_any_length(steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("finetune", [False, True])
-def test_compiled_step_follows_the_eager_one(tiny_config, report, elsewhere, finetune):
+@pytest.mark.parametrize("tuned", [{}, {"finetune": True}, {"finetune_from": "layer4"}])
+def test_compiled_step_follows_the_eager_one(tiny_config, report, elsewhere, tuned):
     tiny_config = replace(
         tiny_config,
-        backbone=replace(tiny_config.backbone, finetune=finetune),
+        backbone=replace(tiny_config.backbone, **tuned),
         optim=replace(tiny_config.optim, epochs=2),
     )
     compiled = elsewhere(tiny_config, "compiled")

@@ -8,14 +8,17 @@ import torch
 from ggam_fast.training import load_checkpoint
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.run import loop
+from ggam_fast.training.run import train as training
 from ggam_fast.training.run.prepare import image_batches, load_images
 from ggam_fast.training.run.train import train
 from tests.training.runs import said
 
+TUNED = [{}, {"finetune": True}, {"finetune_from": "layer4"}]
 
-@pytest.mark.parametrize("finetune", [False, True])
-def test_a_run_starts_from_the_weights_of_another(tiny_config, report, elsewhere, finetune):
-    config = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
+
+@pytest.mark.parametrize("tuned", TUNED)
+def test_a_run_starts_from_the_weights_of_another(tiny_config, report, elsewhere, tuned):
+    config = replace(tiny_config, backbone=replace(tiny_config.backbone, **tuned))
     train(config, report)
     first = load_checkpoint(config.run.out).model.state_dict()
     second = elsewhere(config, "second")
@@ -64,12 +67,30 @@ def test_half_precision_backbone_on_the_cpu(tiny_config, report):
     assert maps == ".maps"
 
 
-def test_reported_accuracy_is_that_of_the_reloaded_checkpoint(tiny_config, report):
-    outcome = train(tiny_config, report)
-    model = load_checkpoint(tiny_config.run.out).model
-    images = load_images(tiny_config.data)
-    batches = image_batches(images, model, tiny_config, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("backbone", "tuned", "optim"),
+    [
+        ("test_resnet", {}, {}),
+        ("test_resnet", {"finetune_from": "layer4"}, {}),
+        ("test_efficientnet", {"finetune_from": "blocks.3"}, {"ema": 0.9, "mixup": 0.3}),
+        ("test_vit", {"finetune_from": "blocks.3"}, {"mixup": 0.3}),
+    ],
+    ids=str,
+)
+def test_what_was_tested_on_cached_maps_is_what_images_give(
+    tiny_config, report, monkeypatch, backbone, tuned, optim
+):
+    config = replace(tiny_config, backbone=replace(tiny_config.backbone, backbone=backbone, **tuned))
+    config = replace(config, optim=replace(config.optim, lr=3e-3, **optim))
+    cached = []
+    found = loop.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda *args: cached.append(found(*args)) or cached[-1])
+    outcome = train(config, report)
+    model = load_checkpoint(config.run.out).model
+    images = load_images(config.data)
+    batches = image_batches(images, model, config, torch.device("cpu"))
     logits, labels = loop.evaluate(model, batches["test"], torch.device("cpu"))
+    torch.testing.assert_close(logits, cached[0][0], rtol=1e-3, atol=1e-4)
     assert (logits.argmax(1) == labels).float().mean().item() == outcome.metrics.accuracy
 
 

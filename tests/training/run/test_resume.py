@@ -23,6 +23,7 @@ from tests.training.runs import numbers, with_
 VARIANTS = {
     "frozen, averaged, mixed": {"optim": {"ema": 0.9, "mixup": 0.4}},
     "dropout, accumulated": {"optim": {"accumulate": 2, "clip_grad": 0.5}, "head": {"drop_rate": 0.5}},
+    "last layers, averaged": {"optim": {"ema": 0.9}, "backbone": {"finetune_from": "layer4"}},
     "fine-tuned, sgd": {
         "backbone": {"finetune": True},
         "optim": {"optimizer": "sgd", "schedule": "cosine", "cutmix": 1.0, "mixup": 1.0},

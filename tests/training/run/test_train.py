@@ -12,9 +12,11 @@ from ggam_fast.training.run.prepare import create_classifier
 from ggam_fast.training.run.train import train
 from tests.training.runs import numbers, said, with_
 
+TUNED = [{}, {"finetune": True}, {"finetune_from": "layer4"}]
 
-@pytest.mark.parametrize("finetune", [False, True])
-def test_training_takes_the_fused_loss(tiny_config, report, monkeypatch, finetune):
+
+@pytest.mark.parametrize("tuned", TUNED)
+def test_training_takes_the_fused_loss(tiny_config, report, monkeypatch, tuned):
     from ggam_fast import GGAMHead
 
     forward = GGAMHead.forward
@@ -24,7 +26,7 @@ def test_training_takes_the_fused_loss(tiny_config, report, monkeypatch, finetun
         return forward(head, features, target, pre_logits)
 
     monkeypatch.setattr(GGAMHead, "forward", without_target)
-    config = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
+    config = replace(tiny_config, backbone=replace(tiny_config.backbone, **tuned))
     assert train(with_(config, mixup=0.5), report).metrics is not None
 
 
@@ -75,6 +77,26 @@ def test_frozen_backbone_stays_as_it_was_and_fine_tuning_moves_it(tiny_config, r
     assert not any(tensor.equal(before[name]) for name, tensor in moved.items() if name.endswith("weight"))
 
 
+def test_last_layers_are_trained_on_what_enters_them(tiny_config, report):
+    torch.manual_seed(tiny_config.optim.seed)
+    before = create_classifier(tiny_config, 3).backbone.state_dict()
+    tuned = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune_from="layer4"))
+    tuned = replace(tuned, data=replace(tuned.data, val_fraction=0.3), optim=replace(tuned.optim, lr=3e-3))
+    train(tuned, report)
+    assert "fine-tuned from layer4 on" in said(report)
+    assert "maps that enter layer4" in said(report)
+    after = load_checkpoint(tuned.run.out).model.backbone.state_dict()
+    last = {name for name in before if name.startswith("model.layer4.")}
+    # Statistics of batch norm follow in the last layers alone.
+    assert {name for name, value in after.items() if not value.equal(before[name])} == last
+    for name, rate in ("backbone", 1e-5), ("both", 0.0):
+        slower = replace(tuned, optim=replace(tuned.optim, backbone_lr=rate, weight_decay=0.0))
+        train(replace(slower, run=replace(tuned.run, out=tuned.run.out.with_name(name))), report)
+        found = load_checkpoint(tuned.run.out.with_name(name)).model.backbone.state_dict()
+        moved = {k: (found[k] - before[k]).abs().max() for k in last if k.endswith("weight")}
+        assert 0 <= max(moved.values()) < (1e-7 if name == "both" else 3e-4)
+
+
 def test_validation_split_is_followed(tiny_config, report, photos):
     for split, share in (("train", slice(0, 6)), ("val", slice(6, 8)), ("test", slice(8, 10))):
         for name in ("red", "green", "blue"):
@@ -102,6 +124,8 @@ def test_validation_split_is_followed(tiny_config, report, photos):
         ("head", {"drop_rate": 1.5}, "drop_rate"),
         ("run", {"device": "abacus"}, "--device"),
         ("backbone", {"backbone": "nonesuch"}, "--backbone"),
+        ("backbone", {"finetune_from": "nonesuch"}, "--finetune-from nonesuch cannot be used"),
+        ("backbone", {"finetune_from": "layer4", "finetune": True}, "leave out one of them"),
     ],
 )
 def test_bad_option_leaves_nothing_behind(tiny_config, report, part, option, words):

@@ -26,7 +26,7 @@ _EVERYDAY = (
     *("lr", "guidance_weight", "seed", "out", "resume"),
 )
 # Options that may change when a run is resumed.
-_PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
+_PER_PART = {"root", "resume", "save_every", "log_to", "device", "workers", "cache_dir", "compile"}
 
 
 def train(arguments: Sequence[str]) -> int:

@@ -76,6 +76,7 @@ def test_few_classes_have_a_matrix_that_says_shares_by_colour():
     text = page(results(10), [])
     assert 'rgb(var(--blue) / 0.75)">20</td>' in text
     assert 'rgb(var(--red) / 0.75)">9</td>' in text
+    assert "<h2>Confusion matrix</h2>" in text
     assert text.count("<td style=") == 100
     assert "Most frequent mistakes" not in text
 

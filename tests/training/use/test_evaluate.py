@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from ggam_fast.training.use.evaluate import (
     EvaluateConfig,
     evaluate_run,
     more_metrics,
+    passes,
     spread,
     training_of,
     worst_errors,
@@ -142,6 +144,14 @@ def test_a_part_of_the_split(trained, report, tmp_path):
     assert note in found["notes"]
     assert note in (out / "evaluation.html").read_text()
     assert main(["evaluate", str(trained), "--steps", "0"]) == 2
+
+
+def test_forward_passes_of_a_head_with_and_without_a_map():
+    config = EvaluateConfig(faithfulness=4, insertion_steps=1)
+    for attention, orders in (("channel", 2), ("none", 2), ("spatial", 3), ("channel_spatial", 3)):
+        model = SimpleNamespace(head=SimpleNamespace(attention=attention))
+        assert passes(model, 10, config) == 4 * orders * 2 * 2
+        assert passes(model, 3, config) == 3 * orders * 2 * 2
 
 
 @pytest.mark.parametrize(

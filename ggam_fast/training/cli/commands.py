@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -32,7 +32,7 @@ _EVERYDAY = {
     ),
 }
 # Options that may change when a run is resumed.
-_PER_PART = {"root", "resume", "save_every", "device", "workers", "cache_dir", "compile"}
+_PER_PART = {"root", "resume", "save_every", "log_to", "device", "workers", "cache_dir", "compile"}
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -309,14 +309,18 @@ def _at_home(value: Any) -> Any:
 
 
 def _names(config: Any) -> list[str]:
-    """Every option of a configuration class, without its sections."""
-    return [
-        name
-        for field in fields(config)
-        for name in (
-            _names(getattr(config, field.name)) if is_dataclass(getattr(config, field.name)) else [field.name]
-        )
-    ]
+    """Every option of a configuration class, without its sections, by its present and its older names."""
+    hints = get_type_hints(type(config), include_extras=True)
+    names = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            names += _names(value)
+            continue
+        names.append(field.name)
+        for note in getattr(hints[field.name], "__metadata__", ()):
+            names += [flag.lstrip("-").replace("-", "_") for flag in getattr(note, "aliases", None) or ()]
+    return names
 
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:

@@ -180,6 +180,9 @@ class RunConfig:
     classes or options."""
     save_every: int = 0
     """Steps between snapshots within an epoch. 0 takes them only at the end of each epoch."""
+    log_to: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where losses and accuracies go besides log.jsonl, one or several. Without a value it is log.jsonl
+    alone."""
     device: str = "auto"
     """Device, such as cpu or cuda:1. auto is the first GPU, or the CPU if there is none."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_confusion_matrix,
     multiclass_f1_score,
+    multiclass_precision,
 )
 
 
@@ -19,7 +20,8 @@ class Metrics:
     """Metrics of a split. All but `support`, `images` and `confusion` are shares in [0, 1].
 
     `majority`: the accuracy of always predicting the split's most common class. `balanced_accuracy`: the mean
-    recall of the classes that occur in the split. `confusion`: rows are true classes.
+    recall of the classes that occur in the split. `precision`, `recall`, `f1`: one for each class, 0 where it
+    is not defined. `confusion`: rows are true classes.
     """
 
     images: int
@@ -27,7 +29,9 @@ class Metrics:
     accuracy: float
     balanced_accuracy: float
     macro_f1: float
+    precision: list[float]
     recall: list[float]
+    f1: list[float]
     support: list[int]
     confusion: list[list[int]]
 
@@ -61,7 +65,9 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         # For a class that is predicted but never true, torchmetrics' macro average counts a recall of 0.
         balanced_accuracy=recall[support > 0].mean().item(),
         macro_f1=average(multiclass_f1_score, "macro").item(),
+        precision=average(multiclass_precision, "none").tolist(),
         recall=recall.tolist(),
+        f1=average(multiclass_f1_score, "none").tolist(),
         support=support.tolist(),
         confusion=multiclass_confusion_matrix(logits, labels, num_classes=classes).tolist(),
     )

@@ -16,7 +16,8 @@ from ggam_fast.training.model.classifier import GGAMClassifier, LastClassifier
 from ggam_fast.training.model.cut import with_last
 from ggam_fast.training.run import resume_state
 from ggam_fast.training.run.history import best_epoch, exhausted
-from ggam_fast.training.run.log import BOARD
+from ggam_fast.training.run.log import IDS
+from ggam_fast.training.run.loggers import BOARD, CSV
 from ggam_fast.training.run.loop import Trainer
 from ggam_fast.training.show.curves import draw_curves
 from ggam_fast.training.system.distributed import World
@@ -57,9 +58,9 @@ class RunArtifacts:
 
     def clear(self) -> None:
         """Remove the files of an older run (--overwrite). Otherwise --resume would use its snapshots."""
-        for name in (resume_state.FOLDER, BOARD):
+        for name in (resume_state.FOLDER, BOARD, CSV):
             shutil.rmtree(self._out / name, ignore_errors=True)
-        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, CURVES, *_MADE_OF_A_RUN):
+        for name in (model_file.WEIGHTS, model_file.BEST, METRICS, GALLERY, CURVES, IDS, *_MADE_OF_A_RUN):
             (self._out / name).unlink(missing_ok=True)
 
     def restore(self) -> None:

@@ -220,6 +220,8 @@ class Trainer:
                     if log is not None:
                         log.numbers("val", self.steps, found)
                 self.history.append({"epoch": self._epoch, **numbers})
+                if log is not None:
+                    log.numbers("epoch", self.steps, self.history[-1])
                 quiet.epoch(self.history[-1], epochs, self._optim.guidance_weight)
                 self._epoch, self._batch = self._epoch + 1, 0
                 self._sums.zero_()

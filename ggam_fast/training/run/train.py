@@ -22,6 +22,7 @@ from ggam_fast.training.model import model_file
 from ggam_fast.training.run.artifacts import CURVES, GALLERY, METRICS, OPTIONS, RunArtifacts
 from ggam_fast.training.run.history import best_epoch, best_text
 from ggam_fast.training.run.log import RunLog
+from ggam_fast.training.run.loggers import check_loggers
 from ggam_fast.training.run.loop import Trainer, evaluate, parameter_groups
 from ggam_fast.training.run.prepare import (
     check_images,
@@ -57,7 +58,7 @@ class Outcome:
 
 
 def train(config: TrainConfig, report: Report) -> Outcome:
-    """Train as `config` says and write checkpoints, metrics, gallery, log and TensorBoard scalars.
+    """Train as `config` says and write checkpoints, metrics, gallery and log.
 
     The first Ctrl-C, or SIGTERM, ends training after the current step and still saves a snapshot and a
     checkpoint. Under torchrun every process calls this, but only the main process prints and writes.
@@ -66,6 +67,7 @@ def train(config: TrainConfig, report: Report) -> Outcome:
         TrainError: an option or the data are unfit, or a file cannot be written.
     """
     config.check()
+    check_loggers(config.run.log_to)
     with joined() as world:
         heard = report if world.is_main else Report.silent()
         with heard.listening():
@@ -122,7 +124,8 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             if config.run.resume is not None:
                 artifacts.restore()
                 logger.info(f"resumed after {trainer.steps} steps")
-            elif world.is_main:
+            log = RunLog(out, trainer.steps, config.run.log_to, config.values()) if world.is_main else None
+            if log is not None and config.run.resume is None:
                 artifacts.clear()
                 given = {
                     "root": config.data.root,
@@ -134,7 +137,6 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
                 text = config_text(options)
                 write_atomically(out / OPTIONS, lambda part: part.write_text(text))
             under_way = True
-            log = RunLog(out, trainer.steps) if world.is_main else None
             with log or nullcontext():
                 epochs = trainer.run(
                     batches["train"],

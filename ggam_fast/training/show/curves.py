@@ -35,14 +35,24 @@ def draw_curves(
     """
     figure = new_figure(10, 3.8)
     losses, accuracies = figure.subplots(1, 2)
-    _panel(losses, history, _LOSSES, best, guidance_weight)
-    _panel(accuracies, history, _ACCURACIES, best, 1.0)
-    losses.set_ylabel("loss")
-    losses.set_ylim(bottom=0)
-    accuracies.set_ylabel("accuracy")
-    accuracies.set_ylim(0, 1.02)
+    loss_panel(losses, history, best, guidance_weight)
+    accuracy_panel(accuracies, history, best)
     write_atomically(path, lambda part: figure.savefig(part))
     return path
+
+
+def loss_panel(axes: Axes, history: Sequence[Mapping[str, float]], best: int, guidance_weight: float) -> None:
+    """Draw the losses of every epoch."""
+    _panel(axes, history, _LOSSES, best, guidance_weight)
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+
+
+def accuracy_panel(axes: Axes, history: Sequence[Mapping[str, float]], best: int) -> None:
+    """Draw the accuracies of every epoch."""
+    _panel(axes, history, _ACCURACIES, best, 1.0)
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1.02)
 
 
 def _panel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -39,14 +40,29 @@ def show_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
     """
     axes.imshow(picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
     if heat.any():
-        fine = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
-        low, high = fine.min(), fine.max()
-        share = (fine - low) / (high - low) if high > low else torch.full_like(fine, 0.5)
+        fine, share = _fine(picture, heat)
         axes.imshow(fine.numpy(), cmap=COLOUR_MAP, alpha=_opacity(share).numpy(), interpolation="bilinear")
     else:
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "boxstyle": "round"}
         axes.text(0.5, 0.5, NOTHING, transform=axes.transAxes, ha="center", va="center", fontsize=9, bbox=box)
     _bare(axes)
+
+
+def overlay(picture: Tensor, heat: Tensor) -> Tensor:
+    """The pixels (H, W, 3) in [0, 1] that `show_heat` shows, without a figure around them."""
+    grey = picture.mean(-1, keepdim=True).expand_as(picture)
+    if not heat.any():
+        return grey
+    share = _fine(picture, heat)[1]
+    colours = torch.from_numpy(matplotlib.colormaps[COLOUR_MAP](share.numpy()))[..., :3].to(grey.dtype)
+    return torch.lerp(grey, colours, _opacity(share)[..., None])
+
+
+def _fine(picture: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
+    """The map at the size of the picture, and its values as shares from 0, its lowest, to 1, its highest."""
+    fine = F.interpolate(heat[None, None], size=picture.shape[:2], mode="bilinear")[0, 0]
+    low, high = fine.min(), fine.max()
+    return fine, (fine - low) / (high - low) if high > low else torch.full_like(fine, 0.5)
 
 
 def _opacity(share: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ METRICS, OPTIONS = "metrics.json", "options.yaml"
 _MEASURES = ("accuracy", "balanced_accuracy", "macro_f1")
 # Options that say where and how fast a run computes, not what.
 _ELSEWHERE = {
-    "seed", "out", "cache_dir", "workers", "device", "compile", "save_every", "resume", "overwrite", "recipe",
+    "seed", "out", "cache_dir", "workers", "device", "compile", "save_every", "log_to", "resume", "overwrite",
+    "recipe",
 }  # fmt: skip
 _COLOURS = (BLUE, VERMILION, GREEN, ORANGE, "0.3", "0.6")
 

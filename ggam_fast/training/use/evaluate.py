@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from ggam_fast.training.config.options import DataConfig, DataName
 from ggam_fast.training.data.batches import ImageBatches
 from ggam_fast.training.data.image_set import ImageFiles, ImageSet, eval_transform, workers
 from ggam_fast.training.data.scan import readable
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.measure.calibration import calibration_error, reliability
 from ggam_fast.training.measure.classification import classification_metrics
 from ggam_fast.training.measure.faithfulness import area, deletion_curves, insertion_curves, ranks
 from ggam_fast.training.measure.geometry import Placed, object_share, placed
+from ggam_fast.training.measure.intervals import bootstrapped, wilson
 from ggam_fast.training.measure.localization import Tally, centred, enlarged, localisation_rows
 from ggam_fast.training.model.classifier import GGAMClassifier
 from ggam_fast.training.model.heatmaps import heat_maps
-from ggam_fast.training.model.model_file import Checkpoint
+from ggam_fast.training.model.model_file import BEST, WEIGHTS, Checkpoint
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.show.gallery import choose_examples
-from ggam_fast.training.show.page import Example, write_html
+from ggam_fast.training.show.page import Example, Seen, Training, page, write_html
 from ggam_fast.training.system.devices import device_name, resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
 from ggam_fast.training.system.versions import versions
@@ -40,7 +44,8 @@ logger = logging.getLogger(__name__)
 NUMBERS, PAGE = "evaluation.json", "evaluation.html"
 ATTENTION, CAM_LABEL, CAM_PREDICTED = "attention", "Grad-CAM, label", "Grad-CAM, guess"
 CENTRE, UNIFORM, RANDOM = "centre Gaussian", "uniform map", "random order"
-_BINS = 15
+# The results of the training, in the folder of a run.
+TRAINED = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,14 @@ class EvaluateConfig:
     """Folder for evaluation.json and evaluation.html. The default is the run's own folder."""
     faithfulness: int = 32
     """Images for insertion and deletion curves. They are spread over the split. 0 draws no curves."""
-    steps: int = 16
+    insertion_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 16
     """Points of the insertion and deletion curves. The first point is not counted."""
+    max_images: int = 0
+    """Most images to evaluate. They are spread over the split. 0 takes all of them."""
     thresholds: int = 100
     """Number of thresholds of MaxBoxAccV2."""
     examples: int = 12
-    """Number of pictures on the page. Half of them are mistakes, if there are that many."""
+    """Number of pictures of the worst errors on the page, and of pictures spread over the classes."""
     batch_size: int = 32
     """Images in a batch."""
     workers: int | None = None
@@ -84,7 +91,8 @@ class EvaluateConfig:
         """Raise a `TrainError` for a number out of range."""
         for name, value, least in (
             ("--faithfulness", self.faithfulness, 0),
-            ("--steps", self.steps, 1),
+            ("--insertion-steps", self.insertion_steps, 1),
+            ("--max-images", self.max_images, 0),
             ("--thresholds", self.thresholds, 1),
             ("--examples", self.examples, 0),
             ("--batch-size", self.batch_size, 1),
@@ -127,12 +135,13 @@ def evaluate_run(config: EvaluateConfig, report: Report) -> Path:
     )
     if config.data is None:
         check_splits(checkpoint, images, config.root)
+    images = limited(images, config.split, config.max_images)
     out = config.out or (config.run if config.run.is_dir() else config.run.parent)
     with writable_folder(out):
-        results, examples = evaluated(model, checkpoint, images, config, device, report)
+        results, html = evaluated(model, checkpoint, images, config, device, report)
         text = json.dumps(results, indent=1) + "\n"
         write_atomically(out / NUMBERS, lambda part: part.write_text(text))
-        write_html(out / PAGE, results, examples)
+        write_html(out / PAGE, html)
     logger.info(f"results in {out}: {NUMBERS}, {PAGE}")
     return out / PAGE
 
@@ -144,10 +153,15 @@ def evaluated(
     config: EvaluateConfig,
     device: torch.device,
     report: Report,
-) -> tuple[dict[str, Any], list[Example]]:
-    """The contents of evaluation.json, and the pictures of the page."""
+) -> tuple[dict[str, Any], str]:
+    """The contents of evaluation.json, and the page."""
     rows = images.splits[config.split]
     images.log_notes(f"{images.name}: {len(rows)} images of split {config.split}; {device_name(device)}")
+    if config.faithfulness:
+        logger.info(
+            f"insertion and deletion: {passes(model, len(rows), config)} forward passes, as many as "
+            "--faithfulness and --insertion-steps ask for"
+        )
     looked = look(model, images, config, device, report)
     metrics = classification_metrics(looked.logits, looked.labels)
     report.table(metrics, images.classes, config.split)
@@ -177,7 +191,8 @@ def evaluated(
         logger.info(f"{images.name} has no annotations of objects, so localisation is not measured")
     if config.faithfulness:
         results["faithfulness"] = faithful(model, images, looked, config, device, report)
-    return results, pick_examples(model, images, looked, config)
+    worst, others = pick_examples(model, images, looked, config)
+    return results, page(results, seen(images, looked, config.split), worst, others, training_of(config.run))
 
 
 def against(images: ImageSet) -> str | None:
@@ -220,6 +235,12 @@ def look(
     rows = iter(images.splits[config.split].split(config.batch_size))
     with report.bar("looking", len(files)) as bar:
         for inputs, target in batches.epoch(0):
+            if not logits and config.faithfulness:
+                each = seconds_of(partial(model, inputs), device) / len(target)
+                logger.info(
+                    f"they will take about {each * passes(model, len(files), config):.0f} s: "
+                    f"{1000 * each:.3g} ms for each pass, measured on the first batch"
+                )
             features = backbone(inputs)
             of_label = heat_maps(model.head, features, target)
             heats = {CAM_LABEL: of_label.grad_cam, CAM_PREDICTED: heat_maps(model.head, features).grad_cam}
@@ -241,12 +262,66 @@ def look(
     return Looked(torch.cat(logits), torch.cat(labels), joined, localisation)
 
 
-def more_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-5 accuracy and expected calibration error over 15 bins. With K < 5 classes, it is top-K."""
-    classes = logits.shape[1]
-    top5 = multiclass_accuracy(logits, labels, num_classes=classes, average="micro", top_k=min(5, classes))
-    error = multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=_BINS)
-    return {"top5": top5.item(), "calibration_error": error.item()}
+def more_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Top-5 accuracy (top-K with K < 5 classes), calibration, and 95 % intervals."""
+    classes, count = logits.shape[1], len(labels)
+
+    def top(k: int) -> float:
+        return multiclass_accuracy(logits, labels, num_classes=classes, average="micro", top_k=k).item()
+
+    shares = {"accuracy": top(1), "top5": top(min(5, classes))}
+    return {
+        "top5": shares["top5"],
+        "calibration_error": calibration_error(logits, labels),
+        "reliability": [None if one is None else one._asdict() for one in reliability(logits, labels)],
+        "intervals": {
+            **{name: wilson(round(share * count), count) for name, share in shares.items()},
+            **bootstrapped(logits.argmax(1), labels, classes),
+        },
+    }
+
+
+def seen(images: ImageSet, looked: Looked, split: str) -> list[Seen]:
+    """What the classifier says of each image of the split."""
+    probabilities = looked.logits.softmax(1)
+    best, guesses = probabilities.max(1)
+    of_label = probabilities.gather(1, looked.labels[:, None])[:, 0]
+    found = zip(
+        images.splits[split].tolist(), looked.labels.tolist(), guesses.tolist(), best.tolist(),
+        of_label.tolist(), strict=True,
+    )  # fmt: skip
+    return [
+        Seen(images.files[row].name, images.classes[label], images.classes[guess], probability, share)
+        for row, label, guess, probability, share in found
+    ]
+
+
+def training_of(run: Path) -> Training | None:
+    """The epochs of a finished run, from its folder or one of its checkpoints. None if it has no results.
+
+    Raises:
+        TrainError: the results cannot be read.
+    """
+    if not run.is_dir() and run.name not in (WEIGHTS, BEST):
+        return None
+    path = (run if run.is_dir() else run.parent) / TRAINED
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        # Older runs have no best epoch.
+        return Training(found["epochs"], found.get("best_epoch", len(found["epochs"])) - 1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainError(f"{path} cannot be read: {error}") from error
+
+
+def limited(images: ImageSet, split: str, most: int) -> ImageSet:
+    """The images with at most `most` in the split, evenly spread over it. 0 keeps all."""
+    rows = images.splits[split]
+    if not 0 < most < len(rows):
+        return images
+    note = f"{most} of the {len(rows)} images of split {split}, spread over it (--max-images)"
+    return images.with_splits({**images.splits, split: rows[spread(len(rows), most)]}, note)
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -292,8 +367,12 @@ def faithful(
                 else:
                     heat = enlarged(orders[name][[chosen[place] for place in places]], side)
                 rank = ranks(heat, generator).to(device)
-                curves["insertion"].append(insertion_curves(probability, inputs, rank, config.steps).cpu())
-                curves["deletion"].append(deletion_curves(probability, inputs, rank, config.steps).cpu())
+                curves["insertion"].append(
+                    insertion_curves(probability, inputs, rank, config.insertion_steps).cpu()
+                )
+                curves["deletion"].append(
+                    deletion_curves(probability, inputs, rank, config.insertion_steps).cpu()
+                )
             bar.advance(len(places))
     results = {
         name: {
@@ -312,7 +391,25 @@ def faithful(
     for name, both in results.items():
         table.add_row(name, f"{both['insertion']['area']:.3f}", f"{both['deletion']['area']:.3f}")
     report.console.print(table)
-    return {"images": len(rows), "steps": config.steps, "maps": results}
+    return {"images": len(rows), "steps": config.insertion_steps, "maps": results}
+
+
+def passes(model: GGAMClassifier, images: int, config: EvaluateConfig) -> int:
+    """Forward passes of one image that `faithful` needs: one for each point of each curve."""
+    orders = 3 if model.head.attention in ("channel_spatial", "spatial") else 2
+    return min(config.faithfulness, images) * orders * 2 * (config.insertion_steps + 1)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Time of a second call of `run`. The first one may compile and allocate."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _batched(places: range, size: int) -> Iterator[range]:
@@ -333,30 +430,30 @@ def show_localisation(found: dict[str, dict[str, float]], truth: str, report: Re
 
 def pick_examples(
     model: GGAMClassifier, images: ImageSet, looked: Looked, config: EvaluateConfig
-) -> list[Example]:
-    """Pictures for the page, as `choose_examples` chooses them."""
-    if not config.examples:
-        return []
+) -> tuple[list[Example], list[Example]]:
+    """Pictures for the page: of the worst errors, and of others as `choose_examples` chooses them."""
     backbone = model.backbone
     size, _, _, resize = backbone.preprocessing
     plain = eval_transform(size, (0.0,) * 3, (1.0,) * 3, resize)
-    examples = []
-    for place in choose_examples(looked.logits, looked.labels, config.examples):
-        row = int(images.splits[config.split][place])
-        probabilities = looked.logits[place].softmax(0)
-        guess = int(probabilities.argmax())
-        examples.append(
-            Example(
-                file=images.files[row].name,
-                picture=plain(images.read(row)).clamp(0, 1).permute(1, 2, 0),
-                label=images.classes[int(looked.labels[place])],
-                guess=images.classes[guess],
-                probability=probabilities[guess].item(),
-                maps=_named(looked.maps, place),
-            )
+    rows = images.splits[config.split]
+
+    def drawn(place: int) -> Example:
+        label, guess = int(looked.labels[place]), int(looked.logits[place].argmax())
+        maps = {name: those[place] for name, those in looked.maps.items()}
+        return Example(
+            row=place,
+            picture=plain(images.read(int(rows[place]))).clamp(0, 1).permute(1, 2, 0),
+            attention=maps.get(ATTENTION),
+            cams={images.classes[label]: maps[CAM_LABEL], images.classes[guess]: maps[CAM_PREDICTED]},
         )
-    return examples
+
+    worst = worst_errors(looked.logits, looked.labels, config.examples)
+    others = choose_examples(looked.logits, looked.labels, config.examples) if config.examples else []
+    return [drawn(place) for place in worst], [drawn(place) for place in others if place not in worst]
 
 
-def _named(maps: dict[str, Tensor], place: int) -> Sequence[tuple[str, Tensor]]:
-    return [(name, maps[name][place]) for name in (ATTENTION, CAM_LABEL, CAM_PREDICTED) if name in maps]
+def worst_errors(logits: Tensor, labels: Tensor, count: int) -> list[int]:
+    """Places of at most `count` wrong predictions, that with the least probability of its label first."""
+    of_label = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    wrong = (logits.argmax(1) != labels).nonzero()[:, 0]
+    return wrong[of_label[wrong].argsort(stable=True)][:count].tolist()

@@ -70,7 +70,7 @@ def test_what_is_told_by_its_place_can_stand_in_a_file_too(tmp_path):
     (tmp_path / "a.yaml").write_text("run: runs/a\nsteps: 3\n")
     for given, run in (((), "runs/a"), (("runs/b",), "runs/b")):
         config = _parsed("evaluate", EvaluateConfig(), ["--config", str(tmp_path / "a.yaml"), *given])
-        assert (config.run, config.steps) == (Path(run), 3)
+        assert (config.run, config.insertion_steps) == (Path(run), 3)
     (tmp_path / "b.toml").write_text('run = "runs/a"\nimages = ["a.png", "b.png"]\n')
     config = _parsed("explain", ExplainConfig(), ["--config", str(tmp_path / "b.toml")])
     assert (config.run, config.images) == (Path("runs/a"), (Path("a.png"), Path("b.png")))

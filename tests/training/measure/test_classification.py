@@ -16,7 +16,9 @@ def test_numbers_worked_out_by_hand():
     assert metrics.recall == pytest.approx([4 / 5, 1 / 2, 1])
     assert metrics.balanced_accuracy == pytest.approx((4 / 5 + 1 / 2 + 1) / 3)
     # For each class, F1 = 2 TP / (2 TP + FP + FN).
+    assert metrics.f1 == pytest.approx([8 / 10, 2 / 4, 1])
     assert metrics.macro_f1 == pytest.approx((8 / 10 + 2 / 4 + 1) / 3)
+    assert metrics.precision == pytest.approx([4 / 5, 1 / 2, 1])
     assert metrics.confusion == [[4, 1, 0], [1, 1, 0], [0, 0, 1]]
     assert metrics.support == [5, 2, 1]
 

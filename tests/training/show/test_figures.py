@@ -1,8 +1,16 @@
 """Images and heat maps are drawn on axes, and names are drawn as text."""
 
+import numpy as np
 import torch
 
-from ggam_fast.training.show.figures import NOTHING, colour_key, new_figure, show_heat, show_image
+from ggam_fast.training.show.figures import (
+    NOTHING,
+    colour_key,
+    new_figure,
+    overlay,
+    show_heat,
+    show_image,
+)
 
 
 def test_a_heat_map_lies_over_the_picture_in_grey():
@@ -23,6 +31,20 @@ def test_a_heat_map_lies_over_the_picture_in_grey():
     axes.figure.canvas.draw()
     shown = torch.from_numpy(axes.get_images()[1].make_image(axes.figure.canvas.get_renderer())[0].copy())
     assert shown[..., 3].float().mean() < 128
+
+
+def test_pixels_without_a_figure_are_those_of_the_figure():
+    torch.manual_seed(0)
+    picture, heat = torch.rand(16, 16, 3), torch.rand(4, 4)
+    figure = new_figure(0.16, 0.16)
+    figure.set_layout_engine("none")
+    show_heat(figure.add_axes((0, 0, 1, 1)), picture, heat)
+    figure.canvas.draw()
+    shown = torch.from_numpy(np.asarray(figure.canvas.buffer_rgba())[..., :3] / 255).float()
+    assert shown.shape == picture.shape
+    assert overlay(picture, heat).allclose(shown, atol=3 / 255)
+    nothing = overlay(picture, torch.zeros(4, 4))
+    assert nothing.equal(picture.mean(-1, keepdim=True).expand(16, 16, 3))
 
 
 def test_a_map_of_zeros_says_so():

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,21 @@ from ggam_fast.training.cli import main
 from ggam_fast.training.config.options import DataConfig
 from ggam_fast.training.data.image_set import eval_transform
 from ggam_fast.training.data.readers import read_images
+from ggam_fast.training.errors import TrainError
 from ggam_fast.training.measure.geometry import placed
+from ggam_fast.training.measure.intervals import wilson
 from ggam_fast.training.measure.localization import energy, enlarged
 from ggam_fast.training.model.heatmaps import heat_maps
 from ggam_fast.training.run.train import train
-from ggam_fast.training.use.evaluate import EvaluateConfig, evaluate_run, more_metrics, spread
+from ggam_fast.training.use.evaluate import (
+    EvaluateConfig,
+    evaluate_run,
+    more_metrics,
+    passes,
+    spread,
+    training_of,
+    worst_errors,
+)
 from tests.training import trees
 from tests.training.runs import said
 
@@ -31,7 +42,9 @@ def trained_cub(tiny_config, report, tmp_path):
 
 def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
     out = tmp_path / "looked"
-    config = EvaluateConfig(run=trained_cub, out=out, device="cpu", steps=3, batch_size=4, thresholds=5)
+    config = EvaluateConfig(
+        run=trained_cub, out=out, device="cpu", insertion_steps=3, batch_size=4, thresholds=5
+    )
     evaluate_run(config, report)
     found = json.loads((out / "evaluation.json").read_text())
     model, classes, _ = load_checkpoint(trained_cub)
@@ -75,14 +88,70 @@ def test_numbers_are_those_of_a_plain_loop(trained_cub, report, tmp_path):
             curve = torch.tensor(both[kind]["curve"])
             assert both[kind]["area"] == pytest.approx(torch.trapezoid(curve).item() / 3, abs=1e-5)
     assert "localisation against boxes and parts" in said(report)
+    # 6 images, 3 orders, insertion and deletion, and 3 steps behind the first point.
+    assert found["classification"]["images"] == 6
+    assert "insertion and deletion: 144 forward passes" in said(report)
+    assert re.search(
+        r"they will take about \d+ s: \S+ ms for each pass, measured on the first batch", said(report)
+    )
 
 
-def test_top5_and_calibration_of_known_logits():
-    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.6, 0.3, 0.1]]))
+def test_more_metrics_of_known_logits():
+    logits = torch.log(torch.tensor([[0.61, 0.29, 0.1]] * 4))
     found = more_metrics(logits, torch.tensor([0, 0, 0, 1]))
-    assert found == pytest.approx({"top5": 1.0, "calibration_error": 0.15})
+    assert (found["top5"], found["calibration_error"]) == (1.0, pytest.approx(0.14))
+    assert [one and one["images"] for one in found["reliability"]] == [*[None] * 9, 4, *[None] * 5]
+    assert found["intervals"]["accuracy"] == wilson(3, 4)
+    assert found["intervals"]["top5"] == wilson(4, 4)
+    assert set(found["intervals"]) == {"accuracy", "top5", "balanced_accuracy", "macro_f1"}
     ten = F.one_hot(torch.arange(10), 10) + torch.linspace(0, 0.5, 10)
     assert more_metrics(ten.float(), torch.zeros(10, dtype=torch.long))["top5"] == pytest.approx(0.1)
+
+
+def test_the_worst_errors_come_first():
+    logits = torch.log(torch.tensor([[0.5, 0.5], [0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]))
+    labels = torch.tensor([0, 1, 1, 1, 0])
+    assert worst_errors(logits, labels, 9) == [2, 4, 1]
+    assert worst_errors(logits, labels, 2) == [2, 4]
+    assert worst_errors(logits, labels, 0) == []
+
+
+def test_epochs_are_those_of_the_run_that_a_file_belongs_to(tmp_path):
+    assert training_of(tmp_path) is None
+    epochs = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}]
+    (tmp_path / "metrics.json").write_text(json.dumps({"epochs": epochs, "best_epoch": 1}))
+    assert training_of(tmp_path) == training_of(tmp_path / "best.safetensors") == (epochs, 0)
+    assert training_of(tmp_path / "of-another-run.safetensors") is None
+    (tmp_path / "metrics.json").write_text(json.dumps({"epochs": epochs}))
+    assert training_of(tmp_path) == (epochs, 1)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(TrainError, match=r"metrics\.json cannot be read"):
+        training_of(tmp_path)
+
+
+def test_a_part_of_the_split(trained, report, tmp_path):
+    """The option has its old name too, on the command line and in a file."""
+    (tmp_path / "some.yaml").write_text(
+        "max_images: 4\nsteps: 1\nfaithfulness: 2\nexamples: 0\ndevice: cpu\n"
+    )
+    out = tmp_path / "looked"
+    assert main(["evaluate", str(trained), "--config", str(tmp_path / "some.yaml"), "--out", str(out)]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["classification"]["images"] == sum(found["classification"]["support"]) == 4
+    assert found["classification"]["support"] == [2, 1, 1]
+    assert found["faithfulness"]["steps"] == 1
+    note = "4 of the 6 images of split test, spread over it (--max-images)"
+    assert note in found["notes"]
+    assert note in (out / "evaluation.html").read_text()
+    assert main(["evaluate", str(trained), "--steps", "0"]) == 2
+
+
+def test_forward_passes_of_a_head_with_and_without_a_map():
+    config = EvaluateConfig(faithfulness=4, insertion_steps=1)
+    for attention, orders in (("channel", 2), ("none", 2), ("spatial", 3), ("channel_spatial", 3)):
+        model = SimpleNamespace(head=SimpleNamespace(attention=attention))
+        assert passes(model, 10, config) == 4 * orders * 2 * 2
+        assert passes(model, 3, config) == 3 * orders * 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .backends.registry import full_precision, get_backend, get_differentiable
-from .backends.torch import Backend, CamTerms, softmax_grad
+from .backends.torch import Backend, CamTerms, PositionPull, softmax_grad
 from .closed_form import (
     Attended,
     ChannelMLP,
@@ -184,7 +184,7 @@ class Linear(Function):
 
 
 class Attention(Function):
-    """`attend` as one autograd node.  It returns the fields of `Attended`; the first three have gradients."""
+    """`attend` as one autograd node.  It returns the fields of `Attended`; the first four have gradients."""
 
     generate_vmap_rule = True
 
@@ -199,18 +199,21 @@ class Attention(Function):
         spatial_norm: str,
         pool_type: str,
         attention_scale: str,
+        position_guidance: str,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        options = Options(attention, spatial_norm, pool_type, attention_scale)
+        options = Options(attention, spatial_norm, pool_type, attention_scale, position_guidance)
         mlp = ChannelMLP(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         return tuple(attend(get_backend(backend), features, mlp, options)[:-1])  # callers make S from e
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, ctx.backend = Options(*inputs[5:9]), inputs[9]
+        ctx.options, ctx.backend = Options(*inputs[5:10]), inputs[10]
         ctx.save_for_backward(*inputs[:5], *output[1:])
         out = Attended(*output)
-        constant = list(output[3:])
+        constant = list(output[4:])
+        if not ctx.options.guides_positions:
+            constant.append(out.log_spatial)
         if not ctx.options.uses_channel:
             constant.append(out.channel_logits)
         if not ctx.options.uses_spatial:
@@ -227,8 +230,8 @@ class Attention(Function):
         stages = get_backend(ctx.backend)
         with full_precision(features):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return _differentiable_backward(features, mlp, options, ctx.backend, grads[:3])
-            return _backward(stages, ctx, features, mlp, options, attended, *grads[:3])
+                return _differentiable_backward(features, mlp, options, ctx.backend, grads[:4])
+            return _backward(stages, ctx, features, mlp, options, attended, *grads[:4])
 
 
 def _backward(
@@ -241,16 +244,25 @@ def _backward(
     grad_pooled: Tensor,
     grad_logits: Tensor,
     grad_spatial: Tensor,
+    grad_log_spatial: Tensor,
 ) -> tuple[Tensor | None, ...]:
     f = pull_back(
         backend, features, mlp, options, attended, grad_pooled,
         grad_logits if options.uses_channel else None,
         grad_spatial if options.uses_spatial else None,
+        pull=_log_softmax_pull(grad_log_spatial) if options.guides_positions else None,
     )  # fmt: skip
     da = None
     if ctx.needs_input_grad[0]:
         da = features_grad(backend, features, options, attended.spatial_weights, attended.peak_index, f)
-    return da, *like_parameters(mlp_grads(backend, attended, f), mlp), *[None] * 5
+    return da, *like_parameters(mlp_grads(backend, attended, f), mlp), *[None] * 6
+
+
+def _log_softmax_pull(grad: Tensor) -> PositionPull:
+    """dU = g - T sum_l g for g = dL / d log T, as w (T - q) with w = - sum_l g and q = g / sum_l g."""
+    total = grad.sum(-1)
+    safe = torch.where(total == 0, 1.0, total).unsqueeze(-1)
+    return PositionPull(grad / safe, -total)
 
 
 def _differentiable_backward(
@@ -265,13 +277,13 @@ def _differentiable_backward(
     def forward(*inputs: Tensor | None) -> tuple[Tensor, ...]:
         assert inputs[0] is not None
         stages = get_differentiable(backend)
-        return tuple(attend(stages, inputs[0], ChannelMLP(*inputs[1:]), options)[:3])
+        return tuple(attend(stages, inputs[0], ChannelMLP(*inputs[1:]), options)[:4])
 
     given = [x for x in (features, *mlp) if x is not None]
     if torch._C._are_functorch_transforms_active():
         absent = [None] * (5 - len(given))  # all four MLP tensors are given, or none
         found = torch.func.vjp(lambda *inputs: forward(*inputs, *absent), *given)[1](tuple(grads))
-        return *found, *[None] * (10 - len(found))
+        return *found, *[None] * (11 - len(found))
     # Outside of torch.func do not use vjp: it fails under saved-tensor hooks, which checkpointing sets.
     inputs = [None if x is None else x.view_as(x) for x in (features, *mlp)]
     outputs = [(y, dy) for y, dy in zip(forward(*inputs), grads, strict=True) if y.requires_grad]
@@ -279,7 +291,7 @@ def _differentiable_backward(
     ys, dys = zip(*outputs, strict=True)
     pulled = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
     grad = [next(pulled) if x is not None and x.requires_grad else None for x in inputs]
-    return *grad, *[None] * 5
+    return *grad, *[None] * 6
 
 
 class Guidance(Function):

@@ -32,6 +32,14 @@ class GGAMOutput(NamedTuple):
     guidance_loss: Tensor
     """() L_GGAM, non-negative for "symmetric" """
 
+    @property
+    def position_loss(self) -> Tensor | None:
+        """() L of positions, not negative; None if the head has no `position_guidance`.
+
+        It is not one of the five values, so `logits, s, t, beta, guidance = out` works for every head.
+        """
+        return None
+
 
 _from_fields = GGAMOutput.__new__
 
@@ -50,10 +58,59 @@ GGAMOutput.__new__ = _from_fields_or_one_iterable  # type: ignore[method-assign,
 torch.utils._pytree._register_namedtuple(GGAMOutput, serialized_type_name="ggam_fast.GGAMOutput")
 
 
+class PositionOutput(GGAMOutput):
+    """The output of a head with `position_guidance`: five values, and the position loss as an attribute."""
+
+    _position_loss: Tensor | None = None
+    _make = None  # type: ignore[assignment]  # torch's pytree would take it for a tuple of five
+
+    @property
+    def position_loss(self) -> Tensor:
+        if self._position_loss is None:
+            raise RuntimeError(
+                "position_loss is lost, because something made this output again from its five values: "
+                "compute the loss where the head returns"
+            )
+        return self._position_loss
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip((*self._fields, "position_loss"), values_of(self), strict=True))
+
+    def _replace(self, **fields: Any) -> GGAMOutput:  # type: ignore[override]
+        return output_of((self._asdict() | fields).values())
+
+
+def output_of(values: Iterable[Tensor]) -> GGAMOutput:
+    """The output of five values, or of six with the position loss."""
+    logits, s, t, beta, guidance, *rest = values
+    if not rest:
+        return GGAMOutput(logits, s, t, beta, guidance)
+    out = PositionOutput(logits, s, t, beta, guidance)
+    out._position_loss = rest[0]
+    return out
+
+
+def values_of(out: GGAMOutput) -> tuple[Tensor, ...]:
+    """The inverse of `output_of`."""
+    return tuple(out) if out.position_loss is None else (*out, out.position_loss)
+
+
+torch.utils._pytree.register_pytree_node(
+    PositionOutput,
+    lambda out: (list(values_of(out)), None),
+    lambda values, _: output_of(values),
+    serialized_type_name="ggam_fast.PositionOutput",
+    flatten_with_keys_fn=lambda out: (
+        [(torch.utils._pytree.SequenceKey(i), x) for i, x in enumerate(values_of(out))],
+        None,
+    ),
+)
+
+
 _OF_THE_LOGITS = ("attention", "spatial_norm", "pool_type")
 _OTHERS = (
     "cam_at", "cam_class", "cam_detach", "cam_norm", "cam_temperature", "divergence", "guidance_reduction",
-    "ignore_index", "prefix_tokens",
+    "position_guidance", "position_temperature", "ignore_index", "prefix_tokens",
 )  # fmt: skip
 _RAISE = (*_OF_THE_LOGITS, "act_layer")  # the first norm's eps may move with the scale: docs/options.md
 
@@ -81,6 +138,8 @@ class GGAMHeadBase(nn.Module):
         cam_temperature: float = 1.0,
         divergence: checks.Divergence = "symmetric",
         guidance_reduction: checks.Reduction | None = None,
+        position_guidance: checks.PositionGuidance = "none",
+        position_temperature: float = 1.0,
         ignore_index: int | None = None,
         drop_rate: float = 0.0,
         norm_layer: Callable[..., nn.Module] = SettlingBatchNorm1d,
@@ -119,6 +178,8 @@ class GGAMHeadBase(nn.Module):
         self.cam_temperature = checks.temperature(cam_temperature)
         self.divergence = checks.one_of("divergence", divergence, checks.DIVERGENCE)
         self.guidance_reduction = checks.reduction("guidance_reduction", guidance_reduction, self.divergence)
+        self.position_guidance = checks.position_guidance(position_guidance, attention, spatial_norm)
+        self.position_temperature = checks.temperature(position_temperature, "position_temperature")
         self.ignore_index = checks.label("ignore_index", ignore_index)
         if not 0.0 <= checks.number("drop_rate", drop_rate) < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate!r}")
@@ -439,6 +500,7 @@ class GGAMHeadBase(nn.Module):
     def extra_repr(self) -> str:
         names = ["attention", "spatial_norm", "pool_type", "attention_scale", "cam_at", "cam_class",
                  "cam_detach", "cam_norm", "divergence", "guidance_reduction", "input_fmt", "backend",
+                 *["position_guidance"] * (self.position_guidance != "none"),
                  *["prefix_tokens"] * bool(self.prefix_tokens)]  # fmt: skip
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{self.in_features}, {self.num_classes}, {options}"

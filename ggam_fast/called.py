@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.registry import full_precision
-from .backends.torch import cam_weights
+from .backends.torch import PositionGuidance, PositionTerms, cam_weights
 from .classifier.layers import packed
 from .classifier.rules import Scores
 from .classifier.scores import custom_scores
@@ -97,24 +97,35 @@ class CalledBackend(DifferentiableBackend):
             return attend(self, features, _NO_WEIGHTS, options)
 
     def grad_cam_weights(
-        self, features: Tensor, options: Options, attended: Attended, grad_pooled: Tensor, cam_at: str
-    ) -> Tensor:
-        """beta (N, C), given v = `grad_pooled`; with derivatives unless it is detached."""
+        self,
+        features: Tensor,
+        options: Options,
+        attended: Attended,
+        grad_pooled: Tensor,
+        cam_at: str,
+        terms: PositionTerms | None = None,
+    ) -> tuple[Tensor, PositionGuidance | None]:
+        """beta (N, C), given v = `grad_pooled`; with derivatives unless it is detached.
+
+        With `terms` also the guidance of T.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach), full_precision(features):
             if cam_at == "features":
-                (pulled,) = pull_back_to_channels(self, features, options, attended, [grad_pooled])
+                (pulled,) = pull_back_to_channels(
+                    self, features, options, attended, [grad_pooled], terms=terms
+                )
                 assert self.scores is not None
                 assert pulled.grad_channel is not None
                 de = self.softmax_grad(pulled.grad_channel, pulled.softmax)
                 (dg,), _ = self.scores.pull_back([de])
-                first_mean, first, s, channel, du, _ = pulled
-                terms = cam_terms(Factors(first_mean, first, channel, du, dg, de, None), attended)
+                first_mean, first, s, channel, du, _, guided = pulled
+                of_beta = cam_terms(Factors(first_mean, first, channel, du, dg, de, None), attended)
             else:
-                terms, s = cam_terms_of(  # type: ignore[assignment]
-                    self, features, _NO_WEIGHTS, options, attended, grad_pooled, cam_at
+                of_beta, s, guided = cam_terms_of(  # type: ignore[assignment]
+                    self, features, _NO_WEIGHTS, options, attended, grad_pooled, cam_at, terms
                 )
-            beta = cam_weights(terms, s, features.shape[2])
-            return beta.detach() if self.detach else beta
+            beta = cam_weights(of_beta, s, features.shape[2])
+            return beta.detach() if self.detach else beta, guided
 
 
 _NO_WEIGHTS = ChannelMLP(None, None, None, None)

@@ -18,6 +18,7 @@ CamAt = Literal["features", "attended"]
 CamClass = Literal["label", "predicted"]
 CamNorm = Literal["sigmoid", "softmax", "standardized", "standardized_softmax"]
 Divergence = Literal["symmetric", "forward", "reverse"]
+PositionGuidance = Literal["none", "relu", "standardized_softmax"]
 Reduction = Literal["mean", "sum"]
 InputFmt = Literal["NCHW", "NHWC", "NLC"]
 Backend = Literal["auto", "triton", "torch"]
@@ -30,6 +31,7 @@ CAM_AT: tuple[str, ...] = get_args(CamAt)
 CAM_CLASS: tuple[str, ...] = get_args(CamClass)
 CAM_NORM: tuple[str, ...] = get_args(CamNorm)
 DIVERGENCE: tuple[str, ...] = get_args(Divergence)
+POSITION_GUIDANCE: tuple[str, ...] = get_args(PositionGuidance)
 REDUCTION: tuple[str, ...] = get_args(Reduction)
 INPUT_FMT: tuple[str, ...] = get_args(InputFmt)
 BACKEND: tuple[str, ...] = get_args(Backend)
@@ -66,11 +68,27 @@ def number(argument: str, value: object) -> float:
     return float(value)
 
 
-def temperature(value: float) -> float:
-    """Return a finite cam_temperature > 0, else raise."""
-    if not 0.0 < number("cam_temperature", value) < float("inf"):
-        raise ValueError(f"cam_temperature must be positive and finite; got {value!r}")
+def temperature(value: float, argument: str = "cam_temperature") -> float:
+    """Return a finite temperature > 0, else raise."""
+    if not 0.0 < number(argument, value) < float("inf"):
+        raise ValueError(f"{argument} must be positive and finite; got {value!r}")
     return float(value)
+
+
+def position_guidance(value: object, attention: str, spatial_norm: str) -> str:
+    """Return one of `POSITION_GUIDANCE` that fits the attention, else raise."""
+    found = one_of("position_guidance", value, POSITION_GUIDANCE)
+    if found != "none" and attention not in ("channel_spatial", "spatial"):
+        raise ValueError(
+            f"position_guidance={found!r} guides the map of spatial attention; got attention={attention!r}: "
+            'use attention="channel_spatial" or "spatial"'
+        )
+    if found != "none" and spatial_norm != "softmax":
+        raise ValueError(
+            f"position_guidance={found!r} compares two distributions over positions; got "
+            f'spatial_norm={spatial_norm!r}: use spatial_norm="softmax"'
+        )
+    return found
 
 
 def label(argument: str, value: int | None) -> int | None:
@@ -200,6 +218,23 @@ def loss_weights(guidance_weight: float, label_smoothing: float) -> tuple[float,
     if not 0.0 <= number("label_smoothing", label_smoothing) <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
     return guidance_weight, label_smoothing
+
+
+def position_weight(value: float | None, guided: bool | None = None) -> float | None:
+    """Return None or a finite value >= 0, else raise; raise too if it is > 0 and T is not guided.
+
+    With `guided` True None gives 1.
+    """
+    if value is None:
+        return 1.0 if guided else None
+    if not 0.0 <= number("position_weight", value) < float("inf"):
+        raise ValueError(f"position_weight must be finite and not negative; got {value!r}")
+    if value and guided is False:
+        raise ValueError(
+            f"position_weight={value!r} needs a head with position_guidance: "
+            'use GGAMHead(..., position_guidance="relu")'
+        )
+    return value
 
 
 def class_weights(value: Tensor | None) -> Tensor | None:

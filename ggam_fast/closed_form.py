@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.torch import Backend, CamTerms
+from .backends.torch import Backend, CamTerms, PositionGuidance, PositionPull, PositionTerms
 from .layer import LayerGradient
 from .precision import as_type, compute_dtype
 
@@ -44,6 +44,11 @@ class Options(NamedTuple):
     spatial_norm: str = "softmax"
     pool_type: str = "avg"
     attention_scale: str = "unit_mean"
+    position_guidance: str = "none"
+
+    @property
+    def guides_positions(self) -> bool:
+        return self.position_guidance != "none"
 
     @property
     def uses_channel(self) -> bool:
@@ -81,6 +86,7 @@ class Attended(NamedTuple):
     pooled: Tensor  # (N, C), or D (N, C, L) for a dense classifier
     channel_logits: Tensor  # (N, C): e; zeros without channel attention, so that S = 1/C
     spatial: Tensor  # (N, L): T; ones without spatial attention
+    log_spatial: Tensor  # (N, L): log T; empty unless positions are guided
     mean: Tensor  # (N, C): g
     hidden: Tensor  # (N, C/r): relu(FC1(g))
     total: Tensor  # (N,): sum(U)
@@ -122,12 +128,13 @@ def attend(
     s = backend.softmax(logits)
 
     if uses_spatial:
-        out, index, t, weights, total = backend.attended(
-            features, s, options.spatial_norm, options.pool_type, kappa
+        out, index, t, weights, total, log_t = backend.attended(
+            features, s, options.spatial_norm, options.pool_type, kappa, options.guides_positions
         )
         multiplied = weights if kappa != 1 else t
     else:
         t, weights, total = logits.new_ones((batch, positions)), logits.new_empty(0), logits.new_empty(0)
+        log_t = logits.new_empty(0)
         if options.uses_channel and options.pool_type == "avg":
             out, index = mean, features.new_empty(0, dtype=torch.int64)
         else:
@@ -141,7 +148,7 @@ def attend(
         pooled, peak = out, logits.new_empty(0)
     if options.attention == "channel" and not options.dense:  # D = kappa S * A: pool first, then scale
         pooled = backend.multiply(s, pooled, kappa)
-    return Attended(pooled, logits, t, mean, hidden, total, peak, index, weights, s)
+    return Attended(pooled, logits, t, log_t, mean, hidden, total, peak, index, weights, s)
 
 
 def _times(x: Tensor, kappa: int) -> Tensor:
@@ -157,6 +164,7 @@ class Pulled(NamedTuple):
     channel: Tensor  # (N, C): S, or the weights of the dense G without spatial attention
     grad_map: Tensor | None  # (N, L): dU
     grad_channel: Tensor | None  # (N, C): dS
+    positions: PositionGuidance | None = None  # by dT, if it was asked for
 
 
 def pull_back(
@@ -169,12 +177,26 @@ def pull_back(
     grad_logits: Tensor | None = None,
     grad_spatial: Tensor | None = None,
     logits_scale: Tensor | None = None,
+    pull: PositionPull | None = None,
 ) -> Factors:
     """The backward down to dA's factors.  Grad-CAM calls it with grad_pooled = d y^k / d pooled.
 
     `grad_logits` times the scalar `logits_scale` is added to d e: the guidance loss's part, for example.
+    `pull` is added to dU.
     """
-    (pulled,) = pull_back_to_channels(backend, features, options, attended, [grad_pooled], grad_spatial)
+    (pulled,) = pull_back_to_channels(backend, features, options, attended, [grad_pooled], grad_spatial, pull)
+    return factors_of(backend, mlp, attended, pulled, grad_logits, logits_scale)
+
+
+def factors_of(
+    backend: Backend,
+    mlp: ChannelMLP,
+    attended: Attended,
+    pulled: Pulled,
+    grad_logits: Tensor | None = None,
+    logits_scale: Tensor | None = None,
+) -> Factors:
+    """The rest of `pull_back`."""
     de = None
     if pulled.grad_channel is not None:
         de = backend.softmax_grad(pulled.grad_channel, pulled.softmax, grad_logits, logits_scale)
@@ -188,10 +210,15 @@ def pull_back_to_channels(
     attended: Attended,
     grads_pooled: Sequence[Tensor],
     grad_spatial: Tensor | None = None,
+    pull: PositionPull | None = None,
+    terms: PositionTerms | None = None,
+    weight: float = 1.0,
 ) -> list[Pulled]:
     """dU and dS for one or two gradients of the pooled features (N, ...).  Only this part reads A.
 
     With average pooling two gradients share their reads of A.  `grad_spatial` needs a single gradient.
+    `pull` is added to the last dU.  With `terms` the first gradient's dT guides T: `Pulled.positions`.  That
+    guidance times the weight is added to the dU of a second gradient.
     """
     t, s = attended.spatial, attended.channel
     s = backend.softmax(attended.channel_logits) if s is None else s
@@ -199,12 +226,26 @@ def pull_back_to_channels(
     _, channels, positions = features.shape
     if options.pool_type == "avg" and options.attention == "channel_spatial":
         scale = options.kappa(channels, positions) / positions
-        pairs = backend.attention_backward(features, grads_pooled, scale, grad_spatial, t, total, norm)
+        guided = None
+        if terms is None:
+            pairs = backend.attention_backward(
+                features, grads_pooled, scale, grad_spatial, t, total, norm, pull
+            )
+        else:
+            pairs, guided = backend.guided_attention_backward(
+                features, grads_pooled, scale, t, total, norm, terms, weight
+            )
         found = []
         for first, (du, ds) in zip(grads_pooled, pairs, strict=True):
-            found.append(Pulled(None, first, s, s, du, ds))
+            found.append(Pulled(None, first, s, s, du, ds, guided))
         return found
-    return [_pull_back_one(backend, features, options, attended, s, g, grad_spatial) for g in grads_pooled]
+    given = features, options, attended, s
+    if len(grads_pooled) == 1:
+        return [_pull_back_one(backend, *given, grads_pooled[0], grad_spatial, pull, terms)]
+    of_class = _pull_back_one(backend, *given, grads_pooled[0], None, None, terms)
+    if terms is not None and of_class.positions is not None:
+        pull = PositionPull(of_class.positions.target, terms.share, weight)
+    return [of_class, _pull_back_one(backend, *given, grads_pooled[1], None, pull, None)]
 
 
 def _pull_back_one(
@@ -215,6 +256,8 @@ def _pull_back_one(
     s: Tensor,
     grad_pooled: Tensor,
     grad_spatial: Tensor | None,
+    pull: PositionPull | None,
+    terms: PositionTerms | None,
 ) -> Pulled:
     """All cases but average pooling with both attentions."""
     _, channels, positions = features.shape
@@ -224,15 +267,20 @@ def _pull_back_one(
     channel = s
     ds: Tensor | None = None
     du: Tensor | None = None
+    guided: PositionGuidance | None = None
     first_mean: Tensor | None = None
     first = grad_pooled
     if options.pool_type == "avg":
         if scaled:
             ds = backend.multiply(grad_pooled, attended.mean, kappa)
             first = backend.multiply(first, s, kappa)
-        if options.uses_spatial:
+        if terms is not None:
+            du, guided = backend.guided_spatial_attention_grad(
+                features, first, kappa / positions, t, total, norm, terms
+            )
+        elif options.uses_spatial:
             du = backend.spatial_attention_grad(
-                features, first, kappa / positions, grad_spatial, t, total, norm
+                features, first, kappa / positions, grad_spatial, t, total, norm, pull
             )
     elif options.pool_type == "max":
         if scaled:
@@ -240,7 +288,8 @@ def _pull_back_one(
             first = backend.multiply(first, s, kappa)
         if options.uses_spatial:
             dt = backend.position_scatter(first * attended.peak, attended.peak_index, positions)
-            du = backend.spatial_norm_grad(dt, kappa, grad_spatial, t, total, norm)
+            du = backend.spatial_norm_grad(dt, kappa, grad_spatial, t, total, norm, pull)
+            guided = None if terms is None else backend.position_guidance(dt, terms)
         weights = attended.spatial_weights if options.uses_spatial else t
         first_mean = first * weights.gather(1, attended.peak_index) / positions
     else:
@@ -253,17 +302,18 @@ def _pull_back_one(
         elif not options.uses_spatial:
             channel = torch.ones_like(s)
         if options.uses_spatial:
-            du = backend.spatial_norm_grad(dt, kappa, grad_spatial, t, total, norm)
+            du = backend.spatial_norm_grad(dt, kappa, grad_spatial, t, total, norm, pull)
+            guided = None if terms is None else backend.position_guidance(dt, terms)
     if options.uses_channel and du is not None:
         ds = backend.spatial_sum(features, du)
-    return Pulled(first_mean, first, s, channel, du, ds)
+    return Pulled(first_mean, first, s, channel, du, ds, guided)
 
 
 def pull_back_to_mean(
     backend: Backend, mlp: ChannelMLP, attended: Attended, pulled: Pulled, de: Tensor | None
 ) -> Factors:
     """Pull `de`, the gradient of the channel logits, back through the channel MLP to dg.  None gives None."""
-    first_mean, first, _, channel, du, _ = pulled
+    first_mean, first, _, channel, du, *_ = pulled
     if de is None:
         return Factors(first_mean, first, channel, du, None, None, None)
     assert mlp.fc1_weight is not None
@@ -287,18 +337,41 @@ def cam_terms_of(
     attended: Attended,
     grad_pooled: Tensor,
     cam_at: str,
-) -> tuple[CamTerms, Tensor | None]:
-    """The terms of beta for v = `grad_pooled` = dy/dpooled (dy/dD if dense), and S if a term needs it."""
+    terms: PositionTerms | None = None,
+) -> tuple[CamTerms, Tensor | None, PositionGuidance | None]:
+    """The terms of beta for v = `grad_pooled` = dy/dpooled (dy/dD if dense), and S if a term needs it.
+
+    With `terms` also the guidance of T.
+    """
     positions = features.shape[2]
     if cam_at == "features":
-        f = pull_back(backend, features, mlp, options, attended, grad_pooled)
-        return cam_terms(f, attended), f.channel
+        (pulled,) = pull_back_to_channels(backend, features, options, attended, [grad_pooled], terms=terms)
+        f = factors_of(backend, mlp, attended, pulled)
+        return cam_terms(f, attended), f.channel, pulled.positions
+    guided = None
+    if terms is not None:
+        guided = backend.position_guidance(
+            class_map(backend, features, options, attended, grad_pooled), terms
+        )
     if options.dense:
-        return CamTerms(backend.spatial_sum(grad_pooled, None, 1.0 / positions)), None
+        return CamTerms(backend.spatial_sum(grad_pooled, None, 1.0 / positions)), None, guided
     # beta = v / L, the mean of dy/dD over positions.
-    return CamTerms(
-        grad_pooled, features.new_ones((features.shape[0], positions), dtype=grad_pooled.dtype)
-    ), None
+    ones = features.new_ones((features.shape[0], positions), dtype=grad_pooled.dtype)
+    return CamTerms(grad_pooled, ones), None, guided
+
+
+def class_map(
+    backend: Backend, features: Tensor, options: Options, attended: Attended, grad_pooled: Tensor
+) -> Tensor:
+    """dT / kappa (N, L), times L for average pooling, or in parts (N, P, L), for v = `grad_pooled`.
+
+    Average pooling reads A once, dense pooling A and v once.
+    """
+    if options.pool_type == "avg":
+        return backend.channel_sum(features, grad_pooled)
+    if options.pool_type == "max":
+        return backend.position_scatter(grad_pooled * attended.peak, attended.peak_index, features.shape[2])
+    return backend.grad_cam_means(features, grad_pooled, attended.spatial_weights)[2]
 
 
 def features_grad(

@@ -25,7 +25,7 @@ from .backends.registry import full_precision, get_backend
 from .backends.triton.launch import NotRecordable, Number, Recorder, plan
 from .backends.triton.record import Pass, Recording
 from .backends.triton.register import define
-from .base import GGAMOutput
+from .base import GGAMOutput, output_of, values_of
 from .closed_form import ChannelMLP, Options, held_grads, held_layer_grads
 from .layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer
 from .norm import move
@@ -216,9 +216,11 @@ def fused_loss(
     with torch.no_grad():
         loss, seen, kept = guided_step(
             x, mean, target.contiguous(), told.detached, text, numbers, float(terms.guidance_weight),
-            float(terms.label_smoothing), float(terms.cam_temperature),
+            float(terms.label_smoothing), float(terms.cam_temperature), float(terms.position_temperature),
+            float(terms.position_weight),
         )  # fmt: skip
         logits, s, beta, guidance, *maps = _parts(seen, _seen_shapes(features, options, layers))
+        positions = [maps.pop(0).view(())] if options.guides_positions else []
         t = maps[0] if maps else _no_map(features)
         sizes = [size for shape in _shapes(features, options, mlp, layers) for size in shape]
         *_, statistics = _split(kept, sizes, spec)
@@ -229,7 +231,7 @@ def fused_loss(
         loss = CompiledNode.apply(
             loss, features, kept, mean, t, text, (tuple(options), *spec[1:]), sizes, *parameters
         )
-    return FusedLoss(loss, GGAMOutput(logits, s, t, beta, guidance.view(())))
+    return FusedLoss(loss, output_of([logits, s, t, beta, guidance.view(()), *positions]))
 
 
 class CompiledNode(Function):
@@ -327,11 +329,12 @@ def _parts(whole: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def _seen_shapes(features: Tensor, options: Options, layers: Sequence[Layer]) -> list[tuple[int, int]]:
-    """The shapes of the logits, S, beta, the guidance loss and, with spatial attention, T."""
+    """The shapes of the logits, S, beta, the losses and, with spatial attention, T."""
     batch, channels, positions = features.shape
     classes = next(x.weight.shape[0] for x in reversed(layers) if x.kind == LINEAR and x.weight is not None)
     maps = [(batch, positions)] if options.uses_spatial else []
-    return [(batch, classes), (batch, channels), (batch, channels), (1, 1), *maps]
+    losses = [(1, 1)] * (1 + options.guides_positions)
+    return [(batch, classes), (batch, channels), (batch, channels), *losses, *maps]
 
 
 class _Kept(NamedTuple):
@@ -410,6 +413,8 @@ def _step(
     weight: float,
     smoothing: float,
     temperature: float,
+    position_temperature: float,
+    position_weight: float,
 ) -> None:
     """The forward of the fused loss for features (N, C, L) or (N, C, H, W) and their mean.
 
@@ -422,9 +427,9 @@ guided_step = define(_step, tuple[Tensor, Tensor, Tensor], _run, _fake)
 
 
 def _record(spec: Spec, given: list[Tensor], with_mean: bool, layer_numbers: Sequence[float]) -> Recording:
-    recorder, numbers = Recorder(), [Number(1.0), Number(0.0), Number(1.0)]
+    recorder, numbers = Recorder(), [Number(1.0) for _ in range(5)]
     words: tuple[Any, ...] = spec.terms
-    terms = LossTerms(*words, *(numbers[i] for i in (2, 0, 1)))
+    terms = LossTerms(*words, *(numbers[i] for i in (2, 0, 1, 3, 4)))
     with torch.no_grad(), recorder:
         twins = recorder.like_each(given)
         x, target, *rest = twins
@@ -440,7 +445,8 @@ def _record(spec: Spec, given: list[Tensor], with_mean: bool, layer_numbers: Seq
             pair = [layer.left, layer.right] if layer.product else [_joined(layer.left)]
             kept += [t for t in pair if t is not mean]
         kept += _statistics(visited)
-        seen = [out.logits, out.channel_attention, out.cam_weights, out.guidance_loss]
+        logits, s, _, *rest = values_of(out)
+        seen = [logits, s, *rest]
         seen += [out.spatial_attention] if spec.options.uses_spatial else []
         made = [guided.loss, recorder.together(seen), recorder.together(kept)]
         forward = Pass(recorder.take(), twins, numbers, made)
@@ -556,10 +562,12 @@ def drop_in(
     x, mean, tensors, spec, text, numbers = told
     trained = any(x.requires_grad for x in tensors)
     graph = torch.is_grad_enabled() and (features.requires_grad or trained)
-    temperature = 1.0 if terms is None else float(terms.cam_temperature)
+    temperatures = [1.0, 1.0]
+    if terms is not None:
+        temperatures = [float(terms.cam_temperature), float(terms.position_temperature)]
     with torch.no_grad():
         labels = None if target is None else target.contiguous()
-        seen, kept = drop_in_step(x, mean, labels, told.detached, text, numbers, temperature, graph)
+        seen, kept = drop_in_step(x, mean, labels, told.detached, text, numbers, *temperatures, graph)
         layout = _drop_in_kept(spec, features, mlp, layers, graph)
         _move(layers, _parts(kept, layout)[len(layout) - len(_norms(layers)) :], x.shape[0])
     if graph:
@@ -569,10 +577,11 @@ def drop_in(
     if target is None:
         return GGAMOutput(logits, *[logits] * 4)
     s, beta, guidance, *maps = attention
+    positions = [maps.pop(0).view(())] if options.guides_positions else []
     t = maps[0] if maps else _no_map(features)
     if not options.uses_channel:
         s, guidance = s.detach(), guidance.detach()
-    return GGAMOutput(logits, s, t, beta.detach(), guidance.view(()))
+    return output_of([logits, s, t, beta.detach(), guidance.view(()), *positions])
 
 
 class DropInNode(Function):
@@ -654,6 +663,7 @@ def _drop_in_kept(
         shapes.append((batch, channels))
         shapes += [(batch, positions)] * (options.uses_spatial and not spec.terms)  # else an output
         shapes += [(1, batch)] * options.uses_spatial
+        shapes += [(batch, positions), (1, batch)] * (options.guides_positions and bool(spec.terms))
         if options.uses_channel:
             assert mlp.fc1_weight is not None
             shapes += [(batch, mlp.fc1_weight.shape[0]), *[(batch, channels)] * bool(spec.terms)]
@@ -694,6 +704,7 @@ def _drop_in_fake(
     spec: str,
     layer_numbers: Sequence[float],
     temperature: float,
+    position_temperature: float,
     graph: bool,
 ) -> tuple[Tensor, Tensor]:
     read = Spec.read(spec)
@@ -714,21 +725,23 @@ def _drop_in_run(
     spec: str,
     layer_numbers: Sequence[float],
     temperature: float,
+    position_temperature: float,
     graph: bool,
 ) -> tuple[Tensor, Tensor]:
     given = [features, *[x for x in (mean, target) if x is not None], *tensors]
 
     def record() -> Recording:
-        recorder, number = Recorder(), Number(temperature)
+        recorder, twice = Recorder(), [Number(temperature), Number(position_temperature)]
         with torch.no_grad(), recorder:
             twins = recorder.like_each(given)
-            done = _drop_in_forward(Spec.read(spec), twins, layer_numbers, number, graph)
+            done = _drop_in_forward(Spec.read(spec), twins, layer_numbers, twice, graph)
             made = [recorder.together(x) for x in (done.seen, done.kept) if x]
-            numbers = [] if target is None else [number]
+            numbers = [] if target is None else twice
             return Recording(recorder, [Pass(recorder.take(), twins, numbers, made)], features.device)
 
     name = ("compiled drop-in", spec, *layer_numbers, graph)
-    seen, *kept = _replayed(name, given, [] if target is None else [temperature], record)
+    numbers = [] if target is None else [temperature, position_temperature]
+    seen, *kept = _replayed(name, given, numbers, record)
     return seen, kept[0] if kept else seen.new_empty(0)
 
 
@@ -740,6 +753,7 @@ def _drop_in(
     spec: str,
     layer_numbers: Sequence[float],
     temperature: float,
+    position_temperature: float,
     graph: bool,
 ) -> None:
     """The forward of the drop-in form for features (N, C, L) or (N, C, H, W) and their mean.
@@ -763,7 +777,11 @@ class _Done(NamedTuple):
 
 
 def _drop_in_forward(
-    spec: Spec, given: Sequence[Tensor], layer_numbers: Sequence[float], temperature: float, graph: bool
+    spec: Spec,
+    given: Sequence[Tensor],
+    layer_numbers: Sequence[float],
+    temperatures: Sequence[float],
+    graph: bool,
 ) -> _Done:
     """`step.drop_in_forward` of `given`: features, mean if used, target if any, the spec's tensors."""
     options, left = spec.options, [*given]
@@ -772,7 +790,9 @@ def _drop_in_forward(
     target = left.pop(0) if spec.terms else None
     words: tuple[Any, ...] = spec.terms
     mlp, layers = spec.stand(left, layer_numbers)
-    terms = LossTerms(*words, *[temperature]) if words else None
+    terms = None
+    if words:
+        terms = LossTerms(*words, *[temperatures[0], 1.0, 0.0, temperatures[1]])
     out, seen = step.drop_in_forward(
         get_backend(recorded.BACKEND), x, mlp, options, layers, target, terms, mean
     )
@@ -783,11 +803,16 @@ def _drop_in_forward(
     if graph:
         kept = [attended.weights] * _scaled(options)
         kept += [attended.channel] if words else [attended.channel, *maps]
-        kept += [attended.total] * options.uses_spatial + [attended.hidden] * options.uses_channel
+        kept += [attended.total] * options.uses_spatial
+        if seen.pull is not None:
+            assert seen.pull.share is not None
+            kept += [seen.pull.target, seen.pull.share]
+        kept += [attended.hidden] * options.uses_channel
         kept += [seen.grad_logits] if options.uses_channel and seen.grad_logits is not None else []
         kept += [of_layer[0] for of_layer in seen.given]
     kept += _statistics(seen.given)
-    outputs = [out.logits, out.channel_attention, out.cam_weights, out.guidance_loss, *maps]
+    logits, s, _, *rest = values_of(out)
+    outputs = [logits, s, *rest, *maps]
     return _Done(outputs if words else outputs[:1], kept, x, mlp, seen)
 
 
@@ -860,18 +885,19 @@ def _record_drop_in_grads(
         batch = given[0].shape[0]
         target = [torch.empty(batch, dtype=torch.int64)] * bool(spec.terms)
         before = [*twins[:at], *target, *twins[at + 3 :]]
-        done = _drop_in_forward(spec, before, layer_numbers, Number(1.0), True)
+        done = _drop_in_forward(spec, before, layer_numbers, [Number(1.0), Number(1.0)], True)
         passed = _touched(recorder.take())
         twins[at : at + 2] = recorder.together(done.seen), recorder.together(done.kept)
         layers = spec.stand(twins[at + 3 :], layer_numbers)[1]
         logits, *rest = _parts(twins[at + 2], _drop_in_seen(spec, done.features, layers))
-        of_s = of_guidance = of_t = None
+        of_s = of_guidance = of_t = of_positions = None
         if spec.terms:
             of_s, _, of_guidance, *maps = rest
+            of_positions = maps.pop(0) if options.guides_positions else None
             of_s, of_t = of_s if options.uses_channel else None, maps[0] if maps else None
         held = step.drop_in_factors(
             get_backend(recorded.BACKEND), done.features, done.mlp, options, done.for_backward, logits,
-            of_guidance, of_s, of_t,
+            of_guidance, of_s, of_t, of_positions,
         )  # fmt: skip
         f = held.factors
         made = [x for x in (f.first, f.grad_map, f.grad_mean) if x is not None]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .autograd import channel_sum, spatial_sum
 from .backends.registry import register_differentiable
-from .backends.torch import Backend
+from .backends.torch import Backend, PositionGuidance, PositionPull, PositionTerms
 
 
 class DifferentiableBackend(Backend):
@@ -40,10 +40,26 @@ class DifferentiableBackend(Backend):
         t: Tensor,
         total: Tensor,
         norm: str,
+        pull: PositionPull | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         (v,) = grads
-        du = self.spatial_attention_grad(features, v, scale, extra, t, total, norm)
+        du = self.spatial_attention_grad(features, v, scale, extra, t, total, norm, pull)
         return [(du, self.spatial_sum(features, du))]
+
+    def guided_attention_backward(
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+        terms: PositionTerms,
+        weight: float,
+    ) -> tuple[list[tuple[Tensor, Tensor]], PositionGuidance]:
+        (v,) = grads
+        du, found = self.guided_spatial_attention_grad(features, v, scale, t, total, norm, terms)
+        return [(du, self.spatial_sum(features, du))], found
 
 
 for _name in ("torch", "triton"):

@@ -29,6 +29,7 @@ __all__ = [
     "grad_cam_means",
     "grad_cam_weights",
     "guidance_loss",
+    "position_loss",
     "spatial_sum",
 ]
 
@@ -203,7 +204,7 @@ def grad_cam_weights(
     resolved = checks.backend(backend, x)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         out = step.ggam_attention(x, mlp, options, resolved, differentiable)
-        return step.grad_cam_weights(x, mlp, options, out, v, cam_at, resolved, differentiable)
+        return step.grad_cam_weights(x, mlp, options, out, v, cam_at, resolved, differentiable)[0]
 
 
 def grad_cam_means(
@@ -242,11 +243,14 @@ def fused_ggam_loss(
     *,
     guidance_weight: float = 0.1,
     label_smoothing: float = 0.0,
+    position_weight: float | None = None,
 ) -> FusedLoss:
     """CE(logits, target) + guidance_weight * L_GGAM of a `GGAMHead`, and its detached outputs.
 
         loss, out = fused_ggam_loss(head, features, target)
         loss.backward()  # writes dA, and the parameters' gradients
+
+    A head with `position_guidance` adds position_weight * L of positions; None is a weight of 1.
 
     Loss and gradients equal those of
     `GGAMLoss(guidance_weight, label_smoothing)(head(features, target), target)`, but beta and the backward
@@ -280,7 +284,7 @@ def fused_ggam_loss(
             "head must have whole parameters; got sharded DTensors: shard a module around the head, "
             "or use GGAMLoss()(head(features, target), target)"
         )
-    return fused(features, target, guidance_weight, label_smoothing)
+    return fused(features, target, guidance_weight, label_smoothing, position_weight)
 
 
 def unwrapped(head: nn.Module) -> nn.Module:
@@ -332,6 +336,47 @@ def guidance_loss(
     temperature = checks.temperature(cam_temperature)
     per_image = guidance.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
     return per_image if how == "none" else entropy.reduce_batch(per_image, how)
+
+
+def position_loss(
+    spatial_attention: Tensor,
+    class_map: Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    position_guidance: Literal["relu", "standardized_softmax"] = "relu",
+    position_temperature: float = 1.0,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    """KL(q, T), the divergence of T from a target q (equations in `ggam_fast.guidance`).
+
+        q = relu(map) / sum(relu(map))  or  softmax(zscore(map) / position_temperature);  dL/dU = T - q
+
+    `spatial_attention` is T (N, H, W) or (N, L), non-negative, with a sum of 1 for each image.  Give either
+    `class_map`, any map of that shape, or `target`, your own distribution q of that shape, such as another
+    image's map.  Both count as constants.  The result is the mean over the batch, or (N,) for "none".  T is
+    clamped to the smallest normal number before its logarithm; the head uses U and needs no clamp.
+
+    The head's own class activation map is `channel_sum(features, v)` for the class score's gradient v.
+    """
+    t = spatial_attention
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() < 2:
+        got = (t.dtype, tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__
+        raise ValueError(f"spatial_attention must be floating-point (N, H, W) or (N, L); got {got}")
+    if (class_map is None) == (target is None):
+        both = "neither" if target is None else "both"
+        raise ValueError(f"position_loss needs either class_map or target; got {both}")
+    checks.one_of("position_guidance", position_guidance, checks.POSITION_GUIDANCE[1:])
+    checks.one_of("reduction", reduction, ("mean", "none"))
+    temperature = checks.temperature(position_temperature, "position_temperature")
+    name, given = ("target", target) if class_map is None else ("class_map", class_map)
+    assert given is not None
+    given = checks.small(name, given, tuple(t.shape), "the shape of spatial_attention", t.device)
+    t = t.to(precision.compute_dtype(t)).flatten(1)
+    q = given.detach().to(t.dtype).flatten(1)
+    if class_map is not None:
+        q = guidance.position_target(q, position_guidance, temperature)
+    per_image = guidance.kl_positions(q, t.clamp_min(torch.finfo(t.dtype).tiny).log())
+    return per_image if reduction == "none" else entropy.reduce_batch(per_image, reduction)
 
 
 def cam(

@@ -13,6 +13,15 @@ S sums to 1 and a sigmoid over C channels to about C / 2, so most of that L is t
 "standardized_softmax" with "reverse" compares two distributions: L is at most log C for a uniform S, and
 dL/de = S - b~.
 The logarithms are log-softmax and log-sigmoid, never the log of a softmax.
+
+Spatial attention T = softmax(U) has a guidance of its own (ours).  Its target is the class activation map
+dT = d y / d T = kappa channel_sum(A, v) / L, as a distribution over positions:
+
+    q = relu(dT) / sum_l relu(dT), uniform where the sum is 0      position_guidance="relu"
+      | softmax(zscore over positions(dT) / tau)                   "standardized_softmax"
+    L = KL(q, T) = sum_l q (log q - log T)        dL/dU = T - q     (q is constant)
+
+Over the batch L is the mean.  It is at most log L for a uniform T.
 """
 
 import torch
@@ -27,13 +36,13 @@ def log_cam_norm(cam_weights: Tensor, cam_norm: str, temperature: float) -> Tens
     """log b~ (N, C) from beta (N, C)."""
     beta = cam_weights
     if cam_norm in ("standardized", "standardized_softmax"):
-        beta = _zscore(beta)
+        beta = zscore(beta)
     beta = beta if temperature == 1.0 else beta / temperature
     return torch.log_softmax(beta, -1) if "softmax" in cam_norm else F.logsigmoid(beta)
 
 
-def _zscore(beta: Tensor) -> Tensor:
-    """(beta - mean) / population standard deviation over channels; 0 where all are equal but for roundings.
+def zscore(beta: Tensor) -> Tensor:
+    """(beta - mean) / population deviation over the last axis; 0 where all are equal but for roundings.
 
     Values count as equal if they differ by at most 8 roundings of the largest.  Otherwise the z-score would
     turn the rounding of equal numbers into a target.
@@ -84,3 +93,23 @@ def kl_guidance_with_grad(
         gap = s - log_q.exp()
         loss, g = 0.5 * (gap * difference).sum(-1), 0.5 * torch.addcmul(gap, s, difference)
     return loss, torch.addcmul(g, s, g.sum(-1, keepdim=True), value=-1)
+
+
+def position_target(class_map: Tensor, position_guidance: str, temperature: float) -> Tensor:
+    """q (N, L), a distribution over positions, from the class activation map dT (N, L).
+
+    A positive factor of dT changes nothing.
+    """
+    if position_guidance == "standardized_softmax":
+        z = zscore(class_map)
+        return torch.softmax(z if temperature == 1.0 else z / temperature, -1)
+    positive = torch.relu(class_map)
+    total = positive.sum(-1, keepdim=True)
+    empty = total == 0
+    uniform = 1.0 / class_map.shape[-1]
+    return torch.where(empty, uniform, positive / torch.where(empty, 1.0, total))
+
+
+def kl_positions(target: Tensor, log_spatial: Tensor) -> Tensor:
+    """KL(q, T) per image (N,), from q (N, L) and log T (N, L)."""
+    return (torch.xlogy(target, target) - target * log_spatial).sum(-1)

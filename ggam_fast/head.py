@@ -12,7 +12,7 @@ from . import checks, step
 from .autograd import Anchored, forward_mode
 from .backends.registry import autocasts, full_precision, looked_into
 from .backends.torch import TORCH
-from .base import GGAMHeadBase, GGAMOutput
+from .base import GGAMHeadBase, GGAMOutput, output_of, values_of
 from .called import CalledBackend, CalledMLP, call
 from .classifier.layers import hooked, known_layers, modules_of, read_directly, weight_and_bias
 from .classifier.rules import LayerGradient, Scores, run, scores
@@ -35,6 +35,7 @@ class GGAMHead(GGAMHeadBase):
 
         g = mean_l A;  S = softmax(FC2(relu(FC1(g))));  U = sum_c S_c A_c;  T = norm(U);  D = kappa A T
         logits = classifier(pool(D));  beta = mean_l d y / d A;  L = divergence(S, norm(beta))
+        of positions: q = relu(d y / d T) / sum;  L = KL(q, T)
 
     `head(features)` returns logits (N, K) without Grad-CAM and replaces pooling and a linear layer.
     `head(features, target)` returns a `GGAMOutput`. The module stores nothing between calls.
@@ -72,6 +73,12 @@ class GGAMHead(GGAMHeadBase):
             with the cross entropy, and has the gradient S - beta~ for the channel logits.
         guidance_reduction: "mean" or "sum" over the batch. None is the sum for "forward" and the mean for the
             others, as in their sources.
+        position_guidance: guides T, beside the guidance of S and independent of it. "relu": by KL(q, T) with
+            q = relu(dT) / sum(relu(dT)), uniform where that sum is 0, for the class activation map
+            dT = d y / d T. "standardized_softmax": with q = softmax(zscore(dT) / position_temperature). Both
+            are ours. It needs spatial attention and spatial_norm="softmax". The output then has a
+            `position_loss`, the mean over the batch; its gradient for U is T - q, and q counts as constant.
+        position_temperature: divides the z-scores of dT; finite and > 0.
         ignore_index: images with this label have no loss, no guidance and no gradient, and do not count in
             means. Give `GGAMLoss` the same value. Any other label outside [0, K) is an error.
         drop_rate: dropout before the classifier's last layer, in [0, 1). A classifier that is not an
@@ -177,24 +184,27 @@ class GGAMHead(GGAMHeadBase):
         (v,), _ = pull_back([seed])
         if composed:
             with full_precision(x):
+                of_positions = terms.of_positions(options, attended, share)
                 if called is not None:
-                    beta = called.grad_cam_weights(x, options, attended, v, self.cam_at)
+                    beta, guided = called.grad_cam_weights(x, options, attended, v, self.cam_at, of_positions)
                 else:
-                    beta = step.grad_cam_weights(
-                        x, mlp, options, attended, v, self.cam_at, backend, differentiable=second_order
+                    beta, guided = step.grad_cam_weights(
+                        x, mlp, options, attended, v, self.cam_at, backend, second_order, of_positions
                     )
                 log_s = torch.log_softmax(attended.channel_logits, -1)
                 norm = (self.cam_norm, self.cam_temperature, self.divergence)
                 s, per_image = log_s.exp(), kl_guidance(log_s, beta, *norm)
-                guidance = reduce_batch(per_image, self.guidance_reduction, share)
+                losses = [reduce_batch(per_image, self.guidance_reduction, share)]
+                if guided is not None:
+                    losses.append(step.position_loss(guided, attended, share))
         else:
-            beta, s, guidance = step.cam_and_guidance(x, mlp, options, attended, v, share, backend, terms)
+            beta, s, *losses = step.cam_and_guidance(x, mlp, options, attended, v, share, backend, terms)
         t = attended.spatial.unflatten(1, spatial_shape)
-        return GGAMOutput(logits, s, t, beta, guidance)
+        return output_of([logits, s, t, beta, *losses])
 
     def _check(self, features: Tensor, target: Tensor | None) -> Inputs:
         """What the equations need of a call.  Raise an error if features and target do not fit."""
-        x, shape, mlp, options, backend = self._inputs(features)
+        x, shape, mlp, options, backend = self._inputs(features, target is not None)
         terms = None
         if target is not None:
             target = checks.target(target, x.shape[0], self.num_classes, self.ignore_index, x.device)
@@ -202,22 +212,31 @@ class GGAMHead(GGAMHeadBase):
         layers = known_layers(self.classifier, self.drop)
         return Inputs(x, shape, mlp, options, backend, layers, target, terms)
 
-    def _loss_terms(self, guidance_weight: float = 1.0, label_smoothing: float = 0.0) -> LossTerms:
+    def _loss_terms(
+        self, guidance_weight: float = 1.0, label_smoothing: float = 0.0, position_weight: float = 1.0
+    ) -> LossTerms:
         return LossTerms(
             self.cam_at, self.cam_class, self.cam_norm, self.divergence, self.guidance_reduction,
             self.ignore_index, self.cam_temperature, guidance_weight, label_smoothing,
+            self.position_temperature, position_weight,
         )  # fmt: skip
 
     def fused_loss(
-        self, features: Tensor, target: Tensor, guidance_weight: float = 0.1, label_smoothing: float = 0.0
+        self,
+        features: Tensor,
+        target: Tensor,
+        guidance_weight: float = 0.1,
+        label_smoothing: float = 0.0,
+        position_weight: float | None = None,
     ) -> FusedLoss:
         """The head followed by `GGAMLoss`, fused: see `functional.fused_ggam_loss`."""
         weight, smoothing = checks.loss_weights(guidance_weight, label_smoothing)
+        of_positions = checks.position_weight(position_weight, self.position_guidance != "none") or 0.0
         self._check_request(target, pre_logits=False)
         shares = self.cam_detach and self.pool_type not in ("flatten", "") and torch.is_grad_enabled()
         if not shares or forward_mode():
-            return self._drop_in_loss(features, target, weight, smoothing)
-        terms, whole_features = self._loss_terms(weight, smoothing), features
+            return self._drop_in_loss(features, target, weight, smoothing, position_weight)
+        terms, whole_features = self._loss_terms(weight, smoothing, of_positions), features
         if self.prefix_tokens:
             features = self._without_prefix(features)
         if type(self) is GGAMHead and recorded is not None and not torch.compiler.is_compiling():
@@ -227,7 +246,7 @@ class GGAMHead(GGAMHeadBase):
         x, spatial_shape, mlp, options, backend, layers, labels, _ = self._check(features, target)
         assert labels is not None
         if self._calls_mlp(mlp):
-            return self._drop_in_loss(whole_features, target, weight, smoothing)
+            return self._drop_in_loss(whole_features, target, weight, smoothing, position_weight)
         if self._compiles_whole(x, mlp, options, layers, labels, backend):
             assert compiled is not None
             assert layers is not None
@@ -248,21 +267,33 @@ class GGAMHead(GGAMHeadBase):
         return FusedLoss(loss, _with_map(out, spatial_shape))
 
     def _drop_in_loss(
-        self, features: Tensor, target: Tensor, guidance_weight: float, label_smoothing: float
+        self,
+        features: Tensor,
+        target: Tensor,
+        guidance_weight: float,
+        label_smoothing: float,
+        position_weight: float | None,
     ) -> FusedLoss:
         """The head and GGAMLoss one after the other."""
         out = self(features, target)
-        loss = GGAMLoss(guidance_weight, label_smoothing, self.ignore_index)(out, target)
-        return FusedLoss(loss, GGAMOutput(*(o.detach() for o in out)))
+        loss = GGAMLoss(guidance_weight, label_smoothing, self.ignore_index, position_weight=position_weight)(
+            out, target
+        )
+        return FusedLoss(loss, output_of([o.detach() for o in values_of(out)]))
 
-    def _inputs(self, features: Tensor) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
+    def _inputs(
+        self, features: Tensor, guided: bool = False
+    ) -> tuple[Tensor, tuple[int, ...], ChannelMLP, Options, str]:
         """Features as (N, C, L), their spatial shape, the channel MLP, the options, the resolved backend.
 
         The channel MLP is empty if it is not used, or if its layers must be called.
         """
         x, spatial_shape = checks.feature_map(features, self.input_fmt, self.in_features)
         self._check_positions(spatial_shape)
-        options = Options(self.attention, self.spatial_norm, self.pool_type, self.attention_scale)
+        options = Options(
+            self.attention, self.spatial_norm, self.pool_type, self.attention_scale,
+            self.position_guidance if guided else "none",
+        )  # fmt: skip
         backend = checks.backend(self.backend, x)
         mlp = ChannelMLP(None, None, None, None)
         if options.uses_channel:
@@ -363,5 +394,5 @@ class GGAMHead(GGAMHeadBase):
 
 def _with_map(out: GGAMOutput, shape: tuple[int, ...]) -> GGAMOutput:
     # Not _replace: torch 2.11 does not compile it.
-    logits, channel, spatial, beta, guidance = out
-    return GGAMOutput(logits, channel, spatial.unflatten(1, shape), beta, guidance)
+    logits, channel, spatial, *rest = values_of(out)
+    return output_of([logits, channel, spatial.unflatten(1, shape), *rest])

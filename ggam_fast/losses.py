@@ -27,9 +27,27 @@ class GGAMLossParts(NamedTuple):
     guidance: Tensor
     """() the head's guidance loss, without its weight; 0 for plain logits"""
 
+    @property
+    def positions(self) -> Tensor:
+        """() 0: the head has no `position_guidance`"""
+        return torch.zeros_like(self.guidance)
+
+
+class GGAMPositionLossParts(NamedTuple):
+    """What `GGAMLoss(return_parts=True)` returns for a head with `position_guidance`."""
+
+    loss: Tensor
+    """() cross_entropy + guidance_weight * guidance + position_weight * positions"""
+    cross_entropy: Tensor
+    """() as in `GGAMLossParts`"""
+    guidance: Tensor
+    """() as in `GGAMLossParts`"""
+    positions: Tensor
+    """() the head's position loss, without its weight"""
+
 
 class GGAMLoss(nn.Module):
-    """CE(logits, target) + guidance_weight * L_GGAM.
+    """CE(logits, target) + guidance_weight * L_GGAM + position_weight * L of positions.
 
     Args:
         guidance_weight: lambda >= 0. Versions of the authors' README use 0.2 to 3, with RELEASE's
@@ -41,14 +59,18 @@ class GGAMLoss(nn.Module):
             `torch.nn.CrossEntropyLoss`. The mean of int64 targets is over the labels' weights. The state
             dict holds it.
         reduction: "mean", or "none" for the cross entropy of each image (N,). "none" needs
-            guidance_weight=0, because the head's guidance is one number for the batch.
-        return_parts: True returns a `GGAMLossParts`.
+            guidance_weight=0 and no position loss, because the head's are one number for the batch.
+        return_parts: True returns a `GGAMLossParts`, or for a head with `position_guidance` a
+            `GGAMPositionLossParts`, which has a fourth part.
         strict: True raises an error where False warns, see below.
+        position_weight: weight >= 0 of the position loss of a head with `position_guidance`. None is 1 for
+            such a head. A weight above 0 is an error for the output of any other head.
 
     The input is the head's `GGAMOutput`, or plain logits (N, K) from a call without target. Plain logits
     give the cross entropy alone. `target` is int64 (N,) or float probabilities (N, K). The result is a
     scalar: the mean cross entropy of the batch (0 for an empty one) plus the weighted guidance loss, a mean
-    or a sum (`guidance_reduction` of the head). It is float32 for half-precision logits.
+    or a sum (`guidance_reduction` of the head), plus the weighted position loss, a mean. It is float32 for
+    half-precision logits.
 
     Plain logits that carry a gradient have no guidance to train with. With guidance_weight > 0 the loss
     then gives one UserWarning (compiled code gives it when it is traced), or raises TypeError if `strict`.
@@ -66,10 +88,12 @@ class GGAMLoss(nn.Module):
         reduction: Literal["mean", "none"] = "mean",
         return_parts: bool = False,
         strict: bool = False,
+        position_weight: float | None = None,
     ) -> None:
         super().__init__()
         self.ignore_index = checks.label("ignore_index", ignore_index)
         self.guidance_weight, self.label_smoothing = checks.loss_weights(guidance_weight, label_smoothing)
+        self.position_weight = checks.position_weight(position_weight)
         self.weight: Tensor | None
         self.register_buffer("weight", checks.class_weights(weight))
         self.reduction = checks.one_of("reduction", reduction, ("mean", "none"))
@@ -79,21 +103,37 @@ class GGAMLoss(nn.Module):
                 f"batch; got guidance_weight={guidance_weight!r}. For the guidance of each image call "
                 'functional.guidance_loss(out.channel_attention, out.cam_weights, reduction="none")'
             )
+        if self.reduction == "none" and self.position_weight:
+            raise ValueError(
+                'reduction="none" needs position_weight=0, as the head\'s position loss is one number for '
+                f"the batch; got position_weight={position_weight!r}. For the loss of each image call "
+                'functional.position_loss(..., reduction="none")'
+            )
         self.return_parts, self.strict = bool(return_parts), bool(strict)
 
-    def forward(self, out: GGAMOutput | Tensor, target: Tensor) -> Tensor | GGAMLossParts:
+    def forward(
+        self, out: GGAMOutput | Tensor, target: Tensor
+    ) -> Tensor | GGAMLossParts | GGAMPositionLossParts:
         logits = out.logits if isinstance(out, GGAMOutput) else out
         checks.matrix("out", logits, "of logits (N, K), or a GGAMOutput")
-        guidance = out.guidance_loss if isinstance(out, GGAMOutput) else None
-        if guidance is None and self.guidance_weight and logits.requires_grad:
+        guidance, positions, position_weight = None, None, 0.0
+        if isinstance(out, GGAMOutput):
+            guidance, positions = out.guidance_loss, out.position_loss
+            position_weight = checks.position_weight(self.position_weight, positions is not None) or 0.0
+        elif (self.guidance_weight or self.position_weight) and logits.requires_grad:
             self._without_guidance()
+        if positions is not None and position_weight and self.reduction == "none":
+            raise ValueError(
+                'reduction="none" needs position_weight=0 for a head with position_guidance, as its position '
+                "loss is one number for the batch"
+            )
         plain = self.weight is None and self.reduction == "mean" and not self.return_parts
         if plain and recorded is not None and not torch.compiler.is_compiling():
             replayed = recorded.loss(
                 logits, guidance, target, self.guidance_weight, self.label_smoothing, self.ignore_index
             )
             if replayed is not None:
-                return replayed
+                return replayed if positions is None else replayed + position_weight * positions
         logits = logits.to(compute_dtype(logits))
         target = checks.target(target, logits.shape[0], logits.shape[1], self.ignore_index, logits.device)
         weight = self.weight
@@ -107,8 +147,12 @@ class GGAMLoss(nn.Module):
         loss = entropy
         if guidance is not None and self.reduction == "mean":
             loss = entropy + self.guidance_weight * guidance
+            if positions is not None:
+                loss = loss + position_weight * positions
         if not self.return_parts:
             return loss
+        if guidance is not None and positions is not None:
+            return GGAMPositionLossParts(loss, entropy, guidance, positions)
         return GGAMLossParts(loss, entropy, logits.new_zeros(()) if guidance is None else guidance)
 
     def _without_guidance(self) -> None:
@@ -126,7 +170,8 @@ class GGAMLoss(nn.Module):
             _warn(message)
 
     def extra_repr(self) -> str:
-        return f"guidance_weight={self.guidance_weight}, label_smoothing={self.label_smoothing}"
+        positions = "" if self.position_weight is None else f", position_weight={self.position_weight}"
+        return f"guidance_weight={self.guidance_weight}, label_smoothing={self.label_smoothing}{positions}"
 
 
 @torch.compiler.assume_constant_result

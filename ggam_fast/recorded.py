@@ -25,7 +25,7 @@ from .backends.registry import get_backend
 from .backends.triton import cross_entropy as whole
 from .backends.triton.launch import options as triton_options
 from .backends.triton.record import NotRecordable, Number, Pass, Recorder, Recording
-from .base import GGAMHeadBase, GGAMOutput
+from .base import GGAMHeadBase, GGAMOutput, output_of, values_of
 from .closed_form import ChannelMLP, Options, held_features_grad, held_layer_grads
 from .entropy import cross_entropy
 from .layer import Layer
@@ -56,7 +56,7 @@ _NUMBERS: dict[type, Callable[[dict[str, Any]], tuple[Any, ...]] | None] = {
 }
 _OPTIONS = itemgetter(
     "attention", "spatial_norm", "pool_type", "_attention_scale", "cam_at", "cam_class", "cam_norm",
-    "divergence", "guidance_reduction", "ignore_index", "input_fmt", "num_classes",
+    "divergence", "guidance_reduction", "ignore_index", "input_fmt", "num_classes", "position_guidance",
 )  # fmt: skip
 
 
@@ -303,8 +303,8 @@ def _check_labels(recording: Recording, head: GGAMHeadBase, target: Tensor) -> N
 
 
 def _with_map(out: GGAMOutput, stand: Inputs) -> GGAMOutput:
-    t = out.spatial_attention
-    return out._replace(spatial_attention=t.view(t.shape[0], *stand.shape))
+    logits, s, t, *rest = values_of(out)
+    return output_of([logits, s, t.view(t.shape[0], *stand.shape), *rest])
 
 
 def _in_parameter_order(
@@ -351,16 +351,27 @@ def fused(
     if recording is None:
         return None
     _check_labels(recording, head, target)
-    numbers = (terms.guidance_weight, terms.label_smoothing, terms.cam_temperature)
+    numbers = _numbers(terms)
     seen: list[Tensor] = []
     loss = FusedNode.apply(recording, call, numbers, seen, features, *call.parameters)
-    return FusedLoss(loss, GGAMOutput(*seen))
+    return FusedLoss(loss, output_of(seen))
+
+
+def _numbers(terms: LossTerms) -> tuple[float, ...]:
+    """The numbers that change from replay to replay."""
+    return (
+        terms.guidance_weight, terms.label_smoothing, terms.cam_temperature, terms.position_temperature,
+        terms.position_weight,
+    )  # fmt: skip
 
 
 def _record_fused(head: GGAMHeadBase, call: Call, inputs: Inputs, terms: LossTerms) -> Recording:
-    numbers = [Number(n) for n in (terms.guidance_weight, terms.label_smoothing, terms.cam_temperature)]
-    weight, smoothing, temperature = numbers
-    terms = terms._replace(guidance_weight=weight, label_smoothing=smoothing, cam_temperature=temperature)
+    numbers = [Number(n) for n in _numbers(terms)]
+    weight, smoothing, temperature, of_positions, position_weight = numbers
+    terms = terms._replace(
+        guidance_weight=weight, label_smoothing=smoothing, cam_temperature=temperature,
+        position_temperature=of_positions, position_weight=position_weight,
+    )  # fmt: skip
     blueprint, stages = Blueprint.read(head, call, inputs), get_backend(BACKEND)
     needs_features, needs_parameters = call.needs_features, call.needs_parameters
     recorder = Recorder()
@@ -380,7 +391,7 @@ def _record_fused(head: GGAMHeadBase, call: Call, inputs: Inputs, terms: LossTer
         if needs_parameters:
             pairs = held_layer_grads(stages, held, grad)
         notes_of_backward = recorder.take()
-    forward = Pass(notes, given, numbers, [guided.loss, *_with_map(out, stand)])
+    forward = Pass(notes, given, numbers, [guided.loss, *values_of(_with_map(out, stand))])
     made = _in_parameter_order(call, given, [(x.weight, x.bias) for x in held.layers], pairs)
     da = None if da is None else blueprint.like_features(da, stand.shape)
     backward = Pass(notes_of_backward, [grad], [], [da, *made])
@@ -455,18 +466,18 @@ def guided(head: GGAMHeadBase, features: Tensor, target: Tensor, check: Check) -
     if recording is None:
         return None
     _check_labels(recording, head, target)
-    numbers = (head.cam_temperature,)
+    numbers = (head.cam_temperature, head.position_temperature)
     if recording.backward is None:
-        return GGAMOutput(*_play(recording, call, numbers)[0])
-    return GGAMOutput(*DropInNode.apply(recording, call, numbers, features, *call.parameters))
+        return output_of(_play(recording, call, numbers)[0])
+    return output_of(DropInNode.apply(recording, call, numbers, features, *call.parameters))
 
 
 def _record_drop_in(head: GGAMHeadBase, call: Call, inputs: Inputs) -> Recording:
     blueprint, stages, terms = Blueprint.read(head, call, inputs), get_backend(BACKEND), inputs.terms
     numbers, varied = [], terms
     if terms is not None:
-        numbers = [Number(terms.cam_temperature)]
-        varied = terms._replace(cam_temperature=numbers[0])
+        numbers = [Number(terms.cam_temperature), Number(terms.position_temperature)]
+        varied = terms._replace(cam_temperature=numbers[0], position_temperature=numbers[1])
     needs_features, needs_parameters = call.needs_features, call.needs_parameters
     needs_graph = torch.is_grad_enabled() and (needs_features or needs_parameters)
     channel, spatial = inputs.options.uses_channel, inputs.options.uses_spatial
@@ -481,12 +492,16 @@ def _record_drop_in(head: GGAMHeadBase, call: Call, inputs: Inputs) -> Recording
         )
         notes = [recorder.take()]
         if needs_graph:
-            grads = [recorder.like(out.logits)] + [recorder.scalar()] * (terms is not None)
-            held = step.drop_in_factors(stages, x, mlp, options, seen, *grads)
+            losses = 0 if terms is None else len(values_of(out)) - 4
+            grads = [recorder.like(out.logits), *(recorder.scalar() for _ in range(losses))]
+            of_guidance, of_positions = (*grads[1:], None, None)[:2]
+            held = step.drop_in_factors(
+                stages, x, mlp, options, seen, grads[0], of_guidance, grad_positions=of_positions
+            )
             da = held_features_grad(stages, x, options, held) if needs_features else None
             pairs = held_layer_grads(stages, held) if needs_parameters else None
             notes.append(recorder.take())
-    outputs = [out.logits] if terms is None else [*_with_map(out, stand)]
+    outputs = [out.logits] if terms is None else [*values_of(_with_map(out, stand))]
     passes = [Pass(notes[0], given, numbers, outputs)]
     if needs_graph:
         made = _in_parameter_order(call, given, [(x.weight, x.bias) for x in held.layers], pairs)
@@ -500,7 +515,7 @@ def _record_drop_in(head: GGAMHeadBase, call: Call, inputs: Inputs) -> Recording
 
 
 class DropInNode(Function):
-    """(logits, S, T, beta, guidance loss), or (logits,); beta carries no gradient."""
+    """The values of the output, or (logits,); beta carries no gradient."""
 
     @staticmethod
     def forward(
@@ -529,11 +544,10 @@ class DropInNode(Function):
         if torch.is_grad_enabled() or of_attention or any(map(batched, grads)):
             given = [*saved[ctx.needed :], *ctx.buffers]
             return None, None, None, *recording.again(given, ctx.parameters, ctx.numbers, grads)
-        wanted = [grads[0]] if len(grads) == 1 else [grads[0], grads[4]]
-        blanks = (recording.outputs[0], recording.outputs[-1])
+        wanted, blanks = [grads[0], *grads[4:]], [recording.outputs[0], *recording.outputs[4:]]
         given = [
             torch.zeros(blank.shape, device=recording.device) if g is None else g
-            for g, blank in zip(wanted, blanks, strict=False)
+            for g, blank in zip(wanted, blanks, strict=True)
         ]
         found = _play_backward(recording, given, kept, saved[: ctx.needed], ctx.parameters)
         return None, None, None, *found
@@ -558,7 +572,7 @@ def _again(
         stand = blueprint.stand([twins[0], *given[1:first], *twins[1:], *given[first + parameters :]])
     grads = [*grads]
     if terms is not None:
-        terms = terms._replace(cam_temperature=numbers[0])
+        terms = terms._replace(cam_temperature=numbers[0], position_temperature=numbers[1])
         grads[2] = None if grads[2] is None else grads[2].flatten(1)
     return step.drop_in_again(stand._replace(terms=terms), grads, twins)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from . import checks
-from .base import GGAMHeadBase, GGAMOutput
+from .base import GGAMHeadBase, GGAMOutput, output_of, values_of
 from .guidance import FLAT
 
 
@@ -39,7 +39,7 @@ class GGAMHeadReference(GGAMHeadBase):
         with torch.enable_grad():
             # Grad-CAM needs dy/dA even if A is a constant, so use a copy that requires grad.
             a = a if a.requires_grad and keep_graph else a.detach().requires_grad_()
-            d, log_s, t = self.attend(a)
+            d, log_s, t, log_t = self.attend(a)
             logits = self.classify(d, spatial_shape)
 
             if self.cam_class == "predicted":
@@ -49,18 +49,25 @@ class GGAMHeadReference(GGAMHeadBase):
             else:
                 y = logits.gather(1, target.unsqueeze(1))[counts].sum()
             looked_at = a if self.cam_at == "features" else d
+            positions = self.position_guidance != "none"
             (gradient,) = torch.autograd.grad(
-                y, looked_at, retain_graph=keep_graph, create_graph=keep_graph and not self.cam_detach
+                y,
+                looked_at,
+                retain_graph=keep_graph or positions,
+                create_graph=keep_graph and not self.cam_detach,
             )
             beta = gradient.mean(2)
             if self.cam_detach:
                 beta = beta.detach()
-            loss = self.guidance(log_s[counts], beta[counts])
-        out = GGAMOutput(logits, log_s.exp(), t.unflatten(1, spatial_shape), beta, loss)
-        return out if keep_graph else GGAMOutput(*(x.detach() for x in out))
+            losses = [self.guidance(log_s[counts], beta[counts])]
+            if positions:
+                (class_map,) = torch.autograd.grad(y, t, retain_graph=keep_graph)
+                losses.append(self.guidance_of_positions(log_t[counts], class_map[counts].detach()))
+        out = output_of([logits, log_s.exp(), t.unflatten(1, spatial_shape), beta, *losses])
+        return out if keep_graph else output_of(x.detach() for x in values_of(out))
 
-    def attend(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """D (N, C, L), log S (N, C) and T (N, L) of the features A (N, C, L)."""
+    def attend(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """D (N, C, L), log S (N, C), T (N, L) and its logarithm (softmax) of the features A (N, C, L)."""
         channels, positions = a.shape[1:]
         unit_mean = self.attention_scale == "unit_mean"
         if self.attention in ("channel_spatial", "channel"):
@@ -72,7 +79,7 @@ class GGAMHeadReference(GGAMHeadBase):
         if self.attention in ("channel", "none"):
             t = a.new_ones(a.shape[0], positions)
             kappa = channels if unit_mean else 1
-            return (kappa * a * s.unsqueeze(2) if self.attention == "channel" else a * 1), log_s, t
+            return (kappa * a * s.unsqueeze(2) if self.attention == "channel" else a * 1), log_s, t, t.log()
         b = s.unsqueeze(2) * a  # F_cm
         u = b.sum(1)  # F_fa
         if self.spatial_norm == "softmax":
@@ -84,7 +91,8 @@ class GGAMHeadReference(GGAMHeadBase):
             empty = total == 0
             t = torch.where(empty, 1 / positions, u / torch.where(empty, 1, total))
         kappa = positions if unit_mean and self.spatial_norm != "sigmoid" else 1
-        return kappa * a * t.unsqueeze(1), log_s, t  # F_sm
+        log_t = F.log_softmax(u, 1)
+        return kappa * a * t.unsqueeze(1), log_s, t, log_t  # F_sm
 
     def classify(self, d: Tensor, spatial_shape: tuple[int, ...], pre_logits: bool = False) -> Tensor:
         """F_tc: pool D, drop out, classify."""
@@ -103,12 +111,7 @@ class GGAMHeadReference(GGAMHeadBase):
     def guidance(self, log_s: Tensor, beta: Tensor) -> Tensor:
         """L_GGAM of log S and beta, both (N, C)."""
         if self.cam_norm in ("standardized", "standardized_softmax"):
-            low, high = beta.detach().amin(1, keepdim=True), beta.detach().amax(1, keepdim=True)
-            roundings = FLAT * torch.finfo(beta.dtype).eps
-            flat = high - low <= roundings * torch.maximum(low.abs(), high.abs())
-            centred = torch.where(flat, 0, beta - beta.mean(1, keepdim=True))
-            variance = centred.square().mean(1, keepdim=True)
-            beta = centred / torch.where(flat, 1, variance).sqrt()
+            beta = standardized(beta)
         beta = beta / self.cam_temperature
         log_q = F.log_softmax(beta, 1) if "softmax" in self.cam_norm else F.logsigmoid(beta)
         s, q = log_s.exp(), log_q.exp()
@@ -116,3 +119,25 @@ class GGAMHeadReference(GGAMHeadBase):
         backward = (q * (log_q - log_s)).sum()
         loss = {"forward": forward, "reverse": backward}.get(self.divergence, (forward + backward) / 2)
         return loss if self.guidance_reduction == "sum" else loss / max(beta.shape[0], 1)
+
+    def guidance_of_positions(self, log_t: Tensor, class_map: Tensor) -> Tensor:
+        """KL(q, T) of log T and of the class activation map dT, both (N, L)."""
+        if self.position_guidance == "relu":
+            q = F.relu(class_map)
+            total = q.sum(1, keepdim=True)
+            empty = total == 0
+            q = torch.where(empty, 1 / q.shape[1], q / torch.where(empty, 1, total))
+        else:
+            q = (standardized(class_map) / self.position_temperature).softmax(1)
+        loss = (torch.xlogy(q, q) - q * log_t).sum()
+        return loss / max(q.shape[0], 1)
+
+
+def standardized(x: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over each row; 0 if its values are equal but for roundings."""
+    low, high = x.detach().amin(1, keepdim=True), x.detach().amax(1, keepdim=True)
+    roundings = FLAT * torch.finfo(x.dtype).eps
+    flat = high - low <= roundings * torch.maximum(low.abs(), high.abs())
+    centred = torch.where(flat, 0, x - x.mean(1, keepdim=True))
+    variance = centred.square().mean(1, keepdim=True)
+    return centred / torch.where(flat, 1, variance).sqrt()

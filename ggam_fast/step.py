@@ -22,8 +22,16 @@ from torch import Tensor
 from . import checks
 from .autograd import Attention, Function, Guidance, HeldGradient, batched, forward_mode
 from .backends.registry import full_precision, get_backend, get_differentiable
-from .backends.torch import TORCH, Backend, Guided, cam_weights
-from .base import GGAMOutput
+from .backends.torch import (
+    TORCH,
+    Backend,
+    Guided,
+    PositionGuidance,
+    PositionPull,
+    PositionTerms,
+    cam_weights,
+)
+from .base import GGAMOutput, output_of, values_of
 from .classifier.rules import Scores, scores
 from .closed_form import (
     Attended,
@@ -33,6 +41,7 @@ from .closed_form import (
     attend,
     cam_terms,
     cam_terms_of,
+    class_map,
     held_features_grad,
     held_layer_grads,
     hold,
@@ -42,6 +51,7 @@ from .closed_form import (
     pull_back_to_mean,
 )
 from .entropy import cross_entropy, reduce_batch
+from .guidance import kl_positions
 from .layer import Layer, LayerGradient, Link, chain_of
 from .precision import as_type, compute_dtype
 
@@ -74,18 +84,22 @@ def grad_cam_weights(
     cam_at: str,
     backend: str,
     differentiable: bool = False,
-) -> Tensor:
+    terms: PositionTerms | None = None,
+) -> tuple[Tensor, PositionGuidance | None]:
     """beta (N, C) for features (N, C, L), given v = `grad_pooled` = dy/dpooled (dy/dD if dense).
 
-    With `differentiable`, beta has derivatives of every order; otherwise it is detached.
+    With `differentiable`, beta has derivatives of every order; otherwise it is detached.  With `terms` also
+    the guidance of T, which is always detached.
     """
     graph = nullcontext() if differentiable else torch.no_grad()
     forward = differentiable or forward_mode()
     stages = get_differentiable(backend) if forward else get_backend(backend)
     with graph, full_precision(features):
-        terms, s = cam_terms_of(stages, features, mlp, options, attended, grad_pooled, cam_at)
-        beta = cam_weights(terms, s, features.shape[2])
-        return beta if differentiable else beta.detach()  # of forward mode too
+        of_beta, s, guided = cam_terms_of(
+            stages, features, mlp, options, attended, grad_pooled, cam_at, terms
+        )
+        beta = cam_weights(of_beta, s, features.shape[2])
+        return beta if differentiable else beta.detach(), guided  # of forward mode too
 
 
 class LossTerms(NamedTuple):
@@ -100,6 +114,18 @@ class LossTerms(NamedTuple):
     cam_temperature: float
     guidance_weight: float = 1.0
     label_smoothing: float = 0.0
+    position_temperature: float = 1.0
+    position_weight: float = 1.0
+
+    def of_positions(
+        self, options: Options, attended: Attended, share: Tensor | None
+    ) -> PositionTerms | None:
+        """What the guidance of T needs, or None if T is not guided."""
+        if not options.guides_positions:
+            return None
+        return PositionTerms(
+            options.position_guidance, self.position_temperature, attended.log_spatial, share
+        )
 
 
 class Inputs(NamedTuple):
@@ -124,20 +150,37 @@ def cam_and_guidance(
     share: Tensor | None,
     backend: str,
     terms: LossTerms,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """beta (N, C), detached, S (N, C), and the guidance loss, reduced over the images that count."""
+) -> tuple[Tensor, ...]:
+    """beta (N, C), detached, S (N, C), and the guidance loss, reduced over the images that count.
+
+    If T is guided, also the position loss.
+    """
     stages, positions, logits = get_backend(backend), features.shape[2], attended.channel_logits
     norm = (terms.cam_norm, terms.cam_temperature, terms.divergence)
     mean = terms.guidance_reduction == "mean"
     needs_graph = torch.is_grad_enabled()
     with torch.no_grad(), full_precision(features):
-        beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, grad_pooled, terms.cam_at)
+        beta_terms, _, guided = cam_terms_of(
+            stages, features, mlp, options, attended, grad_pooled, terms.cam_at,
+            terms.of_positions(options, attended, share),
+        )  # fmt: skip
         if not needs_graph:
-            found = stages.guided_loss(logits, beta_terms, None, positions, *norm, 1.0, mean, share, None)
-            return found.cam_weights, found.channel, found.guidance
+            found = stages.guided_loss(
+                logits, beta_terms, None, positions, *norm, 1.0, mean, share, None,
+                None if guided is None else guided.losses,
+            )  # fmt: skip
+            rest = [] if found.positions is None else [found.positions]
+            return found.cam_weights, found.channel, found.guidance, *rest
     with full_precision(features):
         beta, s, per_image = Guidance.apply(logits, *beta_terms, positions, norm, backend)[:3]
-        return beta, s, reduce_batch(per_image, terms.guidance_reduction, share)
+        guidance = reduce_batch(per_image, terms.guidance_reduction, share)
+        rest = [] if guided is None else [position_loss(guided, attended, share)]
+        return beta, s, guidance, *rest
+
+
+def position_loss(guided: PositionGuidance, attended: Attended, share: Tensor | None) -> Tensor:
+    """The mean of KL(q, T) over the images that count, with derivatives of every order for constant q."""
+    return reduce_batch(kl_positions(guided.target, attended.log_spatial), "mean", share)
 
 
 class Seen(NamedTuple):
@@ -147,6 +190,7 @@ class Seen(NamedTuple):
     links: list[Link]
     given: list[tuple[Tensor, ...]]  # of each link, see `Backend.chain`
     grad_logits: Tensor | None  # (N, C): de of the guidance loss
+    pull: PositionPull | None = None  # of T to its target
 
 
 def drop_in_forward(
@@ -175,13 +219,25 @@ def drop_in_forward(
         return out, Seen(attended, links, given, None)
     seed, share = stages.class_scores(logits, target, terms.cam_class, terms.ignore_index)
     (v,), _ = stages.chain_grad(links, given, [seed])
-    beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, v, terms.cam_at)
+    beta_terms, _, guided = cam_terms_of(
+        stages, features, mlp, options, attended, v, terms.cam_at,
+        terms.of_positions(options, attended, share),
+    )  # fmt: skip
     found = stages.guided_loss(
         attended.channel_logits, beta_terms, None, features.shape[2], terms.cam_norm, terms.cam_temperature,
         terms.divergence, 1.0, terms.guidance_reduction == "mean", share, None,
+        None if guided is None else guided.losses,
     )  # fmt: skip
-    out = GGAMOutput(logits, found.channel, attended.spatial, found.cam_weights, found.guidance)
-    return out, Seen(attended, links, given, found.grad_logits)
+    out = _output(logits, attended, found)
+    pull = None if guided is None else PositionPull(guided.target, share)
+    return out, Seen(attended, links, given, found.grad_logits, pull)
+
+
+def _output(logits: Tensor, attended: Attended, found: Guided) -> GGAMOutput:
+    positions = [] if found.positions is None else [found.positions]
+    return output_of([
+        logits, found.channel, attended.spatial, found.cam_weights, found.guidance, *positions,
+    ])  # fmt: skip
 
 
 def drop_in_again(
@@ -189,9 +245,9 @@ def drop_in_again(
 ) -> list[Any]:
     """The backward of the drop-in form by autograd, for derivatives of every order.
 
-    `grads` are those of logits, S, T (N, L), beta and the guidance loss, or of logits alone.  `wanted` are
-    tensors of `inputs`; a gradient that is not needed is None.  The forward runs again, so no layer may be
-    random.  Running statistics do not move.
+    `grads` are those of logits, S, T (N, L), beta, the guidance loss and, if T is guided, the position loss;
+    or of logits alone.  `wanted` are tensors of `inputs`; a gradient that is not needed is None.  The forward
+    runs again, so no layer may be random.  Running statistics do not move.
     """
     x, _, mlp, options, backend, given, target, terms = inputs
     graph = torch.is_grad_enabled()
@@ -206,8 +262,8 @@ def drop_in_again(
         if terms is not None and target is not None:
             seed, share = TORCH.class_scores(result.logits, target, terms.cam_class, terms.ignore_index)
             (v,), _ = result.pull_back([seed])
-            beta, s, guidance = cam_and_guidance(x, mlp, options, attended, v, share, backend, terms)
-            outputs += [s, attended.spatial, beta, guidance]
+            beta, s, *losses = cam_and_guidance(x, mlp, options, attended, v, share, backend, terms)
+            outputs += [s, attended.spatial, beta, *losses]
         pairs = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None and y.requires_grad]
         needed = [t for t in wanted if t is not None and t.requires_grad]
         if not pairs or not needed:
@@ -227,15 +283,19 @@ def drop_in_factors(
     grad_guidance: Tensor | None = None,
     grad_channel: Tensor | None = None,
     grad_spatial: Tensor | None = None,
+    grad_positions: Tensor | None = None,
 ) -> Held:
-    """The factors of all gradients, given gradients of the logits, the guidance loss, S and T."""
+    """The factors of all gradients, given those of the logits, the guidance and position loss, S and T."""
     attended = seen.attended
     (dz,), layers = stages.chain_grad(seen.links, seen.given, [grad_logits])
     de, scale = seen.grad_logits, grad_guidance
     if grad_channel is not None:
         assert attended.channel is not None
         de, scale = stages.softmax_grad(grad_channel, attended.channel, de, scale), None
-    f = pull_back(stages, features, mlp, options, attended, dz, de, grad_spatial, scale)
+    pull = None
+    if seen.pull is not None and grad_positions is not None:
+        pull = PositionPull(*seen.pull[:3], grad_positions)
+    f = pull_back(stages, features, mlp, options, attended, dz, de, grad_spatial, scale, pull)
     return hold(mlp, attended, f, layers)
 
 
@@ -295,12 +355,12 @@ def drop_in(inputs: Inputs, classes: int) -> GGAMOutput:
     found = DropInNode.apply(inputs._replace(x=torch.empty(0)), classes, x, *parameters)
     if inputs.terms is None:
         return GGAMOutput(*found * 5)
-    logits, s, t, beta, guidance = found
-    return GGAMOutput(logits, s, t.unflatten(1, inputs.shape), beta, guidance)
+    logits, s, t, *rest = found
+    return output_of([logits, s, t.unflatten(1, inputs.shape), *rest])
 
 
 class DropInNode(Function):
-    """`drop_in_forward` as one node: (logits, S, T, beta, guidance loss), or (logits,); beta is constant."""
+    """`drop_in_forward` as one node: the values of the output, or (logits,); beta is constant."""
 
     @staticmethod
     def forward(
@@ -315,7 +375,8 @@ class DropInNode(Function):
             )
         ctx.save_for_backward(features, seen.attended.spatial, *parameters)
         # T is an output, and a node that holds its own output is never freed.
-        seen = seen._replace(attended=seen.attended._replace(spatial=torch.empty(0)))
+        gone = torch.empty(0)
+        seen = seen._replace(attended=seen.attended._replace(spatial=gone, log_spatial=gone))
         ctx.inputs, ctx.seen, ctx.shape = inputs, seen, out.logits.shape
         ctx.set_materialize_grads(False)
         if terms is None:
@@ -324,7 +385,7 @@ class DropInNode(Function):
         constant += [] if options.uses_channel else [out.channel_attention, out.guidance_loss]
         constant += [] if options.uses_spatial else [out.spatial_attention]
         ctx.mark_non_differentiable(*constant)
-        return tuple(out)
+        return values_of(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -335,14 +396,16 @@ class DropInNode(Function):
         mlp, options, seen = inputs.mlp, inputs.options, ctx.seen
         seen = seen._replace(attended=seen.attended._replace(spatial=t))
         of_logits, *others = grads
-        of_s, of_t, _, of_guidance = others or [None] * 4
+        of_s, of_t, _, of_guidance, of_positions = (*others, *[None] * 5)[:5]
         if of_logits is None:
             of_logits = features.new_zeros(ctx.shape, dtype=compute_dtype(features))
         if of_guidance is None and seen.grad_logits is not None:
             of_guidance = of_logits.new_zeros(())
         with full_precision(features):
             stages = get_backend(inputs.backend)
-            held = drop_in_factors(stages, features, mlp, options, seen, of_logits, of_guidance, of_s, of_t)
+            held = drop_in_factors(
+                stages, features, mlp, options, seen, of_logits, of_guidance, of_s, of_t, of_positions
+            )
             da = held_features_grad(stages, features, options, held) if ctx.needs_input_grad[2] else None
             found: dict[int, Tensor] = {}
             if any(ctx.needs_input_grad[3:]):
@@ -412,24 +475,33 @@ def fused_forward(
             pulled, layers = scored.pull_back([entropy.score, entropy.grad])
     with torch.no_grad(), alone:
         at_features = terms.cam_at == "features"
+        of_positions, guided_t, pull = terms.of_positions(options, attended, entropy.share), None, None
+        if of_positions is not None and not at_features:
+            guided_t = stages.position_guidance(
+                class_map(stages, features, options, attended, pulled[0]), of_positions
+            )
+            pull = PositionPull(guided_t.target, entropy.share, terms.position_weight)
         *pulled_v, pulled_z = pull_back_to_channels(
-            stages, features, options, attended, pulled if at_features else pulled[1:]
-        )
+            stages, features, options, attended, pulled if at_features else pulled[1:], None, pull,
+            of_positions if at_features else None, terms.position_weight,
+        )  # fmt: skip
         if at_features:
             (pulled_y,) = pulled_v
+            guided_t = pulled_y.positions
             ds = pulled_y.grad_channel
             de = None if ds is None else stages.softmax_grad(ds, pulled_y.softmax)
             beta_terms = cam_terms(pull_back_to_mean(stages, mlp, attended, pulled_y, de), attended)
         else:
-            beta_terms, _ = cam_terms_of(stages, features, mlp, options, attended, pulled[0], terms.cam_at)
+            beta_terms, *_ = cam_terms_of(stages, features, mlp, options, attended, pulled[0], terms.cam_at)
         guided = stages.guided_loss(
             attended.channel_logits, beta_terms, pulled_z.grad_channel, positions, terms.cam_norm,
             terms.cam_temperature, terms.divergence, terms.guidance_weight,
             terms.guidance_reduction == "mean", entropy.share, entropy.losses,
+            None if guided_t is None else guided_t.losses, terms.position_weight,
         )  # fmt: skip
         de = guided.grad_logits if options.uses_channel else None
         held = hold(mlp, attended, pull_back_to_mean(stages, mlp, attended, pulled_z, de), layers)
-    out = GGAMOutput(out_logits, guided.channel, attended.spatial, guided.cam_weights, guided.guidance)
+    out = _output(out_logits, attended, guided)
     return Fused(out, guided, held, given)
 
 
@@ -476,5 +548,8 @@ def fused_loss(
         logits = as_type(out.logits, compute_dtype(out.logits))
         entropy = cross_entropy(logits, target, terms.label_smoothing, terms.ignore_index)
         guidance = found.guided.guidance
+        if found.guided.positions is not None:
+            entropy = entropy + terms.position_weight * found.guided.positions
     loss = held_loss(features, options, backend, entropy, guidance, found.held, terms)
-    return FusedLoss(loss, GGAMOutput(out.logits.detach(), *out[1:]))
+    logits, *rest = values_of(out)
+    return FusedLoss(loss, output_of([logits.detach(), *rest]))

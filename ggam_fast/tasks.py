@@ -18,6 +18,8 @@ except ImportError as error:
 class GGAMTask(ClassificationTask):
     """timm's `ClassificationTask` with guidance: criterion(logits, target) + guidance_weight * L_GGAM.
 
+    The position loss of a head with `position_guidance` is added too, times position_weight.
+
     timm's train loop calls `task(input, target)["loss"].backward()`. A plain `ClassificationTask` would give
     the model no target, so nothing would guide the attention.
 
@@ -27,10 +29,12 @@ class GGAMTask(ClassificationTask):
         criterion: timm's loss on logits, or None for the one that timm makes of `criterion_kwargs`. It must
             not be a `GGAMLoss`, because the task adds the guidance itself. Soft targets of mixup work.
         guidance_weight: lambda >= 0, as in `GGAMLoss`.
+        position_weight: weight of the position loss, as in `GGAMLoss`.
         options: those of timm's `ClassificationTask`: `criterion_kwargs`, `device`, `dtype`, `verbose`.
 
     The returned dictionary has timm's "loss" and "output", and "classification_loss" and "guidance_loss",
-    the latter without its weight. EMA, DDP, torch.compile, checkpoints and evaluation are timm's.
+    the latter without its weight; and "position_loss" if there is one. EMA, DDP, torch.compile, checkpoints
+    and evaluation are timm's.
 
     Raises:
         ImportError: timm is not installed, or has no `timm.task`.
@@ -48,6 +52,7 @@ class GGAMTask(ClassificationTask):
         criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         guidance_weight: float = 0.1,
+        position_weight: float | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(model, nn.Module) or not any(isinstance(m, GGAMHeadBase) for m in model.modules()):
@@ -61,6 +66,7 @@ class GGAMTask(ClassificationTask):
             )
         super().__init__(model, criterion, **options)
         self.guidance_weight, _ = checks.loss_weights(guidance_weight, 0.0)
+        self.position_weight = checks.position_weight(position_weight)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The losses, and the logits as "output", of images (N, C, H, W)."""
@@ -68,9 +74,14 @@ class GGAMTask(ClassificationTask):
         if not isinstance(out, GGAMOutput):
             raise TypeError(f"model(input, target) must give a GGAMOutput; got {type(out).__name__}")
         classification = self.criterion(out.logits, target)
-        return {
-            "loss": classification + self.guidance_weight * out.guidance_loss,
+        loss, positions = classification + self.guidance_weight * out.guidance_loss, out.position_loss
+        weight = checks.position_weight(self.position_weight, positions is not None)
+        found = {
+            "loss": loss if positions is None else loss + (weight or 0.0) * positions,
             "output": out.logits,
             "classification_loss": classification.detach(),
             "guidance_loss": out.guidance_loss.detach(),
         }
+        if positions is not None:
+            found["position_loss"] = positions.detach()
+        return found

@@ -12,6 +12,8 @@ sum by 1, or 0 if the share is 0), and the last program to arrive adds up
 
     guidance = sum_n share_n loss_n (of a sum: sum_n loss_n)     total = sum_n share_n ce_n + scale guidance
 
+If positions are guided, the mean of their losses KL(q, T) is added up too, and the total gains its weighted
+value.
 Touches nothing of A's size.
 """
 
@@ -82,6 +84,9 @@ def guidance_kernel(
     cross_entropies_ptr,  # (N,) float32: ce; None, as is the total, if not needed
     guidance_ptr,  # () float32
     total_ptr,  # () float32
+    position_losses_ptr,  # (N,) float32; None, as is the next, if positions are not guided
+    position_ptr,  # () float32: their mean
+    position_weight,
     C: tl.constexpr,
     L: tl.constexpr,
     STANDARDIZED: tl.constexpr,  # z-scores of beta over channels
@@ -154,6 +159,12 @@ def guidance_kernel(
     if counter_ptr is not None and is_last(counter_ptr):
         guidance = row_sum(loss_ptr, share_ptr if MEAN else None, tl.num_programs(0), BLOCK_C)
         tl.store(guidance_ptr, guidance)
+        if position_ptr is not None:
+            position = row_sum(position_losses_ptr, share_ptr, tl.num_programs(0), BLOCK_C)
+            tl.store(position_ptr, position)
         if total_ptr is not None:
             ce = row_sum(cross_entropies_ptr, share_ptr, tl.num_programs(0), BLOCK_C)
-            tl.store(total_ptr, ce + scale * guidance)
+            total = ce + scale * guidance
+            if position_ptr is not None:
+                total += position_weight * position
+            tl.store(total_ptr, total)

@@ -6,9 +6,12 @@
     sigmoid   T_l = 1 / (1 + exp(-U_l))            dU = dT T (1 - T)
     none      T_l = U_l                            channel_sum, added up in a fixed order
 
-On request the forward also writes kappa T_l, the weights of A.  In the backward, for R = 1 or 2 gradients,
-dT = scale sum_p partials[p] + extra.  Touches nothing of A's size.  A map of up to BLOCK_L positions is
-added up once and stays in registers.  Each sweep adds up a larger map again.
+On request the forward also writes kappa T_l, the weights of A, and log T_l of a softmax.  In the backward,
+for R = 1 or 2 gradients, dT = scale sum_p partials[p] + extra.  On request the last dU gains
+weight share_n (T_l - q_l), which pulls T to a target q.
+
+Touches nothing of A's size.  A map of up to BLOCK_L positions is added up once and stays in registers.  Each
+sweep adds up a larger map again.
 """
 
 import triton
@@ -48,6 +51,7 @@ def spatial_norm_kernel(
     partials_ptr,  # (N, P, L) float32
     attention_ptr,  # (N, L) float32: T
     weights_ptr,  # (N, L) float32: kappa T, or None
+    log_ptr,  # (N, L) float32: log T of a softmax, or None
     total_ptr,  # (N,) float32
     P,
     kappa,
@@ -96,6 +100,8 @@ def spatial_norm_kernel(
         tl.store(attention_ptr + n * L + l, t, mask=l < L)
         if weights_ptr is not None:
             tl.store(weights_ptr + n * L + l, kappa * t, mask=l < L)
+        if log_ptr is not None:
+            tl.store(log_ptr + n * L + l, u - peak - tl.log(denominator), mask=l < L)
 
 
 @triton.jit
@@ -105,6 +111,10 @@ def spatial_norm_grad_kernel(
     attention_ptr,  # (N, L) float32: T
     total_ptr,  # (N,) float32
     grad_ptr, grad_1_ptr,  # (N, L) float32: dU; the second is None for R = 1
+    target_ptr,  # (N, L) float32: q, or None
+    share_ptr,  # (N,) float32: where it is 0 the target adds nothing; None: 1 / N
+    weight_ptr,  # () float32, a factor of the weight; or None
+    weight,
     scale,
     P,
     L: tl.constexpr,
@@ -123,6 +133,13 @@ def spatial_norm_grad_kernel(
         second = tl.program_id(0) % R == 1
         if second:
             out_ptr = grad_1_ptr + n * L
+    if target_ptr is not None:
+        pull = 1.0 / (tl.num_programs(0) // R) if share_ptr is None else tl.load(share_ptr + n)
+        pull *= weight
+        if weight_ptr is not None:
+            pull *= tl.load(weight_ptr)
+        if R > 1:
+            pull = tl.where(second, pull, 0.0)
     l = tl.arange(0, BLOCK_L)
     dt = _dt(map_ptr, extra_ptr, scale, l, P, L, BLOCK_L)
     t = tl.load(attention_ptr + l, mask=l < L, other=0.0)
@@ -158,4 +175,7 @@ def spatial_norm_grad_kernel(
         else:
             tl.static_assert(NORM == SIGMOID)
             du = dt * t * (1.0 - t)
+        if target_ptr is not None:
+            q = tl.load(target_ptr + n * L + l, mask=l < L, other=0.0)
+            du += tl.where(pull == 0.0, 0.0, pull * (t - q))
         tl.store(out_ptr + l, du, mask=l < L)

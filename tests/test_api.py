@@ -83,7 +83,7 @@ def test_public_names() -> None:
     assert functional.__all__ == sorted(functional.__all__)
     assert {n for n in functional.__all__ if n[0].islower()} == {
         "cam", "channel_sum", "fused_ggam_loss", "ggam_attention", "grad_cam_means", "grad_cam_weights",
-        "guidance_loss", "spatial_sum",
+        "guidance_loss", "position_loss", "spatial_sum",
     }  # fmt: skip
 
 

@@ -267,6 +267,22 @@ def test_numbers(
     assert_same(found, run(head, x, target, form=form))
 
 
+@pytest.mark.parametrize(
+    ("form", "attention", "cam_at", "ignore_index"),
+    [("fused", "spatial", "features", None), ("attention", "channel_spatial", "attended", 2)],
+)
+def test_guidance_of_positions(
+    form: str, attention: str, cam_at: str, ignore_index: int | None, device: torch.device
+) -> None:
+    options = {"position_guidance": "standardized_softmax", "position_temperature": 0.7}
+    head = make(device, attention=attention, cam_at=cam_at, ignore_index=ignore_index, **options)
+    x, target = data(device), torch.tensor([1, 2, 0, 2], device=device)
+    found = run(head, x, target, "aot_eager", form)
+    assert taken(form) == 1
+    assert "position_loss" in found
+    assert_same(found, run(head, x, target, form=form))
+
+
 @pytest.mark.parametrize("case", DRAWS[:6], ids=map(str, range(6)))
 def test_logits(case: dict[str, Any], device: torch.device) -> None:
     """With a graph and without one."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import environment
-from ggam_fast.backends.torch import CamTerms
+from ggam_fast.backends.torch import CamTerms, PositionPull, PositionTerms
 from ggam_fast.backends.triton import TRITON, cross_entropy, pooling
 from ggam_fast.backends.triton.launch import launch, thread
 from ggam_fast.layer import BATCH_NORM, ELU, RELU, Layer
@@ -68,6 +68,7 @@ def launch_all(a: Tensor, random: bool = False) -> None:
         for extra in (t, None):
             stages.spatial_attention_grad(a, s, 1.0, extra, t, total, norm)
             stages.attention_backward(a, [s], 1.0, extra, t, total, norm)
+    launch_positions(a, s, t, total)
     stages.position_scatter(s, index, l)
     stages.multiply(s, s, c)
     for pool_type, first in (("avg", s), ("max", s), ("", a)):
@@ -80,6 +81,21 @@ def launch_all(a: Tensor, random: bool = False) -> None:
     for classes in CLASSES:
         launch_cross_entropies(new(n, classes, device=a.device))
     launch_channels(s, t, total)
+
+
+def launch_positions(a: Tensor, s: Tensor, t: Tensor, total: Tensor) -> None:
+    """Launch the guidance of positions."""
+    stages, rest = TRITON, (t, total, "softmax")
+    stages.spatial_attention(a, s, "softmax", a.shape[2], True)
+    for norm, share in (("relu", total), ("standardized_softmax", total), ("relu", None)):
+        terms = PositionTerms(norm, 1.0, t, share)
+        for grads in ([s], [s, s]):
+            stages.guided_attention_backward(a, grads, 1.0, *rest, terms, 1.0)
+        stages.guided_spatial_attention_grad(a, s, 1.0, *rest, terms)
+    for share, scale in ((total, total[0]), (total, None), (None, None)):
+        pull = PositionPull(t, share, 1.0, scale)
+        stages.attention_backward(a, [s], 1.0, None, *rest, pull)
+        stages.spatial_attention_grad(a, s, 1.0, None, *rest, pull)
 
 
 def launch_channels(s: Tensor, t: Tensor, total: Tensor) -> None:
@@ -101,6 +117,8 @@ def launch_channels(s: Tensor, t: Tensor, total: Tensor) -> None:
     for ds, losses in ((s, total), (None, None)):
         stages.guided_loss(s, whole, ds, l, *norm, 1.0, False, total, losses)
     stages.guided_loss(s, CamTerms(s), None, l, *norm, 1.0, True, total, total)
+    for losses in (total, None):
+        stages.guided_loss(s, whole, None, l, *norm, 1.0, True, total, losses, total, 1.0)
 
 
 def launch_batch_norms(x: Tensor, new: Callable[..., Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ggam_fast.guidance import kl_guidance_with_grad
+from ggam_fast.guidance import kl_guidance_with_grad, kl_positions, position_target
 from ggam_fast.layer import BATCH_NORM, DROPOUT, ELU, LINEAR, RELU, Layer, LayerGradient, Link
 from ggam_fast.norm import move, settle
 from ggam_fast.precision import as_type, as_types, compute_dtype
@@ -143,6 +143,31 @@ class Entropy(NamedTuple):
     grad: Tensor  # (N, K): d mean(loss) / d logits
 
 
+class PositionTerms(NamedTuple):
+    """What the guidance of T needs besides dT."""
+
+    norm: str  # q from dT: "relu" or "standardized_softmax"
+    temperature: float
+    log_spatial: Tensor  # (N, L): log T
+    share: Tensor | None  # (N,): `Entropy.share`
+
+
+class PositionGuidance(NamedTuple):
+    """The target of T, and how far T is from it."""
+
+    target: Tensor  # (N, L): q
+    losses: Tensor  # (N,): KL(q, T), 0 for an ignored image
+
+
+class PositionPull(NamedTuple):
+    """The part weight share_n (T - q) of dU, times the scalar `scale` if it is given."""
+
+    target: Tensor  # (N, L): q
+    share: Tensor | None  # (N,): where it is 0 nothing is added; None: 1 / N
+    weight: float = 1.0
+    scale: Tensor | None = None  # ()
+
+
 class Guided(NamedTuple):
     """beta, S and the guidance loss."""
 
@@ -152,6 +177,18 @@ class Guided(NamedTuple):
     grad_logits: Tensor  # (N, C): de
     guidance: Tensor  # (): its mean or sum over the batch
     loss: Tensor  # (): cross entropy plus weighted guidance; the guidance alone without a cross entropy
+    positions: Tensor | None = None  # (): the mean of the position losses, if there are any
+
+
+def position_grad(t: Tensor, pull: PositionPull) -> Tensor:
+    """The part of dU (N, L) that pulls T to its target."""
+    target, share, weight, scale = pull
+    if share is None:
+        found = (t - target) * (weight / max(t.shape[0], 1))
+    else:
+        # Not a product with 0, which would keep an ignored image's infinities and NaN.
+        found = torch.where((share != 0).unsqueeze(-1), (t - target) * (share * weight).unsqueeze(-1), 0.0)
+    return found if scale is None else found * scale
 
 
 def scaled(tensors: Sequence[Tensor | None], scale: Tensor) -> list[Any]:
@@ -201,6 +238,17 @@ def _one_image(x: Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, as Dynamo has done
 
     return guard_or_false(x.shape[0] == 1)
+
+
+def _attention_grads(
+    a: Tensor, dt: Tensor, t: Tensor, total: Tensor, norm: str, pull: PositionPull | None
+) -> list[tuple[Tensor, Tensor]]:
+    """dU and ds for each of the R dT (N, R, L); `pull` adds to the last dU."""
+    du = spatial_norm_grad(dt, t.unsqueeze(1), total.unsqueeze(1), norm)
+    if pull is not None:
+        last = du[:, -1] + position_grad(t, pull)
+        du = torch.cat([du[:, :-1], last.unsqueeze(1)], 1)
+    return list(zip(du.unbind(1), rows_times(du, a.transpose(1, 2)).unbind(1), strict=True))
 
 
 class Backend:
@@ -413,21 +461,26 @@ class Backend:
         return x * y if kappa == 1 else x * y * kappa
 
     def spatial_attention(
-        self, features: Tensor, s: Tensor, norm: str, kappa: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """T, kappa T (empty for kappa = 1) and sum(U) for U = channel_sum(A, s)."""
-        t, total = spatial_norm(self.channel_sum(features, s), norm)
-        return t, t.new_empty(0) if kappa == 1 else t * kappa, total
+        self, features: Tensor, s: Tensor, norm: str, kappa: int = 1, log: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """T, kappa T (empty for kappa = 1), sum(U) for U = channel_sum(A, s), and log T.
+
+        log T is for "softmax", and empty unless `log`.
+        """
+        u = self.channel_sum(features, s)
+        t, total = spatial_norm(u, norm)
+        log_t = torch.log_softmax(u, -1) if log else t.new_empty(0)
+        return t, t.new_empty(0) if kappa == 1 else t * kappa, total, log_t
 
     def attended(
-        self, features: Tensor, s: Tensor, norm: str, pool_type: str, kappa: int = 1
+        self, features: Tensor, s: Tensor, norm: str, pool_type: str, kappa: int = 1, log: bool = False
     ) -> tuple[Tensor, ...]:
-        """A pooled under kappa T: (pooled, argmax, T, kappa T, sum(U)).
+        """A pooled under kappa T: (pooled, argmax), and what `spatial_attention` returns.
 
         For "max", `pooled` is A at the argmax, not multiplied by kappa T.
         """
-        t, weights, total = self.spatial_attention(features, s, norm, kappa)
-        return *self.pool(features, t if kappa == 1 else weights, s, pool_type), t, weights, total
+        t, weights, *rest = self.spatial_attention(features, s, norm, kappa, log)
+        return *self.pool(features, t if kappa == 1 else weights, s, pool_type), t, weights, *rest
 
     def pool(self, features: Tensor, t: Tensor | None, s: Tensor, pool_type: str) -> tuple[Tensor, Tensor]:
         """The attended mean, A at the attended maximum, or D; and the argmax, empty except for "max"."""
@@ -447,16 +500,38 @@ class Backend:
         t: Tensor,
         total: Tensor,
         norm: str,
+        pull: PositionPull | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """dU (N, L) and ds = spatial_sum(A, dU) (N, C), for dT = scale channel_sum(A, v) + extra.
 
         `grads` holds one gradient v (N, C), or two that share their reads of A.  `extra` needs a single v.
+        `pull` adds to the dU of the last one.
         """
         a = as_type(features, compute_dtype(features))
         dt = scale * rows_times(torch.stack(list(grads), 1), a)
         dt = dt if extra is None else dt + extra.unsqueeze(1)
-        du = spatial_norm_grad(dt, t.unsqueeze(1), total.unsqueeze(1), norm)
-        return list(zip(du.unbind(1), rows_times(du, a.transpose(1, 2)).unbind(1), strict=True))
+        return _attention_grads(a, dt, t, total, norm, pull)
+
+    def guided_attention_backward(
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+        terms: PositionTerms,
+        weight: float,
+    ) -> tuple[list[tuple[Tensor, Tensor]], PositionGuidance]:
+        """`attention_backward`, and the guidance of T by the dT of the first v.
+
+        It is added to the dU of a second v, times the weight.
+        """
+        a = as_type(features, compute_dtype(features))
+        dt = scale * rows_times(torch.stack(list(grads), 1), a)
+        found = self.position_guidance(dt[:, 0], terms)
+        pull = PositionPull(found.target, terms.share, weight) if len(grads) > 1 else None
+        return _attention_grads(a, dt, t, total, norm, pull), found
 
     def spatial_attention_grad(
         self,
@@ -467,18 +542,52 @@ class Backend:
         t: Tensor,
         total: Tensor,
         norm: str,
+        pull: PositionPull | None = None,
     ) -> Tensor:
         """dU for dT = scale channel_sum(A, v) + extra."""
-        return self.spatial_norm_grad(self.channel_sum(features, v), scale, extra, t, total, norm)
+        return self.spatial_norm_grad(self.channel_sum(features, v), scale, extra, t, total, norm, pull)
+
+    def guided_spatial_attention_grad(
+        self,
+        features: Tensor,
+        v: Tensor,
+        scale: float,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+        terms: PositionTerms,
+    ) -> tuple[Tensor, PositionGuidance]:
+        """`spatial_attention_grad`, and the guidance of T by dT."""
+        dt = self.channel_sum(features, v)
+        return self.spatial_norm_grad(dt, scale, None, t, total, norm), self.position_guidance(dt, terms)
 
     def spatial_norm_grad(
-        self, dt: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+        self,
+        dt: Tensor,
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+        pull: PositionPull | None = None,
     ) -> Tensor:
-        """dU for dT = scale dt + extra; dt is (N, L), or (N, P, L) in P parts."""
+        """dU for dT = scale dt + extra, plus `pull`; dt is (N, L), or (N, P, L) in P parts."""
         if dt.dim() == 3:
             dt = dt.sum(1)
         dt = dt if scale == 1 else dt * scale
-        return spatial_norm_grad(dt if extra is None else dt + extra, t, total, norm)
+        du = spatial_norm_grad(dt if extra is None else dt + extra, t, total, norm)
+        return du if pull is None else du + position_grad(t, pull)
+
+    def position_guidance(self, class_map: Tensor, terms: PositionTerms) -> PositionGuidance:
+        """The guidance of T by dT (N, L), or (N, P, L) in P parts; a positive factor of dT changes nothing.
+
+        Autograd does not differentiate this.
+        """
+        norm, temperature, log_t, share = terms
+        dt = class_map.detach()
+        target = position_target(dt.sum(1) if dt.dim() == 3 else dt, norm, temperature)
+        losses = kl_positions(target, log_t.detach())
+        return PositionGuidance(target, losses if share is None else torch.where(share > 0, losses, 0.0))
 
     def max_pool(self, features: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
         """A at the position of max_l t_l A_cl (N, C), and that position; ties go to the first."""
@@ -544,12 +653,14 @@ class Backend:
         mean: bool,
         share: Tensor | None,
         losses: Tensor | None,
+        position_losses: Tensor | None = None,
+        position_weight: float = 0.0,
     ) -> Guided:
         """`guidance`, reduced over the images, and the whole loss.
 
         `share` (N,) says which images count; None: all.  de is the gradient of the weighted and reduced
         guidance, plus the part that a given dS adds.  The whole loss is the mean of the cross entropies
-        `losses` (N,) plus the weighted guidance.
+        `losses` (N,) plus the weighted guidance, plus the weighted mean of the `position_losses` (N,).
         """
         batch = max(logits.shape[0], 1)
         if share is None:
@@ -568,10 +679,16 @@ class Backend:
             de = torch.where((share > 0).unsqueeze(-1), de * counts.unsqueeze(-1), 0.0)
             de = de if ds is None else de + softmax_grad(ds, s)
             guidance = (per_image * counts).sum()
+        of_positions = None
+        if position_losses is not None:
+            of_positions = (position_losses / batch if share is None else position_losses * share).sum()
         if losses is None:
-            return Guided(beta, s, per_image, de, guidance, guidance)
+            return Guided(beta, s, per_image, de, guidance, guidance, of_positions)
         entropy = losses.sum() / batch if share is None else (losses * share).sum()
-        return Guided(beta, s, per_image, de, guidance, torch.add(entropy, guidance, alpha=weight))
+        loss = torch.add(entropy, guidance, alpha=weight)
+        if of_positions is not None:
+            loss = torch.add(loss, of_positions, alpha=position_weight)
+        return Guided(beta, s, per_image, de, guidance, loss, of_positions)
 
     def cross_entropy(
         self, logits: Tensor, target: Tensor, smoothing: float, cam_class: str, ignore_index: int | None

@@ -12,21 +12,22 @@ if not checks.TRITON_AVAILABLE:
 from ggam_fast.kernels import guidance, plan
 
 NAN = float("nan")
-WEIGHT = 0.3
+WEIGHT, OF_POSITIONS = 0.3, 2.5
 
 
 def launch(
     e: Tensor, first: Tensor, ds: Tensor | None, mean: bool, scale: float, share: Tensor | None = None,
-    ce: Tensor | None = None, sums: bool = False,
+    ce: Tensor | None = None, sums: bool = False, positions: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """[beta, S, loss (N,), de, guidance (), total ()]; what is not written stays NaN"""
+    """[beta, S, loss (N,), de, guidance (), total (), position ()]; what is not written stays NaN"""
     n, c = e.shape
     block, warps = plan.channels_block(c)
-    rows = [torch.full(size, NAN, device=e.device) for size in ((n, c), (n, c), (n,), (n, c), (), ())]
+    rows = [torch.full(size, NAN, device=e.device) for size in ((n, c), (n, c), (n,), (n, c), (), (), ())]
     counter = torch.zeros((), dtype=torch.int32, device=e.device) if sums else None
     guidance.guidance_kernel[(n,)](
         e, first, None, None, None, ds, *rows[:4], scale, 1.0, share, counter, ce,
         rows[4] if sums else None, rows[5] if ce is not None else None,
+        positions, None if positions is None else rows[6], OF_POSITIONS,
         C=c, L=4, STANDARDIZED=False, SOFTMAX=False, DIVERGENCE=0, MEAN=mean,
         BLOCK_C=block, BLOCK_L=4, num_warps=warps,
     )  # fmt: skip
@@ -48,7 +49,7 @@ def test_shares_and_sums(n: int, mean: bool, with_ds: bool, device: torch.device
     scaled = alone * (share if mean else counts).unsqueeze(1)
     if ds is None:
         e[~counts] = NAN
-    beta, s, losses, de, guided, total = launch(e, first, ds, mean, WEIGHT, share, ce, True)
+    beta, s, losses, de, guided, total, unset = launch(e, first, ds, mean, WEIGHT, share, ce, True)
     assert torch.equal(beta, plain[0])
     assert torch.equal(s[counts], plain[1][counts])
     assert torch.equal(losses, torch.where(counts, plain[2], 0.0))
@@ -57,6 +58,14 @@ def test_shares_and_sums(n: int, mean: bool, with_ds: bool, device: torch.device
     torch.testing.assert_close(guided.double(), exact, rtol=1e-6, atol=0)
     expected = (ce.double() * share).sum() + WEIGHT * exact
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    assert unset.isnan()
+    of_positions = torch.rand(n, device=device) * counts
+    *same, whole, position = launch(e, first, ds, mean, WEIGHT, share, ce, True, of_positions)
+    assert all(map(torch.equal, same[2:], (losses, de, guided)))
+    exact_position = (of_positions.double() * share).sum()
+    torch.testing.assert_close(position.double(), exact_position, rtol=1e-6, atol=0)
+    expected += OF_POSITIONS * exact_position
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-6, atol=0)
     without = launch(e, first, ds, mean, WEIGHT, share, None, True)
     assert torch.equal(without[4], guided)
     assert without[5].isnan()
@@ -66,5 +75,6 @@ def test_no_image_counts(device: torch.device) -> None:
     nothing = torch.zeros(3, device=device)
     e = torch.full((3, 5), NAN, device=device)
     for mean in (True, False):
-        _, _, *rest = launch(e, torch.randn(3, 5, device=device), None, mean, WEIGHT, nothing, nothing, True)
+        first = torch.randn(3, 5, device=device)
+        _, _, *rest = launch(e, first, None, mean, WEIGHT, nothing, nothing, True, nothing)
         assert not any(x.any() for x in rest)

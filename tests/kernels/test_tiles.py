@@ -103,7 +103,7 @@ def test_normalisation_around_every_block(norm: str, positions: int, device: tor
     s, extra = torch.tensor([[1.0, 2.0]], device=device), torch.randn(1, positions, device=device)
     u = torch.einsum("ncl,nc->nl", a.double(), s.double()).requires_grad_()
     expected = {"softmax": u.softmax(1), "sum": u / u.sum(), "sigmoid": u.sigmoid()}[norm]
-    t, _, total = S.spatial_attention(a, s, norm)
+    t, _, total, _ = S.spatial_attention(a, s, norm)
     rounding = 4 * 300 * torch.finfo(torch.float32).eps  # an exponential's relative error is U's absolute one
     close(t, expected.detach(), rounding)
     close(total, u.detach().sum(1))

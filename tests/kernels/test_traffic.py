@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ggam_fast import GGAMHead, GGAMLoss, checks
+from ggam_fast.functional import fused_ggam_loss
 from tests.kernels.trace import Trace, counts, elements, needs_interpreter, traced
 
 pytestmark = needs_interpreter
@@ -97,6 +98,17 @@ def test_every_element_once_and_nothing_else(name: str, size: tuple[int, int, in
 STEPS = {
     "avg": ({"pool_type": "avg"}, (3, 2, 2)),  # g, U, z | dT, ds | dT, ds
     "avg attended": ({"pool_type": "avg", "cam_at": "attended"}, (3, 0, 2)),
+    # The target of T costs no read where dT is in hand, else one channel_sum.
+    "avg positions": ({"pool_type": "avg", "position_guidance": "relu"}, (3, 2, 2)),
+    "avg attended positions": (
+        {"pool_type": "avg", "cam_at": "attended", "position_guidance": "standardized_softmax"},
+        (3, 1, 2),
+    ),
+    "avg spatial positions": (
+        {"pool_type": "avg", "attention": "spatial", "position_guidance": "relu"},
+        (2, 1, 1),
+    ),
+    "max positions": ({"pool_type": "max", "position_guidance": "relu"}, (3, 1, 1)),
     "avg channel": ({"pool_type": "avg", "attention": "channel"}, (1, 0, 0)),
     "avg spatial": ({"pool_type": "avg", "attention": "spatial"}, (2, 1, 1)),
     "none": ({"pool_type": "avg", "attention": "none"}, (1, 0, 0)),
@@ -143,6 +155,24 @@ def test_passes_of_a_training_step(step: str, layout: str) -> None:
             len(stored - of_features) < x.numel() or options["pool_type"] == "flatten"
         )  # G, the classifier's
     assert len(of_map_size(guided, x)) == (options["pool_type"] == "flatten")
+
+
+@pytest.mark.parametrize(
+    ("options", "reads"),
+    [({}, 5), ({"cam_at": "attended"}, 6), ({"attention": "spatial"}, 4), ({"pool_type": "max"}, 5)],
+)
+def test_passes_of_a_fused_step(options: dict[str, Any], reads: int) -> None:
+    """Guidance of positions reads A no more than a step without it, but for one pass "attended"."""
+    target = torch.tensor([0, 3, 5])
+    found = []
+    for guidance in ("none", "relu"):
+        given: dict[str, Any] = {**options, "position_guidance": guidance}
+        head = GGAMHead(24, 6, hidden_size=0, rd_channels=6, backend="triton", **given)
+        x = torch.randn(3, 24, 3, 5).abs().requires_grad_()
+        with traced() as trace:
+            fused_ggam_loss(head, x, target).loss.backward()
+        found.append(round(np.median(counts(trace.loads, x.detach()))))
+    assert found == [reads - (options.get("cam_at") == "attended"), reads]
 
 
 @pytest.mark.parametrize("pool_type", ["avg", "max", ""])

@@ -29,7 +29,12 @@ def _formula(*stages: Callable[..., Any]) -> Callable[[Callable[..., int]], Call
     return formula
 
 
-@_formula(sums.channel_sum, sums.spatial_attention, sums.spatial_attention_grad)
+@_formula(
+    sums.channel_sum,
+    sums.spatial_attention,
+    sums.spatial_attention_grad,
+    sums.guided_spatial_attention_grad,
+)
 def _contraction(features: Shape, *rest: Any, **more: Any) -> int:
     return 2 * prod(features)
 
@@ -44,7 +49,7 @@ def _attended(features: Shape, s: Shape, norm: int, pool: int, *rest: Any, **mor
     return (4 if pool == POOL["avg"] else 2) * prod(features)
 
 
-@_formula(sums.attention_backward)
+@_formula(sums.attention_backward, sums.guided_attention_backward)
 def _attention_backward(features: Shape, v: Shape, v_1: Shape | None, *rest: Any, **more: Any) -> int:
     return (4 if v_1 is None else 8) * prod(features)
 

@@ -54,7 +54,7 @@ class Guidance(KernelBackend):
             return super().guidance(logits, terms, ds, positions, cam_norm, temperature, divergence, weight)
         return self.run.guidance(
             logits, *terms, ds, positions, CAM_NORM[cam_norm], DIVERGENCE[divergence], temperature, weight,
-            True, None, None,
+            True, None, None, None, 0.0,
         )[:4]  # fmt: skip
 
     def guided_loss(
@@ -70,16 +70,22 @@ class Guidance(KernelBackend):
         mean: bool,
         share: Tensor | None,
         losses: Tensor | None,
+        position_losses: Tensor | None = None,
+        position_weight: float = 0.0,
     ) -> Guided:
         if share is None or not _holds(logits):
             return super().guided_loss(
-                logits, terms, ds, positions, cam_norm, temperature, divergence, weight, mean, share, losses
-            )
-        beta, s, each, de, guidance_loss, loss = self.run.guidance(
+                logits, terms, ds, positions, cam_norm, temperature, divergence, weight, mean, share, losses,
+                position_losses, position_weight,
+            )  # fmt: skip
+        beta, s, each, de, guidance_loss, loss, of_positions = self.run.guidance(
             logits, *terms, ds, positions, CAM_NORM[cam_norm], DIVERGENCE[divergence], temperature, weight,
-            mean, share, losses,
+            mean, share, losses, position_losses, position_weight,
         )  # fmt: skip
-        return Guided(beta, s, each, de, guidance_loss, guidance_loss if losses is None else loss)
+        return Guided(
+            beta, s, each, de, guidance_loss, guidance_loss if losses is None else loss,
+            None if position_losses is None else of_positions,
+        )  # fmt: skip
 
 
 def _holds(rows: Tensor) -> bool:
@@ -134,11 +140,13 @@ def guidance(
     mean: bool,
     share: Tensor | None,
     losses: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    position_losses: Tensor | None,
+    position_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Guided`.
 
-    Without shares nothing is reduced: the last two are empty, and de is the gradient of each image's loss.
-    Without cross entropies the last one is empty.
+    Without shares nothing is reduced: the last three are empty, and de is the gradient of each image's loss.
+    Without cross entropies the loss is empty, without position losses the last one.
     """
     batch, channels = logits.shape
     sizes = _channels(channels)
@@ -150,6 +158,8 @@ def guidance(
     of_images = per_image(batch, logits)
     total = empty(() if share is not None else (0,), logits)
     loss = empty(() if share is not None and losses is not None else (0,), logits)
+    guides = share is not None and position_losses is not None
+    of_positions = empty(() if guides else (0,), logits)
     if runs(batch):
         counter = None
         if share is not None:
@@ -159,10 +169,13 @@ def guidance(
             logits.contiguous(), contiguous(first), contiguous(t), contiguous(du), contiguous(grad_mean),
             contiguous(ds), beta, s, of_images, de, weight, temperature, share, counter, losses,
             None if share is None else total, None if share is None or losses is None else loss,
+            position_losses if guides else None, of_positions if guides else None,
+            position_weight if guides else None,
             L=positions, STANDARDIZED=cam_norm >= 2, SOFTMAX=cam_norm % 2 == 1, DIVERGENCE=divergence,
             MEAN=mean, BLOCK_L=plan.map_block(positions, sizes["num_warps"]), **sizes,
         )  # fmt: skip
     elif not thread.faked:
         total.zero_()
         loss.zero_()
-    return beta, s, of_images, de, total, loss
+        of_positions.zero_()
+    return beta, s, of_images, de, total, loss, of_positions

@@ -31,6 +31,7 @@ POOL = {"avg": 0, "max": 1, "flatten": 2, "": 2}
 # Odd: a softmax.  At least 2: of z-scores.
 CAM_NORM = {"sigmoid": 0, "softmax": 1, "standardized": 2, "standardized_softmax": 3}
 DIVERGENCE = {"symmetric": 0, "forward": 1, "reverse": 2}
+POSITION_GUIDANCE = {"relu": 0, "standardized_softmax": 1}
 # Multiply-adds round once.  Triton 3.9 warns that its default will change.
 FP_FUSION = {"enable_fp_fusion": True}
 

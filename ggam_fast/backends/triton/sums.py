@@ -6,11 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import CLEARING, FP_FUSION, NORM, POOL, Empty, Work, launch_all, plan, thread
+from ggam_fast.backends.torch import PositionGuidance, PositionPull, PositionTerms
+
+from .launch import (
+    CLEARING,
+    FP_FUSION,
+    NORM,
+    POOL,
+    POSITION_GUIDANCE,
+    Empty,
+    Work,
+    launch_all,
+    plan,
+    thread,
+)
 from .pooling import hadamard, map_like, max_pool
 from .register import KernelBackend, operator
 
 from ggam_fast.kernels import channel_sum as channel_sum_kernels  # isort: skip
+from ggam_fast.kernels import position_guidance as position_guidance_kernels  # isort: skip
 from ggam_fast.kernels import spatial_norm as spatial_norm_kernels  # isort: skip
 from ggam_fast.kernels import spatial_sum as spatial_sum_kernels  # isort: skip
 
@@ -25,9 +39,9 @@ class Sums(KernelBackend):
         return self.run.spatial_sum(features, None if weights is None else weights.float(), scale)
 
     def attended(
-        self, features: Tensor, s: Tensor, norm: str, pool_type: str, kappa: int = 1
+        self, features: Tensor, s: Tensor, norm: str, pool_type: str, kappa: int = 1, log: bool = False
     ) -> tuple[Tensor, ...]:
-        return self.run.attended(features, s, NORM[norm], POOL[pool_type], pool_type == "flatten", kappa)
+        return self.run.attended(features, s, NORM[norm], POOL[pool_type], pool_type == "flatten", kappa, log)
 
     def attention_backward(
         self,
@@ -38,15 +52,36 @@ class Sums(KernelBackend):
         t: Tensor,
         total: Tensor,
         norm: str,
+        pull: PositionPull | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         v, v_1 = grads if len(grads) == 2 else (grads[0], None)
-        du, ds, du_1, ds_1 = self.run.attention_backward(features, v, v_1, scale, extra, t, total, NORM[norm])
+        du, ds, du_1, ds_1 = self.run.attention_backward(
+            features, v, v_1, scale, extra, t, total, NORM[norm], *_pull(pull)
+        )
         return [(du, ds)] if v_1 is None else [(du, ds), (du_1, ds_1)]
 
+    def guided_attention_backward(
+        self,
+        features: Tensor,
+        grads: Sequence[Tensor],
+        scale: float,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+        terms: PositionTerms,
+        weight: float,
+    ) -> tuple[list[tuple[Tensor, Tensor]], PositionGuidance]:
+        v, v_1 = grads if len(grads) == 2 else (grads[0], None)
+        du, ds, du_1, ds_1, q, losses = self.run.guided_attention_backward(
+            features, v, v_1, scale, t, total, NORM[norm], POSITION_GUIDANCE[terms.norm], *terms[1:], weight
+        )
+        pairs = [(du, ds)] if v_1 is None else [(du, ds), (du_1, ds_1)]
+        return pairs, PositionGuidance(q, losses)
+
     def spatial_attention(
-        self, features: Tensor, s: Tensor, norm: str, kappa: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.run.spatial_attention(features, s, NORM[norm], kappa)
+        self, features: Tensor, s: Tensor, norm: str, kappa: int = 1, log: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.run.spatial_attention(features, s, NORM[norm], kappa, log)
 
     def spatial_attention_grad(
         self,
@@ -57,14 +92,46 @@ class Sums(KernelBackend):
         t: Tensor,
         total: Tensor,
         norm: str,
+        pull: PositionPull | None = None,
     ) -> Tensor:
-        return self.run.spatial_attention_grad(features, v, scale, extra, t, total, NORM[norm])
+        return self.run.spatial_attention_grad(features, v, scale, extra, t, total, NORM[norm], *_pull(pull))
+
+    def guided_spatial_attention_grad(
+        self,
+        features: Tensor,
+        v: Tensor,
+        scale: float,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+        terms: PositionTerms,
+    ) -> tuple[Tensor, PositionGuidance]:
+        du, q, losses = self.run.guided_spatial_attention_grad(
+            features, v, scale, t, total, NORM[norm], POSITION_GUIDANCE[terms.norm], *terms[1:]
+        )
+        return du, PositionGuidance(q, losses)
 
     def spatial_norm_grad(
-        self, dt: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: str
+        self,
+        dt: Tensor,
+        scale: float,
+        extra: Tensor | None,
+        t: Tensor,
+        total: Tensor,
+        norm: str,
+        pull: PositionPull | None = None,
     ) -> Tensor:
         partials = dt.unsqueeze(1) if dt.dim() == 2 else dt
-        return self.run.spatial_norm_grad(partials, float(scale), extra, t, total, NORM[norm])
+        return self.run.spatial_norm_grad(partials, float(scale), extra, t, total, NORM[norm], *_pull(pull))
+
+    def position_guidance(self, class_map: Tensor, terms: PositionTerms) -> PositionGuidance:
+        partials = class_map.unsqueeze(1) if class_map.dim() == 2 else class_map
+        kind = POSITION_GUIDANCE[terms.norm]
+        return PositionGuidance(*self.run.position_guidance(partials, kind, *terms[1:]))
+
+
+def _pull(pull: PositionPull | None) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
+    return (None, None, 0.0, None) if pull is None else pull
 
 
 # ---- the stages.  A stage describes its memory and its launches; `launch_all` makes both.  A fake has no
@@ -99,9 +166,12 @@ def channel_sum(features: Tensor, weights: Tensor) -> Tensor:
 
 
 @operator
-def spatial_attention(features: Tensor, s: Tensor, norm: int, kappa: int) -> tuple[Tensor, Tensor, Tensor]:
-    """T, kappa T and sum(U) for U = channel_sum(A, s)."""
+def spatial_attention(
+    features: Tensor, s: Tensor, norm: int, kappa: int, log: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """T, kappa T, sum(U) for U = channel_sum(A, s), and log T on request."""
     batch, _, positions = features.shape
+    log_t = Empty((batch, positions) if log else (0,))
     t, total, works = Empty((batch, positions)), Empty((batch,)), []
     weights = Empty((0,) if kappa == 1 else (batch, positions))
     if not thread.faked and batch:
@@ -109,50 +179,109 @@ def spatial_attention(features: Tensor, s: Tensor, norm: int, kappa: int) -> tup
         partials = _partials(features, 1)
         works = [
             _channel_sums(features, [s.contiguous()], partials),
-            _normalise(partials, norm, kappa, t, weights, total),
+            _normalise(partials, norm, kappa, t, weights, total, log_t),
         ]
-    return tuple(launch_all(features, [t, weights, total], works))  # type: ignore[return-value]
+    return tuple(launch_all(features, [t, weights, total, log_t], works))  # type: ignore[return-value]
 
 
 @operator
 def spatial_norm_grad(
-    partials: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+    partials: Tensor,
+    scale: float,
+    extra: Tensor | None,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+    target: Tensor | None,
+    share: Tensor | None,
+    weight: float,
+    weight_scale: Tensor | None,
 ) -> Tensor:
-    """dU for dT = scale sum_p partials (N, P, L) + extra."""
+    """dU for dT = scale sum_p partials (N, P, L) + extra, and `PositionPull`."""
     out, works = Empty(t.shape), []
     if not thread.faked and t.shape[0]:
         parts = partials.contiguous().unsqueeze(1)
-        works = [_normalise_grads(parts, scale, extra, t, total, norm, [out])]
+        pull = (target, share, weight, weight_scale)
+        works = [_normalise_grads(parts, scale, extra, t, total, norm, [out], pull)]
     return launch_all(t, [out], works)[0]
 
 
 @operator
+def position_guidance(
+    partials: Tensor, kind: int, temperature: float, log_t: Tensor, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """q and KL(q, T) of each image for dT = sum_p partials (N, P, L)."""
+    q, losses, works = Empty(log_t.shape), Empty(log_t.shape[:1]), []
+    if not thread.faked and log_t.shape[0]:
+        parts = partials.contiguous().unsqueeze(1)
+        works = [_guide(parts, kind, temperature, log_t, share, q, losses)]
+    return tuple(launch_all(log_t, [q, losses], works))  # type: ignore[return-value]
+
+
+@operator
 def spatial_attention_grad(
-    features: Tensor, v: Tensor, scale: float, extra: Tensor | None, t: Tensor, total: Tensor, norm: int
+    features: Tensor,
+    v: Tensor,
+    scale: float,
+    extra: Tensor | None,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+    target: Tensor | None,
+    share: Tensor | None,
+    weight: float,
+    weight_scale: Tensor | None,
 ) -> Tensor:
-    """dU for dT = scale channel_sum(A, v) + extra."""
+    """dU for dT = scale channel_sum(A, v) + extra, and `PositionPull`."""
     out, works = Empty(t.shape), []
     if not thread.faked and t.shape[0]:
         features = features if plan.readable(features.stride()) else features.contiguous()
-        partials = _partials(features, 1)
+        partials, pull = _partials(features, 1), (target, share, weight, weight_scale)
         works = [
             _channel_sums(features, [v.contiguous()], partials),
-            _normalise_grads(partials, scale, extra, t, total, norm, [out]),
+            _normalise_grads(partials, scale, extra, t, total, norm, [out], pull),
         ]
     return launch_all(features, [out], works)[0]
 
 
 @operator
+def guided_spatial_attention_grad(
+    features: Tensor,
+    v: Tensor,
+    scale: float,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+    kind: int,
+    temperature: float,
+    log_t: Tensor,
+    share: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dU, q and KL(q, T) of each image for dT = scale channel_sum(A, v)."""
+    out, q, losses, works = Empty(t.shape), Empty(t.shape), Empty(t.shape[:1]), []
+    if not thread.faked and t.shape[0]:
+        features = features if plan.readable(features.stride()) else features.contiguous()
+        partials = _partials(features, 1)
+        works = [
+            _channel_sums(features, [v.contiguous()], partials),
+            _normalise_grads(partials, scale, None, t, total, norm, [out]),
+            _guide(partials, kind, temperature, log_t, share, q, losses),
+        ]
+    return tuple(launch_all(features, [out, q, losses], works))  # type: ignore[return-value]
+
+
+@operator
 def attended(
-    features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool, kappa: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """T = norm(channel_sum(A, s)) and A pooled under kappa T: (out, index, T, kappa T, total)."""
+    features: Tensor, s: Tensor, norm: int, pool: int, for_flatten: bool, kappa: int, log: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """T = norm(channel_sum(A, s)) and A pooled under kappa T: (out, index, T, kappa T, total, log T)."""
     batch, channels, positions = features.shape
     dense = pool == POOL["flatten"]
     out: Any = map_like(features, for_flatten) if dense else Empty((batch, channels))
     index = Empty((batch, channels) if pool == POOL["max"] else (0,), torch.int64)
     t, total, works = Empty((batch, positions)), Empty((batch,)), []
     weights = Empty((0,) if kappa == 1 else (batch, positions))
+    log_t = Empty((batch, positions) if log else (0,))
     if not thread.faked and batch:
         # At most one copy, for both passes.
         features = features if plan.readable(features.stride()) else features.contiguous()
@@ -166,10 +295,11 @@ def attended(
             pooled = hadamard(features, multiplied, 1.0, out, by_channel=False)
         works = [
             _channel_sums(features, [s.contiguous()], partials),
-            _normalise(partials, norm, kappa, t, weights, total),
+            _normalise(partials, norm, kappa, t, weights, total, log_t),
             pooled,
         ]
-    return tuple(launch_all(features, [out, index, t, weights, total], works))  # type: ignore[return-value]
+    made = [out, index, t, weights, total, log_t]
+    return tuple(launch_all(features, made, works))  # type: ignore[return-value]
 
 
 @operator
@@ -182,26 +312,82 @@ def attention_backward(
     t: Tensor,
     total: Tensor,
     norm: int,
+    target: Tensor | None,
+    share: Tensor | None,
+    weight: float,
+    weight_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dU (N, L) and ds (N, C) for v and for v_1 (empty if it is None).  `extra` needs a v alone."""
+    """dU (N, L) and ds (N, C) for v and for v_1 (empty if it is None).
+
+    `extra` needs a v alone.  `PositionPull` adds to the last dU.
+    """
+    assert extra is None or v_1 is None
+    pull = (target, share, weight, weight_scale)
+    found = _attention_backward(features, v, v_1, scale, extra, t, total, norm, pull)
+    return found  # type: ignore[return-value]
+
+
+@operator
+def guided_attention_backward(
+    features: Tensor,
+    v: Tensor,
+    v_1: Tensor | None,
+    scale: float,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+    kind: int,
+    temperature: float,
+    log_t: Tensor,
+    share: Tensor | None,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`attention_backward`, q and KL(q, T) of each image by the dT of v; q pulls the dU of v_1."""
+    guide = (kind, temperature, log_t, share)
+    pull = (None, share, weight, None)
+    found = _attention_backward(features, v, v_1, scale, None, t, total, norm, pull, guide)
+    return found  # type: ignore[return-value]
+
+
+_Pull = tuple[Tensor | Empty | None, Tensor | None, float, Tensor | None]
+
+
+def _attention_backward(
+    features: Tensor,
+    v: Tensor,
+    v_1: Tensor | None,
+    scale: float,
+    extra: Tensor | None,
+    t: Tensor,
+    total: Tensor,
+    norm: int,
+    pull: _Pull,
+    guide: tuple[int, float, Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """`attention_backward`, and with `guide` q and the losses."""
     batch, channels, positions = features.shape
     second = 0 if v_1 is None else batch
     du, ds = Empty((batch, positions)), Empty((batch, channels))
     du_1, ds_1 = Empty((second, positions)), Empty((second, channels))
+    q, losses = Empty((batch, positions)), Empty((batch,))
     works = []
     if not thread.faked and batch:
-        assert extra is None or v_1 is None
         features = features if plan.readable(features.stride()) else features.contiguous()
         vs, grads, sums = [v.contiguous()], [du], [ds]
         if v_1 is not None:
             vs, grads, sums = [*vs, v_1.contiguous()], [du, du_1], [ds, ds_1]
         partials = _partials(features, len(vs))
-        works = [
-            _channel_sums(features, vs, partials),
-            _normalise_grads(partials, scale, extra, t, total, norm, grads),
+        works = [_channel_sums(features, vs, partials)]
+        if guide is not None:
+            works.append(_guide(partials, *guide, q, losses))
+            if v_1 is not None:
+                pull = (q, *pull[1:])
+        works += [
+            _normalise_grads(partials, scale, extra, t, total, norm, grads, pull),
             _spatial_sums(features, grads, 1.0, sums),
         ]
-    return tuple(launch_all(features, [du, ds, du_1, ds_1], works))  # type: ignore[return-value]
+    made = [du, ds, du_1, ds_1] if guide is None else [du, ds, du_1, ds_1, q, losses]
+    return tuple(launch_all(features, made, works))
 
 
 # ---- each function returns one launch, for features that are `plan.readable` and dense weights
@@ -246,12 +432,19 @@ def _spatial_sums(
 
 
 def _normalise(
-    partials: Empty, norm: int, kappa: int, attention: Empty, weights: Empty, total: Empty
+    partials: Empty,
+    norm: int,
+    kappa: int,
+    attention: Empty,
+    weights: Empty,
+    total: Empty,
+    log: Empty | None = None,
 ) -> Work:
-    """T, kappa T (unless kappa = 1) and sum(U) from U in parts (N, 1, P, L)."""
+    """T, kappa T (unless kappa = 1), sum(U) and log T (unless it is empty) from U in parts (N, 1, P, L)."""
     batch, _, parts, positions = partials.shape
     block_l, num_warps = plan.norm_block(positions)
-    arguments = (partials, attention, None if kappa == 1 else weights, total, parts, float(kappa))
+    log = None if log is None or len(log.shape) == 1 else log
+    arguments = (partials, attention, None if kappa == 1 else weights, log, total, parts, float(kappa))
     return Work(spatial_norm_kernels.spatial_norm_kernel, batch, arguments, {
         "NORM": norm, "L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **FP_FUSION,
     })  # fmt: skip
@@ -265,14 +458,41 @@ def _normalise_grads(
     total: Tensor,
     norm: int,
     grads: Sequence[Empty],
+    pull: _Pull = (None, None, 0.0, None),
 ) -> Work:
-    """dU for each of the R dT, which are in parts (N, R, P, L)."""
+    """dU for each of the R dT, which are in parts (N, R, P, L).  The pull adds to the last one."""
     batch, rows, parts, positions = partials.shape
     block_l, num_warps = plan.norm_block(positions)
     extra = None if extra is None else extra.contiguous()
-    arguments = (partials, extra, t.contiguous(), total.contiguous(), *_two(grads), scale, parts)
+    target, share, weight, weight_scale = pull
+    if target is None:
+        pulls: tuple[Any, ...] = (None, None, None, None)
+    else:
+        target = target if isinstance(target, Empty) else target.contiguous()
+        pulls = (target, None if share is None else share.contiguous(), weight_scale, weight)
+    arguments = (partials, extra, t.contiguous(), total.contiguous(), *_two(grads), *pulls, scale, parts)
     return Work(spatial_norm_kernels.spatial_norm_grad_kernel, batch * rows, arguments, {
         "R": rows, "NORM": norm, "L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **FP_FUSION,
+    })  # fmt: skip
+
+
+def _guide(
+    partials: Tensor | Empty,
+    kind: int,
+    temperature: float,
+    log_t: Tensor,
+    share: Tensor | None,
+    target: Empty,
+    losses: Empty,
+) -> Work:
+    """q and KL(q, T) from the first dT in parts (N, R, P, L)."""
+    batch, rows, parts, positions = partials.shape
+    block_l, num_warps = plan.norm_block(positions)
+    share = None if share is None else share.contiguous()
+    arguments = (partials, log_t.contiguous(), share, target, losses, temperature, parts)
+    return Work(position_guidance_kernels.position_guidance_kernel, batch, arguments, {
+        "R": rows, "SOFTMAX": kind == 1, "L": positions, "BLOCK_L": block_l, "num_warps": num_warps,
+        **FP_FUSION,
     })  # fmt: skip
 
 

@@ -24,7 +24,7 @@ FAR = pytest.mark.parametrize("far", [-1e4, -200.0, 200.0, 1e4])
 def test_maps(norm: str, l: int, far: float, device: torch.device) -> None:
     """U around `far`: one channel with S = 1, so that U is A."""
     u = far + 3 * torch.randn(2, l, device=device)
-    t, weighted, total = S.spatial_attention(u.unsqueeze(1), torch.ones(2, 1, device=device), norm, l)
+    t, weighted, total, _ = S.spatial_attention(u.unsqueeze(1), torch.ones(2, 1, device=device), norm, l)
     expected, exact_total = spatial_norm(u.double(), norm)
     if norm == "sigmoid" and far < 0:  # in float32 all of these are 0
         assert (t < 1e-30).all()
@@ -49,11 +49,11 @@ def test_grads_of_maps(l: int, far: float, device: torch.device) -> None:
 @pytest.mark.parametrize("total", [1e-30, -1e-30, 1e-13, -1e-13, 3e-6])
 def test_a_tiny_sum_is_not_zero(total: float, device: torch.device) -> None:
     u = torch.tensor([[0.25, 0.25, 0.25, 0.25]], device=device) * total
-    t, _, found = S.spatial_attention(u.unsqueeze(1), torch.ones(1, 1, device=device), "sum")
+    t, _, found, _ = S.spatial_attention(u.unsqueeze(1), torch.ones(1, 1, device=device), "sum")
     check(found, u.double().sum(1))
     check(t, torch.full((1, 4), 0.25, device=device, dtype=torch.float64))
     uneven = u * torch.tensor([1.0, 2.0, 3.0, -2.0], device=device)
-    t, _, _ = S.spatial_attention(uneven.unsqueeze(1), torch.ones(1, 1, device=device), "sum")
+    t, *_ = S.spatial_attention(uneven.unsqueeze(1), torch.ones(1, 1, device=device), "sum")
     check(t, torch.tensor([[0.25, 0.5, 0.75, -0.5]], device=device, dtype=torch.float64))
     dt = torch.randn(1, 4, device=device)
     du = S.spatial_norm_grad(dt, 1.0, None, t, uneven.sum(1), "sum")

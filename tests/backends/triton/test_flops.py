@@ -22,6 +22,11 @@ CASES: list[dict[str, Any]] = [
     for cam_at in OPTIONS["cam_at"]
 ]
 CASES += [{"cam_detach": False, "hidden_size": 0}, {"spatial_norm": "sum"}, {"spatial_norm": "sigmoid"}]
+CASES += [
+    {"position_guidance": "relu", "attention": attention, "cam_at": cam_at}
+    for attention in ("channel_spatial", "spatial")
+    for cam_at in OPTIONS["cam_at"]
+]
 
 
 def flops(function: Any, *arguments: Any) -> int:

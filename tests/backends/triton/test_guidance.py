@@ -47,10 +47,13 @@ def test_guided_loss(c: int, mean: bool, with_entropy: bool, device: torch.devic
     rest = (9, "standardized", 0.7, "forward", 0.3, mean)
     given = losses if with_entropy else None
     exact = given.double() if given is not None else None
-    found = S.guided_loss(logits, CamTerms(first), ds, *rest, share, given)
+    of_positions = torch.rand(4, device=device)
+    found = S.guided_loss(logits, CamTerms(first), ds, *rest, share, given, of_positions, 2.5)
     expected = Backend().guided_loss(
-        logits.double(), CamTerms(first.double()), ds.double(), *rest, share.double(), exact
-    )
+        logits.double(), CamTerms(first.double()), ds.double(), *rest, share.double(), exact,
+        of_positions.double(), 2.5,
+    )  # fmt: skip
+    assert S.guided_loss(logits, CamTerms(first), ds, *rest, share, given).positions is None
     for name, value, wanted in zip(found._fields, found, expected, strict=True):
         if name != "per_image":  # of one that does not count it is not used
             check(value, wanted, 1e-5)

@@ -35,7 +35,7 @@ def test_spatial_attention_and_its_gradient(
     s, v, extra = weights(n, c, device).abs(), weights(n, c, device), weights(n, l, device)
     u = torch.einsum("ncl,nc->nl", a.double(), s.double() / 16).requires_grad_()
     expected, _ = spatial_norm(u, norm)
-    t, multiplied, total = S.spatial_attention(a, s / 16, norm, kappa)
+    t, multiplied, total, _ = S.spatial_attention(a, s / 16, norm, kappa)
     check(t, expected.detach(), 1e-5)
     assert torch.equal(multiplied, t[:0, 0] if kappa == 1 else kappa * t)
     check(total, u.detach().sum(1), 1e-5)
@@ -54,7 +54,7 @@ def test_sum_of_an_all_zero_map_is_uniform(device: torch.device) -> None:
     a = torch.zeros(2, 6, 9, device=device)
     a[1] = 1.0
     s = torch.full((2, 6), 1 / 6, device=device)
-    t, _, total = S.spatial_attention(a, s, "sum")
+    t, _, total, _ = S.spatial_attention(a, s, "sum")
     assert torch.allclose(t, torch.full_like(t, 1 / 9))
     du = S.spatial_attention_grad(a, s, 1.0, weights(2, 9, device), t, total, "sum")
     assert torch.equal(du[0], torch.zeros(9, device=device))
@@ -63,7 +63,7 @@ def test_sum_of_an_all_zero_map_is_uniform(device: torch.device) -> None:
 
 def test_a_map_of_many_positions(device: torch.device) -> None:
     a = torch.randn(1, 1, 4097, device=device)  # one above a block of the normalisation
-    t, _, _ = S.spatial_attention(a, torch.ones(1, 1, device=device), "softmax")
+    t, *_ = S.spatial_attention(a, torch.ones(1, 1, device=device), "softmax")
     check(t, a.double().softmax(2)[:, 0], 1e-5)
 
 

@@ -23,8 +23,9 @@ IDS = "log-ids.json"
 class RunLog:
     """Writes to `folder`, and to the loggers called `names`, which record the `options` of the run.
 
-    Services start at once, because they can fail. Files are opened in a `with` block. An interrupted run may
-    have left records after step `steps`. Files lose them, and to a service they are not sent again.
+    Services start at once, because they can fail. Files are opened in a `with` block. `steps`: steps before a
+    run was resumed, or None for a new run. An interrupted run may have left records after them. Files lose
+    these, and to a service they are not sent again.
 
     Raises:
         TrainError: a logger cannot start.
@@ -33,15 +34,16 @@ class RunLog:
     def __init__(
         self,
         folder: Path,
-        steps: int = 0,
+        steps: int | None = None,
         names: Sequence[str] = ("tensorboard",),
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder, self._steps, self._options = folder, steps, options or {}
         self._loggers: dict[str, Logger] = {}
         self._sent: dict[str, dict[str, int]] = {}
-        self._before = _records(folder / LOG) if steps else []
-        self._ids = json.loads((folder / IDS).read_text()) if steps and (folder / IDS).is_file() else {}
+        resumed = steps is not None
+        self._before = _records(folder / LOG) if resumed else []
+        self._ids = json.loads((folder / IDS).read_text()) if resumed and (folder / IDS).is_file() else {}
         self._files = [name for name in dict.fromkeys(names) if not LOGGERS[name].service]
         new = not (folder / WANDB).exists()
         try:
@@ -69,7 +71,7 @@ class RunLog:
             write_atomically(self._folder / IDS, lambda part: part.write_text(text))
         for name in self._files:
             self._start(name)
-        kept = [record for record in self._before if record["step"] <= self._steps]
+        kept = [record for record in self._before if record["step"] <= (self._steps or 0)]
         text = "".join(f"{json.dumps(record)}\n" for record in kept)
         write_atomically(self._folder / LOG, lambda part: part.write_text(text))
         self._file = (self._folder / LOG).open("a", buffering=1)  # write each line as soon as it is whole

@@ -29,8 +29,8 @@ CSV, BOARD, WANDB = "csv", "tensorboard", "wandb"
 class Logger:
     """One place for the numbers of a run.
 
-    `folder`: that of the run. `steps`: steps before this part of a resumed run. `options`: every option of
-    the run. `id`: the name that the service gave to the run before it was stopped, if it did.
+    `folder`: that of the run. `steps`: steps before a run was resumed, or None for a new run. `options`:
+    every option of the run. `id`: the name that the service gave to the run before it was stopped, if it did.
     """
 
     package: str | None = None
@@ -38,7 +38,7 @@ class Logger:
     """Whether what was written stays, as in a service. Files lose their numbers after step `steps`."""
     id: str | None = None
 
-    def __init__(self, folder: Path, steps: int, options: Mapping[str, Any], id: str | None) -> None:
+    def __init__(self, folder: Path, steps: int | None, options: Mapping[str, Any], id: str | None) -> None:
         raise NotImplementedError
 
     def numbers(self, part: str, step: int, numbers: Mapping[str, float]) -> None:
@@ -55,9 +55,9 @@ class Logger:
 class CsvLogger(Logger):
     """A file csv/PART.csv for each part, with a column for each number."""
 
-    def __init__(self, folder: Path, steps: int, options: Mapping[str, Any], id: str | None) -> None:
+    def __init__(self, folder: Path, steps: int | None, options: Mapping[str, Any], id: str | None) -> None:
         self._folder = folder / CSV
-        if not steps:
+        if steps is None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(exist_ok=True)
         self._columns: dict[str, list[str]] = {}
@@ -65,7 +65,7 @@ class CsvLogger(Logger):
             with path.open(newline="") as file:
                 found = csv.DictReader(file)
                 # A killed run may have left a line without an end.
-                kept = [row for row in found if None not in row.values() and int(row["step"]) <= steps]
+                kept = [row for row in found if None not in row.values() and int(row["step"]) <= (steps or 0)]
                 self._write(path.stem, list(found.fieldnames or ()), kept)
 
     def numbers(self, part: str, step: int, numbers: Mapping[str, float]) -> None:
@@ -96,12 +96,12 @@ class CsvLogger(Logger):
 class TensorBoardLogger(Logger):
     package = "tensorboard"
 
-    def __init__(self, folder: Path, steps: int, options: Mapping[str, Any], id: str | None) -> None:
+    def __init__(self, folder: Path, steps: int | None, options: Mapping[str, Any], id: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self._board = SummaryWriter(str(folder / BOARD), purge_step=steps + 1 if steps else None)
-        if not steps:
+        self._board = SummaryWriter(str(folder / BOARD), purge_step=None if steps is None else steps + 1)
+        if steps is None:
             plain = {name: value for name, value in _plain(options).items() if value is not None}
             for summary in hparams(plain, {"test/accuracy": 0.0}):
                 self._board._get_file_writer().add_summary(summary)
@@ -123,7 +123,7 @@ class WandbLogger(Logger):
     package = "wandb"
     service = True
 
-    def __init__(self, folder: Path, steps: int, options: Mapping[str, Any], id: str | None) -> None:
+    def __init__(self, folder: Path, steps: int | None, options: Mapping[str, Any], id: str | None) -> None:
         import wandb
 
         self._wandb = wandb
@@ -152,7 +152,7 @@ class MlflowLogger(Logger):
     package = "mlflow"
     service = True
 
-    def __init__(self, folder: Path, steps: int, options: Mapping[str, Any], id: str | None) -> None:
+    def __init__(self, folder: Path, steps: int | None, options: Mapping[str, Any], id: str | None) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
@@ -196,7 +196,9 @@ def check_loggers(names: Sequence[str]) -> None:
             raise TrainError(f"--log-to {name} needs the package {package}: pip install {package}")
 
 
-def start_logger(name: str, folder: Path, steps: int, options: Mapping[str, Any], id: str | None) -> Logger:
+def start_logger(
+    name: str, folder: Path, steps: int | None, options: Mapping[str, Any], id: str | None
+) -> Logger:
     """The logger called `name`.
 
     Raises:
@@ -210,8 +212,10 @@ def start_logger(name: str, folder: Path, steps: int, options: Mapping[str, Any]
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Paths and tuples as text. All other options are numbers, text or None."""
-    return {
-        name: value if value is None or isinstance(value, bool | int | float) else
-        " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        for name, value in options.items()
-    }  # fmt: skip
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return {name: plain(value) for name, value in options.items()}

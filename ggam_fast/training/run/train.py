@@ -124,8 +124,9 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             if config.run.resume is not None:
                 artifacts.restore()
                 logger.info(f"resumed after {trainer.steps} steps")
-            log = RunLog(out, trainer.steps, config.run.log_to, config.values()) if world.is_main else None
-            if log is not None and config.run.resume is None:
+            steps = None if config.run.resume is None else trainer.steps
+            log = RunLog(out, steps, config.run.log_to, config.values()) if world.is_main else None
+            if log is not None and steps is None:
                 artifacts.clear()
                 given = {
                     "root": config.data.root,

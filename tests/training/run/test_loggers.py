@@ -21,13 +21,13 @@ from tests.training.runs import said
 
 @pytest.fixture
 def logged(tiny_config, report, monkeypatch):
-    """Train with loggers, stop after step 9, resume from step 5, and return the folder of the run."""
+    """Train with loggers, stop after step 9, resume from step 6, and return the folder of the run."""
 
-    def run(*names):
+    def run(*names, stop=9, save_every=5):
         monkeypatch.setattr(loop, "_READ_EVERY", 1)
-        config = replace(tiny_config, run=replace(tiny_config.run, save_every=5, log_to=names))
+        config = replace(tiny_config, run=replace(tiny_config.run, save_every=save_every, log_to=names))
         with monkeypatch.context() as patch:
-            stop_after(patch, 9)
+            stop_after(patch, stop)
             with pytest.raises(Stopped):
                 train(config, report)
         train(replace(config, run=replace(config.run, resume=config.run.out)), report)
@@ -59,7 +59,7 @@ def test_csv_files_are_those_of_a_run_without_a_stop(logged):
 
 
 def test_a_new_number_is_a_new_column(tmp_path):
-    with RunLog(tmp_path, 0, ["csv"]) as log:
+    with RunLog(tmp_path, None, ["csv"]) as log:
         log.numbers("train", 1, {"loss": 2.0})
         log.numbers("train", 2, {"loss": 1.0, "lr": 0.5})
     path = tmp_path / "csv" / "train.csv"
@@ -97,12 +97,15 @@ def test_a_missing_package_is_one_line_before_anything_is_made(tmp_path, monkeyp
     assert not out.exists()
 
 
-def test_packages_are_imported_when_asked_for(tmp_path):
-    for name in ("wandb", "mlflow"):
-        assert name not in sys.modules or pytest.importorskip(name)
-    with RunLog(tmp_path, 0, ()) as log:
+def test_packages_are_imported_when_asked_for(tmp_path, monkeypatch):
+    for name in ("wandb", "mlflow", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    with RunLog(tmp_path, None, ["csv"]) as log:
         log.numbers("train", 1, {"loss": 2.0})
-    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "csv"}
+    for name in ("wandb", "mlflow"):
+        with pytest.raises(TrainError, match=f"--log-to {name} cannot start: .*import"):
+            RunLog(tmp_path, None, [name])
 
 
 class Service(Logger):
@@ -134,8 +137,10 @@ def service(monkeypatch):
     return Service
 
 
-def test_a_service_gets_every_step_once(logged, service):
-    logged("wandb")
+@pytest.mark.parametrize("stop", [9, 3])
+def test_a_service_gets_every_step_once(logged, service, stop):
+    """After 3 steps the only snapshot is that of the beginning."""
+    logged("wandb", stop=stop, save_every=0)
     assert [step for part, step, *_ in service.kept if part == "train"] == STEPS
     assert [step for part, step, *_ in service.kept if part == "epoch"] == EPOCHS
     assert [one[1:] for one in service.kept if one[0] == "start"] == [("a-run", False), ("a-run", True)]
@@ -200,9 +205,10 @@ def wandb_rows(path):
 
 
 def test_wandb_offline(logged, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     out = logged("wandb")
+    wandb.teardown()  # its own process may still be writing
     files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
     [name] = {path.name for path in files}

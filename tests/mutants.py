@@ -65,7 +65,6 @@ TESTS: dict[str, list[str]] = {
     "ggam_fast/guidance.py": ["tests/test_guidance.py", "tests/test_losses.py"],
     "ggam_fast/losses.py": ["tests/test_losses.py", "tests/test_errors.py"],
     "ggam_fast/norm.py": ["tests/test_norm.py"],
-    "ggam_fast/step.py": ["tests/test_entropy.py", _PARITY, "tests/head/test_robustness.py"],
     "ggam_fast/training/measure/classification.py": [f"{_MEASURE}/test_classification.py"],
     "ggam_fast/training/measure/faithfulness.py": [f"{_MEASURE}/test_faithfulness.py"],
     "ggam_fast/training/measure/geometry.py": [f"{_MEASURE}/test_geometry.py"],

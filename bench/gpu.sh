@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs everything that needs a GPU.  A failure does not stop the rest.  The last lines are a summary.
 #
-#   bench/gpu.sh DIR                       all sections, at most 50 minutes
+#   bench/gpu.sh DIR                       all sections, at most 65 minutes
 #   bench/gpu.sh DIR parity recorded       only these sections, each below ten minutes
 #
 #   parity      every compiled kernel against float64; streams, threads and graph replays        parity.log
@@ -9,15 +9,19 @@
 #   bench       the benchmarks, under nine minutes                                               bench.log, DEVICE-torch...csv
 #   counters    each kernel of a compiled step: its time in a graph, and the bytes it reads from
 #               and writes to device memory (ncu)                                                counters.log, .csv
-#   sanitizer   memcheck and racecheck on small shapes (compute-sanitizer)                       sanitizer.log
+#   device      misaligned slices, two GPUs where there are two, streams, threads, graphs,
+#               10,000 steps without drift                                                       device.log
+#   sanitizer   memcheck and racecheck of every kernel on small shapes (compute-sanitizer)       sanitizer.log
+#   initcheck   initcheck and synccheck of the same                                              initcheck.log
 #   first_call  the first step of a new process, with empty and with warm caches; the host's
 #               time to start a step, its launches, the files it enters                          first_call.log
 #
-# Logs and records appear in DIR as they are written.  DIR holds at most 8 files and 16 MB.  For a copy of the
+# Without a GPU every section is skipped.
+# Logs and records appear in DIR as they are written.  DIR holds at most 11 files and 16 MB.  For a copy of the
 # repository with another history or none, set BENCH_COMMIT to its commit.  BENCH_ARGS is passed to pytest bench/,
 # such as "-k max_autotune" for what the time budget left out; its records are added to those in DIR.
 set -u
-usage="usage: bench/gpu.sh DIR [parity] [recorded] [bench] [counters] [sanitizer] [first_call]"
+usage="usage: bench/gpu.sh DIR [parity] [recorded] [bench] [counters] [device] [sanitizer] [initcheck] [first_call]"
 out=${1:?$usage}
 shift
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
@@ -30,7 +34,7 @@ export TEARDOWN_CUPTI=0
 python=$(command -v python3 || command -v python)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-all=(parity recorded bench counters sanitizer first_call)
+all=(parity recorded bench counters device sanitizer initcheck first_call)
 summary=()
 
 # step SECTION LIMIT NAME COMMAND...: run COMMAND for at most LIMIT seconds, log it, note how it ended
@@ -84,20 +88,30 @@ counters() {
     step counters 430 "bytes by ncu" "$python" -m bench.counters "$out/counters.csv" --limit 100
 }
 
-sanitizer() {
-    local tool
+device() {
+    step device 300 "slices, two GPUs, drift" "${tests[@]}" -rs tests/test_device.py
+    step device 200 "streams, threads, graphs" "$python" -m pytest -q -p no:cacheprovider tests/bench/test_streams.py
+}
+
+# sanitize SECTION TOOL...
+sanitize() {
+    local section=$1 tool
+    shift
     # Compiles the kernels first, because that takes long under a tool: memcheck of whole steps took over 130 s.
-    step sanitizer 150 "without a tool" "$python" -m bench.every_kernel
-    for tool in memcheck racecheck; do
+    step "$section" 150 "without a tool" "$python" -m bench.every_kernel
+    for tool in "$@"; do
         if command -v compute-sanitizer >/dev/null; then
             # With torch's caching allocator, accesses past the end of a tensor would go unseen.
-            step sanitizer 205 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            step "$section" 205 "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.every_kernel
         else
-            step sanitizer 10 "$tool" bash -c 'missing compute-sanitizer'
+            step "$section" 10 "$tool" bash -c 'missing compute-sanitizer'
         fi
     done
 }
+
+sanitizer() { sanitize sanitizer memcheck racecheck; }
+initcheck() { sanitize initcheck initcheck synccheck; }
 
 first_call() {
     step first_call 110 eager "$python" -m bench.first_call
@@ -110,8 +124,10 @@ first_call() {
 
 sections=("$@")
 [ $# -gt 0 ] || sections=("${all[@]}")
+gpu=$("$python" -c 'import torch; print(torch.cuda.is_available())')
 for section in "${sections[@]}"; do
     case " ${all[*]} " in
+        *" $section "*) [ "$gpu" = True ] || { summary+=("$(printf '%-11s skipped: no GPU' "$section")"); continue; } ;;&
         *" $section "*) rm -f "$out/$section".{log,csv} && "$section" ;;
         *) summary+=("$(printf '%-11s no such section; %s' "$section" "$usage")") ;;
     esac

@@ -1,11 +1,13 @@
 """Mutants are changes of code, chosen by rule, and the same for the same seed."""
 
 import ast
+from pathlib import Path
 
 import pytest
 
 from tests import mutants
 from tests.mutants import ROOT, TESTS
+from tests.survivors import SURVIVORS
 
 SOURCE = b'''
 """A docstring of 1 + 2."""
@@ -55,3 +57,26 @@ def test_a_seed_is_an_order() -> None:
     assert mutants.sample(files, "a") == mutants.sample(files, "a")
     assert mutants.sample(files, "a") != mutants.sample(files, "b")
     assert sorted(mutants.sample(files, "a")) == sorted(mutants.sample(files, "b"))
+
+
+def test_every_listed_survivor_is_a_mutant() -> None:
+    for file, rows in SURVIVORS.items():
+        source = (ROOT / file).read_bytes()
+        known = {mutants.lines(m, source) for m in mutants.mutants(file, source)}
+        assert [row for row in rows if row not in known] == []
+        assert all(rows.values())
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("smaller = 2 > 1", "killed"), ("smaller = 2 < 1", "LIVES"), ("while True: pass", "timeout")],
+)
+def test_outcomes(code: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "code.py").write_text("smaller = 1 > 2")
+    (tmp_path / "test_code.py").write_text(
+        "def test():\n    got = {}\n    exec(open('code.py').read(), got)\n    assert not got['smaller']"
+    )
+    monkeypatch.setitem(TESTS, "code.py", ["test_code.py"])
+    mutant = mutants.Mutant("code.py", 1, 0, 15, code, "all")
+    assert mutants.outcome(mutant, tmp_path, 3.0 if expected == "timeout" else 60.0) == expected
+    assert (tmp_path / "code.py").read_text() == "smaller = 1 > 2"

@@ -21,3 +21,9 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the memory of the machine or of the GPU does not suffice."""
     text = str(error)
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+
+
+def worker_died(error: BaseException) -> bool:
+    """Whether `error` is torch's report that a process that decodes images was killed."""
+    text = str(error)
+    return "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text)

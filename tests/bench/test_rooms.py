@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 
@@ -99,3 +100,23 @@ def test_tests_named_in_scripts_exist(script: str) -> None:
         ["bash", "-c", f"ls -d {' '.join(named)}"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_without_a_gpu_its_sections_are_skipped(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("they would run")
+    script = BENCH / "gpu.sh"
+    done = subprocess.run(
+        ["bash", script, tmp_path, "device", "sanitizer", "initcheck", "nonesuch"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for section in ("device", "sanitizer", "initcheck"):
+        assert re.search(rf"^{section} +skipped: no GPU$", done.stdout, re.M)
+    assert "nonesuch    no such section" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.txt"]
+    sections = re.search(r"^all=\((.*)\)$", script.read_text(), re.M)
+    assert sections
+    explained = re.findall(r"^#   (\w+)  +\w", script.read_text(), re.M)
+    assert explained == sections[1].split()

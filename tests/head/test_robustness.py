@@ -1,6 +1,7 @@
 """Results are reproducible and independent of the batch, with hooks, frozen parts, empty batches and NaN."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 import ggam_fast.head
 import ggam_fast.step
 from ggam_fast import GGAMHead, GGAMLoss
+from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.norm import SettlingBatchNorm1d
 from tests.head.heads import BACKENDS, pooled_classifier, poolings
 from tests.parity import (
@@ -28,6 +30,17 @@ from tests.parity import (
     pair,
     relative_error,
 )
+
+
+def guided_step(form: str, head: GGAMHead, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Logits, S, T and beta of each image, and the gradient of the loss for its features."""
+    leaf = x.clone().requires_grad_()
+    if form == "fused":
+        loss, out = fused_ggam_loss(head, leaf, target, guidance_weight=0.5)
+    else:
+        out = head(leaf, target)
+        loss = GGAMLoss(0.5)(out, target)
+    return (*out[:4], torch.autograd.grad(loss, leaf)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,26 +70,65 @@ def test_images_do_not_depend_on_their_batch(options: dict[str, Any], device: to
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", ["drop_in", "fused"])
 @pytest.mark.parametrize("spatial_norm", OPTIONS["spatial_norm"])
 @poolings(hidden_size=10)
-def test_non_finite_values_stay_in_their_image(
-    options: dict[str, Any], spatial_norm: str, bad: float, backend: str, device: torch.device
+def test_bad_values_stay_in_their_image(
+    options: dict[str, Any], spatial_norm: str, form: str, backend: str, device: torch.device
 ) -> None:
     head, _ = pair(device=device, backend=backend, spatial_norm=spatial_norm, **options)
     head, x, target = head.float().eval(), features(device).float(), hard_target(device)
-    broken = x.clone()
-    broken[1, 2, 1, 1] = bad
-    runs = []
-    for features_ in (x, broken):
-        leaf = features_.clone().requires_grad_()
-        out = head(leaf, target)
-        loss = GGAMLoss(0.5)(out, target)
-        runs.append((*out[:4], torch.autograd.grad(loss, leaf)[0]))
+    clean = guided_step(form, head, x, target)
     others = [0, 2, 3]
-    for clean, found in zip(*runs, strict=True):
-        assert torch.equal(clean[others], found[others])
-    assert not runs[1][0][1].isfinite().all()
+    for bad in (float("nan"), float("inf"), 3e38):
+        broken = x.clone()
+        broken[1, 2, 1, 1] = bad
+        found = guided_step(form, head, broken, target)
+        for one, other in zip(clean, found, strict=True):
+            assert torch.equal(one[others], other[others])
+        assert not torch.equal(found[0][1], clean[0][1])
+        assert bad == 3e38 or not found[0][1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["drop_in", "fused"])
+def test_same_bits_over_a_hundred_repeats(form: str, backend: str, device: torch.device) -> None:
+    head = GGAMHead(4, 3, rd_channels=2, hidden_size=0, backend=backend, device=device).train()
+    x, target = torch.randn(2, 4, 2, 2, device=device), torch.tensor([2, 0], device=device)
+    first = guided_step(form, head, x, target)
+    for _ in range(99 if backend == "torch" or device.type == "cuda" else 4):  # the interpreter is slow
+        assert all(torch.equal(a, b) for a, b in zip(guided_step(form, head, x, target), first, strict=True))
+
+
+def test_same_bits_in_every_thread(device: torch.device) -> None:
+    """On the torch backend; tests/test_recorded.py has the kernels."""
+    head, _ = pair(device=device, backend="torch", hidden_size=10)
+    head, x, target = head.float().eval(), features(device).float(), hard_target(device)
+    expected = guided_step("fused", head, x, target)
+
+    def repeats(_: int) -> bool:
+        runs = [guided_step("fused", head, x, target) for _ in range(25)]
+        return all(torch.equal(a, b) for run in runs for a, b in zip(run, expected, strict=True))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(repeats, range(4)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@poolings(hidden_size=10)
+def test_the_place_in_a_batch(options: dict[str, Any], backend: str, device: torch.device) -> None:
+    """Matrix products and batch norm may round a row by its place.  Without them before T, its bits stay."""
+    order = [3, 1, 0, 2]
+    for attention in ("channel_spatial", "spatial"):
+        arguments = {**options, "attention": attention, "backend": backend, "cam_at": "features"}
+        head, _ = pair(device=device, **arguments)
+        head, x, target = head.float().eval(), features(device).float(), hard_target(device)
+        before = guided_step("drop_in", head, x, target)
+        after = guided_step("drop_in", head, x[order], target[order])
+        for one, other in zip(before, after, strict=True):
+            assert relative_error(other, one[order].double()) < 1e-5
+        if attention == "spatial":
+            assert torch.equal(after[2], before[2][order])  # T
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

@@ -20,9 +20,9 @@ N, C, L = 3, 300, 49
 class Inputs:
     """All that the operators take, for the given rows of one batch."""
 
-    def __init__(self, x: dict[str, Tensor], rows: slice) -> None:
+    def __init__(self, x: dict[str, Tensor], rows: slice | list[int]) -> None:
         self.a, self.g, self.t, self.s, self.v, self.extra, self.total, self.index = (
-            v[rows] for v in x.values()
+            v[rows] if isinstance(rows, slice) else torch.empty_like(v).copy_(v[rows]) for v in x.values()
         )
 
 
@@ -74,7 +74,7 @@ def test_bits(name: str, layout: str, device: torch.device) -> None:
     x |= {k: torch.rand(N, size, device=device) for k, size in (("t", L), ("s", C), ("v", C), ("extra", L))}
     x |= {"total": torch.rand(N, device=device), "index": torch.randint(L, (N, C), device=device)}
 
-    def run(rows: slice = slice(None), **changed: Tensor) -> list[Tensor]:
+    def run(rows: slice | list[int] = slice(None), **changed: Tensor) -> list[Tensor]:
         return outputs(OPERATORS[name](Inputs({**x, **changed}, rows)))
 
     whole = run()
@@ -83,7 +83,9 @@ def test_bits(name: str, layout: str, device: torch.device) -> None:
     for rows in (slice(2, 3), slice(1, None)):
         for part, one in zip(run(rows), whole, strict=True):
             assert torch.equal(part, one[rows]), "an image depends on its batch"
-    for value in (float("nan"), float("inf")):
+    for moved, one in zip(run([2, 0, 1]), whole, strict=True):
+        assert torch.equal(moved, one[[2, 0, 1]]), "an image depends on its place"
+    for value in (float("nan"), float("inf"), 3e38):
         bad = a.clone()
         bad[1] = value
         others = [0, 2]

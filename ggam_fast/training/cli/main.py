@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from ggam_fast.training.cli import commands
-    from ggam_fast.training.errors import TrainError, first_line, out_of_memory
+    from ggam_fast.training.errors import TrainError, first_line, out_of_memory, worker_died
     from ggam_fast.training.system.interrupts import terminating
 
     try:
@@ -59,6 +59,10 @@ def _run(arguments: list[str]) -> int:
         print(f"ggam-fast: {error}", file=sys.stderr)
         return _BAD_INPUT
     except (MemoryError, RuntimeError) as error:
+        if worker_died(error):
+            advice = "the machine may lack memory: fewer --workers or a smaller --batch-size may help"
+            print(f"ggam-fast: {first_line(error).rstrip(' .')}; {advice}", file=sys.stderr)
+            return _BAD_INPUT
         if not out_of_memory(error):
             raise
         advice = "a smaller --batch-size or --image-size may help"

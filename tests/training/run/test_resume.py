@@ -61,10 +61,23 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
+@pytest.mark.parametrize("most", [2, pytest.param(50, marks=pytest.mark.fuzz)])
+def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path, most):
     """The run is killed again and again from outside, until it is done."""
-    options = ("train", "--data", "folder", "--root", photos, *TINY, "--no-compile")
-    options = (*options, "--epochs", "12", "--drop-rate", "0.3", "--save-every", "1")
+    options = ("train", "--data", "folder", "--root", photos, *TINY, "--no-compile", "--save-every", "1")
+    options = (
+        *options,
+        "--finetune",
+        "--workers",
+        "0",
+        "--drop-rate",
+        "0.3",
+        "--ema",
+        "0.9",
+        "--mixup",
+        "0.4",
+    )
+    options = (*options, "--epochs", "4" if most == 2 else "40")
     run = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     subprocess.run(command(*options, "--out", "whole"), **run, check=True, timeout=240)
     arguments, kills = (*options, "--out", "killed"), 0
@@ -75,7 +88,7 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
     while True:
         process = subprocess.Popen(command(*arguments), **run)
         before = written()
-        if kills < 3:
+        if kills < most:
             deadline = time.monotonic() + 120
             while written() <= before and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -87,7 +100,7 @@ def test_kill_9_at_a_random_moment(command, environment, photos, tmp_path):
         assert process.returncode == -signal.SIGKILL, error
         kills += 1
         arguments = ("train", "--resume", "killed")
-    assert kills == 3
+    assert kills == most
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
+from ggam_fast.backends.triton import TRITON, launch
 from tests.kernels.test_reproducible import OPERATORS, Inputs
 
 pytestmark = needs_interpreter
@@ -57,3 +58,43 @@ def test_addresses_are_linear(name: str, layout: str, monkeypatch: pytest.Monkey
     for at_0, at_1, at_far in launches:
         assert (at_1 != at_0).any()  # channel_sum counts images backwards
         assert np.array_equal(at_far - at_0, FAR * (at_1 - at_0))
+
+
+class Noted:
+    """Notes launches instead of launching, as the recorder of a step does."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, dict[str, Any]]] = []
+
+    def clearing(self) -> tuple[None, int]:
+        return None, 0
+
+    def launch(self, kernel: Any, programs: int, arguments: Any, constants: dict[str, Any]) -> None:
+        self.launches.append((programs, constants))
+
+
+@pytest.mark.parametrize(("channels", "positions"), [(16384, 16384), (16384, 49), (7, 16384)])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_launches_of_large_maps(name: str, channels: int, positions: int) -> None:
+    """Grids and tiles are within what CUDA and Triton allow: 2^31 programs, 2^20 elements."""
+    n, meta = 1024, {"device": "meta"}
+    a = torch.empty(n, channels, positions, dtype=torch.bfloat16, **meta)
+    x = {"a": a, "g": a.float()}
+    sizes = (("t", positions), ("s", channels), ("v", channels), ("extra", positions))
+    x |= {k: torch.empty(n, size, **meta) for k, size in sizes}
+    x |= {"total": torch.empty(n, **meta), "index": torch.empty(n, channels, dtype=torch.int64, **meta)}
+    launch.thread.recorder = noted = Noted()  # type: ignore[assignment]
+    try:
+        if name == "product":
+            TRITON.product([x["s"]], torch.empty(channels, 200, **meta))
+        else:
+            OPERATORS[name](Inputs(x, slice(None)))
+    finally:
+        launch.thread.recorder = None
+    # Of so many channels torch makes the softmax.
+    assert noted.launches or (channels > 8192 and name in ("guidance", "channel softmax", "softmax_grad"))
+    for programs, constants in noted.launches:
+        blocks = [value for key, value in constants.items() if key.startswith("BLOCK")]
+        assert 0 < programs < 2**31
+        assert np.prod(blocks) <= 2**20
+        assert all(block & (block - 1) == 0 for block in blocks)

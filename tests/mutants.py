@@ -42,7 +42,7 @@ TESTS: dict[str, list[str]] = {
     "kernels/batch_norm.py": [f"{_KERNELS}/test_batch_norm.py", f"{_TRITON}/test_layers.py"],
     "kernels/channel_sum.py": [f"{_KERNELS}/test_tiles.py", f"{_TRITON}/test_sums.py"],
     "kernels/cross_entropy.py": [f"{_TRITON}/test_cross_entropy.py", f"{_KERNELS}/test_cross_entropy.py"],
-    "kernels/features_grad.py": [f"{_TRITON}/test_features_grad.py"],
+    "kernels/features_grad.py": [f"{_KERNELS}/test_tiles.py", f"{_TRITON}/test_features_grad.py"],
     "kernels/grad_cam_means.py": [f"{_TRITON}/test_pooling.py", f"{_KERNELS}/test_tiles.py"],
     "kernels/guidance.py": [
         f"{_KERNELS}/test_guidance.py",
@@ -58,7 +58,12 @@ TESTS: dict[str, list[str]] = {
     "kernels/spatial_norm.py": [f"{_TRITON}/test_extremes.py", f"{_TRITON}/test_sums.py"],
     "kernels/spatial_sum.py": [f"{_KERNELS}/test_spatial_sum.py", f"{_TRITON}/test_sums.py"],
     "ggam_fast/autograd.py": ["tests/test_differentiable.py", _PARITY, "tests/test_autograd.py"],
-    "ggam_fast/backends/torch.py": ["tests/backends/test_torch.py", "tests/classifier", _PARITY],
+    "ggam_fast/backends/torch.py": [
+        "tests/backends/test_torch.py",
+        "tests/test_entropy.py",
+        "tests/classifier",
+        _PARITY,
+    ],
     "ggam_fast/classifier/rules.py": ["tests/classifier"],
     "ggam_fast/closed_form.py": ["tests/test_closed_form.py", _PARITY],
     "ggam_fast/entropy.py": ["tests/test_entropy.py", "tests/test_losses.py"],
@@ -71,7 +76,7 @@ TESTS: dict[str, list[str]] = {
     "ggam_fast/training/measure/localization.py": [f"{_MEASURE}/test_localization.py"],
 }
 for _file in [file for file in TESTS if file.startswith("kernels/")]:
-    TESTS[_file].append(f"{_KERNELS}/test_guards.py")
+    TESTS[_file] += [f"{_KERNELS}/test_guards.py", f"{_KERNELS}/test_far_images.py"]
 # Of five memory layouts the two that have code of their own.
 _QUICK = "not sliced and not transposed"
 _COMPARE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}

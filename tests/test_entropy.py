@@ -28,6 +28,12 @@ def test_an_ignored_image_has_no_loss_and_no_gradient(device: torch.device) -> N
     assert not leaf.grad[1].any()
 
 
+def test_one_image_of_two_that_counts(device: torch.device) -> None:
+    logits, target = torch.randn(2, 5, device=device), torch.tensor([-100, 3], device=device)
+    found = cross_entropy(logits, target, 0.0, ignore_index=-100)
+    torch.testing.assert_close(found, F.cross_entropy(logits[1:], target[1:]))
+
+
 def test_nothing_to_count_is_zero(device: torch.device) -> None:
     target = torch.full((2,), -100, device=device)
     assert cross_entropy(torch.randn(2, 5, device=device), target, 0.0, ignore_index=-100) == 0

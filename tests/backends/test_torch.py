@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ggam_fast.backends.torch import Backend, rows_times, rows_times_by_sum
+from ggam_fast.backends.torch import Backend, CamTerms, rows_times, rows_times_by_sum, softmax_grad
+from ggam_fast.layer import BATCH_NORM, Layer
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
@@ -37,3 +38,77 @@ def test_soft_targets_need_not_sum_to_one(smoothing: float, total: float, device
     torch.testing.assert_close(found.losses, loss.detach())
     torch.testing.assert_close(found.grad, torch.autograd.grad(loss.mean(), logits)[0])
     torch.testing.assert_close(found.score, target)
+
+
+def test_the_compiled_form_of_a_softmaxs_gradient(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s, ds = torch.rand(3, 7, device=device).softmax(1), torch.randn(3, 7, device=device)
+    eager = softmax_grad(ds, s)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(softmax_grad(ds, s), eager)
+
+
+def test_a_bias_is_added_to_each_of_several_rows(device: torch.device) -> None:
+    rows, w, b = (
+        torch.randn(2, 3, 5, device=device),
+        torch.randn(5, 4, device=device),
+        torch.randn(4).to(device),
+    )
+    for found, x in zip(Backend().product(list(rows), w, b), rows, strict=True):
+        torch.testing.assert_close(found, x @ w + b)
+
+
+def test_batch_norm_with_running_statistics_of_another_type(device: torch.device) -> None:
+    x, v = torch.randn(2, 6, 4, device=device)
+    mean, variance = torch.randn(4).to(device, torch.float64), torch.rand(4).to(device, torch.float64)
+    gamma, beta = torch.rand(2, 4, device=device)
+    layer = Layer(BATCH_NORM, gamma, beta, mean, variance, None, eps=1e-5, momentum=0.1)
+    (dx,), dgamma, dbeta = Backend().batch_norm_grad([v], x, layer, None, ())
+    scale = (variance + 1e-5).rsqrt()
+    torch.testing.assert_close(dx, (v * gamma * scale).float())
+    torch.testing.assert_close(dgamma, (v * (x - mean) * scale).sum(0).float())
+    torch.testing.assert_close(dbeta, v.sum(0))
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_guided_loss_leaves_ignored_images_out(mean: bool, device: torch.device) -> None:
+    """Also one whose map is not finite."""
+    logits, beta = torch.randn(2, 3, 5, device=device)
+    losses = torch.rand(3, device=device)
+    beta[1], losses[1] = float("nan"), 0.0
+    share = torch.tensor([0.5, 0.0, 0.5], device=device)
+    options = (4, "sigmoid", 1.0, "symmetric", 0.3, mean)
+    found = Backend().guided_loss(logits, CamTerms(beta), None, *options, share, losses)
+    rest = [0, 2]
+    expected = Backend().guided_loss(logits[rest], CamTerms(beta[rest]), None, *options, None, losses[rest])
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.guidance, expected.guidance)
+    for name in ("cam_weights", "channel", "losses", "grad_logits"):
+        torch.testing.assert_close(getattr(found, name)[rest], getattr(expected, name))
+    assert found.losses[1] == 0
+    assert not found.grad_logits[1].any()
+
+
+@pytest.mark.parametrize("cam_class", ["label", "predicted"])
+def test_class_scores_of_ignored_images_are_zero(cam_class: str, device: torch.device) -> None:
+    logits = torch.eye(3, device=device)
+    target = torch.tensor([2, -100, 1], device=device)
+    score, share = Backend().class_scores(logits, target, cam_class, -100)
+    picked = target if cam_class == "label" else torch.arange(3, device=device)
+    expected = torch.eye(3, device=device)[picked.clamp(min=0)]
+    expected[1] = 0
+    assert torch.equal(score, expected)
+    assert share is not None
+    assert share.tolist() == [0.5, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_da_has_memory_of_its_own_for_each_element(channels_last: bool, device: torch.device) -> None:
+    """Where it is constant over positions too: a hook may change it in place."""
+    a = torch.randn(2, 3, 4, device=device)
+    a = a.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else a
+    first, s = torch.randn(2, 2, 3, device=device)
+    da = Backend().features_grad(a, "avg", first, None, None, None, s, None)
+    torch.testing.assert_close(da, (first / 4)[:, :, None].expand(2, 3, 4))
+    assert 0 not in da.stride()

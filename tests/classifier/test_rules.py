@@ -173,3 +173,17 @@ def test_half_statistics_move_too(dtype: torch.dtype, device: torch.device) -> N
     assert layer.running_mean.dtype == dtype
     assert relative_error(layer.running_mean, twin.running_mean) < 2 * torch.finfo(dtype).eps
     assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("batch_norm")])
+def test_an_empty_batch_reaches_every_parameter(name: str, device: torch.device) -> None:
+    layer = LAYERS[name]().to(device)
+    layers = known_layers(layer, nn.Dropout(0.0))
+    assert layers is not None
+    found = scores(layers, torch.zeros(0, WIDTH, device=device, requires_grad=True), False, "torch")
+    for p in layer.parameters():
+        (gradient,) = torch.autograd.grad(found.logits.sum(), p, retain_graph=True)
+        assert torch.equal(gradient, torch.zeros_like(p))
+    (v,), held = found.pull_back([torch.zeros_like(found.logits)])
+    assert v.shape == (0, WIDTH)
+    assert [x.shape for one in held for x in one[2:4]] == [(WIDTH,)] * 2 * len(held)

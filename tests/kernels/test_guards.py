@@ -80,7 +80,7 @@ def test_bands(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
         a = a.transpose(1, 2).contiguous().transpose(1, 2)
     monkeypatch.setattr(every_kernel, "torch", banded)
     monkeypatch.setattr(every_kernel, "launch_products", lambda s, new: products(new))
-    monkeypatch.setattr(every_kernel, "CLASSES", (7,))
+    monkeypatch.setattr(every_kernel, "CLASSES", (7, 2500))
     monkeypatch.setattr(every_kernel, "ODD_WIDTH", 3)
     with traced() as trace:
         monkeypatch.setattr(launch, "torch", banded)

@@ -148,3 +148,25 @@ def test_a_tally_over_batches_is_the_summary_of_all():
     empty = loc.Tally((8, 8), 4)
     empty.add({"a": maps}, Placed(None, None, None))
     assert empty.means() == {}
+
+
+def test_centred_map_has_a_deviation_of_a_quarter_of_the_side():
+    (found,) = loc.centred(1, (5, 9))
+    assert found[2, 4] == 1
+    assert found[[1, 3], 4].tolist() == pytest.approx([np.exp(-0.5)] * 2)  # of -2, -1, 0, 1, 2
+    assert found[2, [2, 6]].tolist() == pytest.approx([np.exp(-0.5)] * 2)
+
+
+def test_box_overlaps_do_not_depend_on_a_maps_lowest_value():
+    maps = heat((1, 1, 1.0), (2, 1, 0.5))
+    box = torch.tensor([[1.0, 1.0, 3.0, 2.0]])
+    expected = loc.box_overlaps(maps, box, 10)
+    assert expected.tolist() == [[1.0] * 5 + [0.5] * 5]
+    assert loc.box_overlaps(maps + 8, box, 10).equal(expected)
+
+
+def test_pointing_game_of_a_data_set_allows_15_pixels():
+    areas = mask(20, 0, 21, 1, (40, 40)).expand(2, 40, 40)
+    maps = torch.cat([heat((5, 0, 1.0), size=(40, 40)), heat((4, 0, 1.0), size=(40, 40))])
+    rows = loc.measured(maps, Placed(areas, None, None))
+    assert rows["pointing_15px"].tolist() == [True, False]

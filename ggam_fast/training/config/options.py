@@ -136,14 +136,21 @@ class OptimConfig:
     """Images in a batch. Under torchrun, each process has batches of this size."""
     accumulate: int = 1
     """Number of batches whose gradients are added up for one step."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer: AdamW, or SGD with momentum 0.9."""
+    optimizer: str = "adamw"
+    """Optimizer: adamw, sgd with momentum 0.9, or another one of timm, such as lion or muon."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     """Schedule of the learning rate."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises. By default a fifth of them with one_cycle, and none with
+    cosine."""
     lr: float = 3e-4
     """Highest learning rate of the head."""
     backbone_lr: float = 1e-4
     """Highest learning rate of the backbone, with --finetune or --finetune-from."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer of the backbone, as a share of the next one's. 1 gives all the same."""
+    freeze_epochs: int = 0
+    """Epochs at the start in which the head alone is trained, with --finetune or --finetune-from."""
     weight_decay: float = 0.01
     """Weight decay of the optimizer."""
     clip_grad: float = 0.0
@@ -188,6 +195,18 @@ class RunConfig:
     """Compile the training step with torch.compile."""
 
 
+def check_optimizer(name: str) -> None:
+    """Raise a `TrainError` if there is no optimizer `name`, or if it needs more than a plain step."""
+    if name in ("adamw", "sgd"):
+        return
+    from timm.optim import list_optimizers  # here, because it takes time that most commands do not need
+
+    # These need other packages, or second derivatives.
+    known = [str(one) for one in list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian"])]
+    if name not in known:
+        raise TrainError(f"--optimizer must be one of {', '.join(known)}; got {name}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
@@ -208,6 +227,8 @@ class TrainConfig:
             ("--resize", self.data.resize, self.data.image_size or 16, _LARGEST + 1),
             ("--workers", self.data.workers, 0, infinity),
             ("--patience", optim.patience, 0, infinity),
+            ("--warmup-epochs", optim.warmup_epochs, 0, infinity),
+            ("--freeze-epochs", optim.freeze_epochs, 0, infinity),
             ("--save-every", self.run.save_every, 0, infinity),
             ("--lr", optim.lr, 0, infinity),
             ("--backbone-lr", optim.backbone_lr, 0, infinity),
@@ -223,16 +244,33 @@ class TrainConfig:
             if value is not None and not (least <= value < below):
                 ending = "or more" if below == infinity else f"or more and below {below}"
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
-        if self.backbone.finetune and self.backbone.finetune_from is not None:
-            raise TrainError(
-                f"--finetune trains the whole backbone, and --finetune-from {self.backbone.finetune_from} "
-                "a part of it; leave out one of them; with --recipe paper, --no-finetune leaves out the first"
-            )
+        self._check_trained_backbone()
+        check_optimizer(optim.optimizer)
         if optim.cutmix and not self.backbone.finetune:
             raise TrainError(
                 "--cutmix pastes patches of images, but the maps of a frozen backbone are computed earlier; "
                 f"use --mixup or --finetune; got --cutmix {optim.cutmix}"
             )
+
+    def _check_trained_backbone(self) -> None:
+        backbone, optim = self.backbone, self.optim
+        if backbone.finetune and backbone.finetune_from is not None:
+            raise TrainError(
+                f"--finetune trains the whole backbone, and --finetune-from {backbone.finetune_from} a part "
+                "of it; leave out one of them; with --recipe paper, --no-finetune leaves out the first"
+            )
+        if not 0 < optim.layer_decay <= 1:
+            raise TrainError(f"--layer-decay must be above 0 and at most 1; got {optim.layer_decay}")
+        if optim.warmup_epochs is not None and optim.warmup_epochs >= optim.epochs:
+            raise TrainError(
+                f"--warmup-epochs must be below --epochs {optim.epochs}; got {optim.warmup_epochs:g}"
+            )
+        for name, value, without in (
+            ("--layer-decay", optim.layer_decay, 1),
+            ("--freeze-epochs", optim.freeze_epochs, 0),
+        ):
+            if value != without and not backbone.finetune and backbone.finetune_from is None:
+                raise TrainError(f"{name} {value:g} needs a trained backbone: --finetune or --finetune-from")
 
     def values(self) -> dict[str, Any]:
         """Every option by its own name, without the sections."""

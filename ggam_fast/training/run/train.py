@@ -22,7 +22,8 @@ from ggam_fast.training.model import model_file
 from ggam_fast.training.run.artifacts import CURVES, GALLERY, METRICS, OPTIONS, RunArtifacts
 from ggam_fast.training.run.history import best_epoch, best_text
 from ggam_fast.training.run.log import RunLog
-from ggam_fast.training.run.loop import Trainer, evaluate, parameter_groups
+from ggam_fast.training.run.loop import Trainer, evaluate
+from ggam_fast.training.run.optimizer import parameter_groups
 from ggam_fast.training.run.prepare import (
     check_images,
     create_classifier,
@@ -100,7 +101,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     with run_folder(config.run, images.name, world) as out, InterruptGuard() as interrupt:
         trainer = Trainer(
             trained,
-            parameter_groups(trained, config.optim),
+            parameter_groups(trained, config.optim, model.backbone.model),
             config.optim,
             len(images.classes),
             device,

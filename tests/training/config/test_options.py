@@ -16,6 +16,11 @@ from tests.training.runs import with_
         ({"label_smoothing": -0.1}, "--label-smoothing"),
         ({"accumulate": 0}, "--accumulate"),
         ({"cutmix": 1.0}, "--cutmix pastes patches of images"),
+        ({"layer_decay": 0.0}, "--layer-decay must be above 0 and at most 1; got 0.0"),
+        ({"layer_decay": 0.7}, "--layer-decay 0.7 needs a trained backbone"),
+        ({"freeze_epochs": 1}, "--freeze-epochs 1 needs a trained backbone"),
+        ({"warmup_epochs": 4.0}, "--warmup-epochs must be below --epochs 4; got 4"),
+        ({"optimizer": "nonesuch"}, "--optimizer must be one of .*lion, .*muon.*; got nonesuch"),
     ],
 )
 def test_options_out_of_range(tiny_config, options, words):

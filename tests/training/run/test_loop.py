@@ -12,24 +12,11 @@ from ggam_fast.training import load_checkpoint
 from ggam_fast.training.config.options import OptimConfig
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.batch_statistics import settled
-from ggam_fast.training.run.loop import Trainer, _schedule
+from ggam_fast.training.run.loop import Trainer
 from ggam_fast.training.run.prepare import image_batches, load_images
 from ggam_fast.training.run.train import train
+from tests.training.run.stopped import Stopped, stop_after
 from tests.training.runs import numbers, said, with_
-
-
-def test_cosine_falls_from_the_highest_rate_to_nothing():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.5)
-    schedule = _schedule(optimizer, OptimConfig(schedule="cosine"), 10)
-    rates = []
-    for _ in range(10):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[0] == 0.5
-    assert rates == sorted(rates, reverse=True)
-    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
 def fitted(head, batches, **options) -> Trainer:
@@ -154,18 +141,6 @@ def test_gradients_are_clipped(maps):
     assert moved.norm().item() == pytest.approx(0.1 * 1e-3, rel=0.05)
 
 
-@pytest.mark.parametrize("steps", range(1, 12))
-def test_one_cycle_of_any_length(steps):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    schedule = _schedule(optimizer, OptimConfig(), steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert 0 < min(rates) <= max(rates) <= 0.1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tuned", [{}, {"finetune": True}, {"finetune_from": "layer4"}])
 def test_compiled_step_follows_the_eager_one(tiny_config, report, elsewhere, tuned):
@@ -193,3 +168,35 @@ def test_diverged_run_is_an_error(tiny_config, report):
     with pytest.raises(TrainError, match=r"training loss of epoch \d is (nan|inf)"):
         train(replace(tiny_config, optim=replace(tiny_config.optim, lr=1e30)), report)
     assert not (tiny_config.run.out / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("tuned", [{"finetune": True}, {"finetune_from": "layer4"}])
+def test_the_head_is_trained_alone_at_first(tiny_config, report, elsewhere, monkeypatch, tuned):
+    config = replace(tiny_config, backbone=replace(tiny_config.backbone, **tuned))
+    config = with_(config, freeze_epochs=2, lr=3e-3, ema=0.9)
+    states = []
+    run_epoch = Trainer._run_epoch
+
+    def recorded(trainer, *arguments):
+        before = copy.deepcopy(trainer.trained.backbone.state_dict())
+        found = run_epoch(trainer, *arguments)
+        after = trainer.trained.backbone.state_dict()
+        states.append(all(value.equal(before[name]) for name, value in after.items()))
+        with torch.no_grad():
+            tested = trainer.last.backbone.state_dict()
+        assert not states[-1] or all(value.equal(before[name]) for name, value in tested.items())
+        return found
+
+    monkeypatch.setattr(Trainer, "_run_epoch", recorded)
+    train(config, report)
+    assert states == [True, True, False, False]  # weights, and statistics of batch norm
+    whole = numbers(config.run.out)
+    stopped = elsewhere(config, "stopped")
+    for killed_after in (3, 3):  # in the frozen epochs and after them
+        with monkeypatch.context() as patch:
+            stop_after(patch, killed_after * (2 if "finetune_from" in tuned else 1) + 2)
+            with pytest.raises(Stopped):
+                train(stopped, report)
+        stopped = replace(stopped, run=replace(stopped.run, resume=stopped.run.out))
+    train(stopped, report)
+    assert numbers(stopped.run.out) == whole

@@ -155,6 +155,11 @@ class OptimConfig:
     """Weight decay of the optimizer."""
     clip_grad: float = 0.0
     """Largest norm of all gradients together. 0 sets no limit."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of classes in the cross entropy. balanced makes them inverse to the number of training
+    images."""
+    balanced_sampling: bool = False
+    """Draw the images of an epoch so that all classes come equally often. Some then come several times."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     mixup: float = 0.0
@@ -245,6 +250,10 @@ class TrainConfig:
                 ending = "or more" if below == infinity else f"or more and below {below}"
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
         self._check_trained_backbone()
+        if optim.balanced_sampling and optim.class_weights == "balanced":
+            raise TrainError(
+                "--balanced-sampling and --class-weights balanced both favour rare classes; leave out one"
+            )
         check_optimizer(optim.optimizer)
         if optim.cutmix and not self.backbone.finetune:
             raise TrainError(

@@ -43,9 +43,9 @@ class Trainer:
     """Trains `trained`, on maps or on images, as `optim` says.
 
     `groups`: the parameter groups, each with its highest learning rate `lr`. `num_classes`: number of
-    classes, for mixed targets. `steps`: number of optimizer steps so far. `history`: the numbers of every
-    finished epoch. `load_state_dict` continues bit for bit from a `state_dict` that was taken between two
-    steps.
+    classes, for mixed targets. `class_weights` (K,): weights in the cross entropy. `steps`: number of
+    optimizer steps so far. `history`: the numbers of every finished epoch. `load_state_dict` continues bit
+    for bit from a `state_dict` that was taken between two steps.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Trainer:
         compile: bool = False,
         world: World = ALONE,
         check: Callable[[], None] = lambda: None,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.trained = trained
         self.optimizer = create_optimizer(groups, optim)
@@ -71,6 +72,7 @@ class Trainer:
         self._compile = compile
         self._world = world
         self._check = check
+        self._class_weights = class_weights
         self._mix = Mix(num_classes, optim.mixup, optim.cutmix)
         # The scaler is on only for float16 on a GPU.
         self._scaler = torch.amp.GradScaler(
@@ -371,7 +373,12 @@ class Trainer:
         self._prepare()
         optim = self._optim
         step = GuidedLoss(
-            self.trained, optim.guidance_weight, optim.label_smoothing, self._device, self._dtype
+            self.trained,
+            optim.guidance_weight,
+            optim.label_smoothing,
+            self._device,
+            self._dtype,
+            self._class_weights,
         )
         if not self._compile:
             return self._world.wrap(step, self._device)

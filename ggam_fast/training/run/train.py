@@ -30,6 +30,7 @@ from ggam_fast.training.run.prepare import (
     divided,
     image_batches,
     load_images,
+    loss_weights,
     map_batches,
     take_weights,
 )
@@ -109,6 +110,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             compile=config.run.compile,
             world=world,
             check=interrupt.check,
+            class_weights=loss_weights(images, config.optim),
         )
         description = model_file.describe(model, images, config)
         description["init_from"] = taken

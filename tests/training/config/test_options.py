@@ -20,6 +20,7 @@ from tests.training.runs import with_
         ({"layer_decay": 0.7}, "--layer-decay 0.7 needs a trained backbone"),
         ({"freeze_epochs": 1}, "--freeze-epochs 1 needs a trained backbone"),
         ({"warmup_epochs": 4.0}, "--warmup-epochs must be below --epochs 4; got 4"),
+        ({"balanced_sampling": True, "class_weights": "balanced"}, "leave out one"),
         ({"optimizer": "nonesuch"}, "--optimizer must be one of .*lion, .*muon.*; got nonesuch"),
     ],
 )

@@ -10,6 +10,8 @@ from timm.utils.model_ema import ModelEmaV3
 
 from ggam_fast.training import load_checkpoint
 from ggam_fast.training.config.options import OptimConfig
+from ggam_fast.training.data.balance import class_weights, row_weights
+from ggam_fast.training.data.batches import MapBatches
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.batch_statistics import settled
 from ggam_fast.training.run.loop import Trainer
@@ -28,18 +30,16 @@ def fitted(head, batches, **options) -> Trainer:
 
 @pytest.fixture
 def maps():
-    from ggam_fast.training.data.batches import MapBatches
-
     features = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(16) % 3
     return lambda size: MapBatches(features, labels, size, torch.device("cpu"), shuffle_seed=0)
 
 
-def new_head(hidden_size=0):
+def new_head(hidden_size=0, classes=3):
     import ggam_fast
 
     torch.manual_seed(0)
-    return ggam_fast.GGAMHead(8, 3, hidden_size=hidden_size, rd_channels=4)
+    return ggam_fast.GGAMHead(8, classes, hidden_size=hidden_size, rd_channels=4)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(maps):
@@ -130,6 +130,47 @@ def test_averaged_and_last_weights_are_compared(tiny_config, report, elsewhere, 
     results = json.loads((config.run.out / "metrics.json").read_text())
     assert results["test"]["accuracy"] < results["test_last"]["accuracy"] == 1.0
     assert "a lower --ema than 0.999 may help" in said(report)
+
+
+@pytest.mark.parametrize("how", ["plain", "class weights", "balanced sampling"])
+def test_a_rare_class_counts_as_much_as_a_frequent_one(how):
+    """Of images that look all the same, a classifier learns how often each class counts."""
+    labels = torch.tensor([0] * 14 + [1] * 2)
+    features = torch.ones(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    device, head = torch.device("cpu"), new_head(classes=2)
+    rows = row_weights(labels) if how == "balanced sampling" else None
+    classes = class_weights(labels, 2) if how == "class weights" else None
+    optim = OptimConfig(epochs=60, lr=0.1, weight_decay=0, guidance_weight=0)
+    groups = [{"params": list(head.parameters()), "lr": 0.1}]
+    fit = Trainer(head, groups, optim, 2, device, class_weights=classes)
+    fit.run(MapBatches(features, labels, 16, device, shuffle_seed=0, weights=rows), None)
+    rare = head.eval()(features[:1]).softmax(1)[0, 1].item()
+    assert rare == pytest.approx(1 / 8 if how == "plain" else 1 / 2, abs=0.1)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_options_for_rare_classes_reach_the_loop(tiny_config, report, monkeypatch, photos, finetune):
+    for index in range(3, 10):
+        (photos / "red" / f"{index}.png").unlink()
+    seen = []
+
+    def stop(trainer, batches, *_, **__):
+        seen.append((trainer, batches))
+        raise Stopped
+
+    monkeypatch.setattr(Trainer, "run", stop)
+    tuned = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
+    for options in {"class_weights": "balanced"}, {"balanced_sampling": True}:
+        config = with_(replace(tuned, run=replace(tuned.run, overwrite=True)), **options)
+        with pytest.raises(Stopped):
+            train(config, report)
+    (weighted, shuffled), (plain, drawn) = seen
+    images = load_images(tiny_config.data)
+    counts = images.labels[images.splits["train"]].bincount()
+    assert (weighted._class_weights * counts).allclose(torch.full((3,), counts.sum() / 3))
+    assert plain._class_weights is shuffled.order.weights is None
+    assert len(drawn.order.weights) == counts.sum() * (1 if finetune else len(images.flips))
+    assert drawn.order.weights.sum().item() == pytest.approx(3)
 
 
 def test_gradients_are_clipped(maps):

@@ -166,6 +166,12 @@ class OptimConfig:
     """Mix pairs of images with a share from Beta(mixup, mixup). 0 turns it off."""
     cutmix: float = 0.0
     """Paste patches between images, their area from Beta(cutmix, cutmix). 0 turns it off."""
+    rand_augment: int = 0
+    """Magnitude of RandAugment, from 1 to 30: two random operations on each image. 0 turns it off."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation, as a share. 0 turns it off."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of an image is erased."""
     ema: float = 0.0
     """Decay of a running average of the weights. The average is tested and saved. 0 turns it off."""
     patience: int = 0
@@ -243,6 +249,9 @@ class TrainConfig:
             ("--cutmix", optim.cutmix, 0, infinity),
             ("--guidance-weight", optim.guidance_weight, 0, infinity),
             ("--label-smoothing", optim.label_smoothing, 0, 1),
+            ("--rand-augment", optim.rand_augment, 0, 31),
+            ("--color-jitter", optim.color_jitter, 0, 1),
+            ("--random-erasing", optim.random_erasing, 0, 1),
             ("--ema", optim.ema, 0, 1),
             ("--seed", optim.seed, -(2**63), 2**63),
         ):
@@ -255,11 +264,17 @@ class TrainConfig:
                 "--balanced-sampling and --class-weights balanced both favour rare classes; leave out one"
             )
         check_optimizer(optim.optimizer)
-        if optim.cutmix and not self.backbone.finetune:
-            raise TrainError(
-                "--cutmix pastes patches of images, but the maps of a frozen backbone are computed earlier; "
-                f"use --mixup or --finetune; got --cutmix {optim.cutmix}"
-            )
+        for name, value, what in (
+            ("--cutmix", optim.cutmix, "pastes patches of images"),
+            ("--rand-augment", optim.rand_augment, "changes images"),
+            ("--color-jitter", optim.color_jitter, "changes images"),
+            ("--random-erasing", optim.random_erasing, "changes images"),
+        ):
+            if value and not self.backbone.finetune:
+                raise TrainError(
+                    f"{name} {what}, but the maps of a frozen backbone, or of its frozen first layers, are "
+                    f"computed earlier; use --finetune or --mixup; got {name} {value}"
+                )
 
     def _check_trained_backbone(self) -> None:
         backbone, optim = self.backbone, self.optim

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,11 +147,13 @@ def image_batches(
 ) -> dict[str, Batches]:
     """Batches of decoded images for every split. The training split is augmented and shuffled."""
     look = model.backbone.preprocessing
+    names = ("rand_augment", "color_jitter", "random_erasing")
+    augmentation: dict[str, Any] = {name: getattr(config.optim, name) for name in names}
     if config.data.resize is None:
         size, mean, std, _ = look
-        crops = train_transform(images, size, mean, std)
+        crops = train_transform(images, size, mean, std, **augmentation)
     else:
-        crops = train_transform(images, *look)
+        crops = train_transform(images, *look, **augmentation)
     batches: dict[str, Batches] = {}
     for split, rows in images.splits.items():
         train = split == "train"

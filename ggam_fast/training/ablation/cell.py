@@ -23,7 +23,8 @@ from ggam_fast.training.model.backbones import Backbone
 from ggam_fast.training.model.classifier import LastClassifier, Trained, create_head, head_and_features
 from ggam_fast.training.model.cut import LastLayers
 from ggam_fast.training.model.heatmaps import heat_maps
-from ggam_fast.training.run.loop import Trainer, evaluate, parameter_groups
+from ggam_fast.training.run.loop import Trainer, evaluate
+from ggam_fast.training.run.optimizer import parameter_groups
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.versions import versions
 

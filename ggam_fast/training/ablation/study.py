@@ -20,6 +20,7 @@ from ggam_fast import GGAMHead
 from ggam_fast.training.ablation.cell import CellData, run_cell
 from ggam_fast.training.ablation.report import write_report
 from ggam_fast.training.config.options import (
+    BEFORE,
     BackboneConfig,
     DataConfig,
     HeadConfig,
@@ -321,6 +322,8 @@ def stored(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
         theirs = found["options"]
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{path} is not a finished cell. Remove it") from error
+    # Cells of older versions lack the newer options.
+    theirs = {**TrainConfig().values(), **BEFORE, **theirs}
     for name, value in options.items():
         if name == "images" and theirs.get(name) != value:
             raise TrainError(f"--out holds cells of other images, such as {path.name}. Choose another folder")

@@ -43,7 +43,6 @@ def train(arguments: Sequence[str]) -> int:
         ggam-fast train --data folder --root photos --out runs/photos
         ggam-fast train --finetune-from blocks.5 --out runs/last      # train the last layers too
         ggam-fast train --recipe paper --data folder --root photos    # train the whole network on a GPU
-        ggam-fast train --config options.yaml --seed 1 --out runs/b   # read options, override one
         ggam-fast train --resume runs/photos                          # go on with a stopped run
         ggam-fast train --resume runs/photos --epochs 12              # more epochs for a finished run
     """

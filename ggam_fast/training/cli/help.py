@@ -33,9 +33,10 @@ def screen(command: str, doc: str, config: Any, described: Collection[str] | Non
                 others.append(f"{_flag(f.name, value)} {_default(value)}")
     if others:
         lines += ["", "Other options and their defaults:", *_filled(others)]
-    lines += ["", f"ggam-fast {command} --help-all explains all options in full."]
+    more = f"ggam-fast {command} --help-all explains all options."
     if command not in ("data", "cache"):
-        lines.append("--config FILE reads options from a YAML or TOML file. Flags override it.")
+        more += " --config FILE reads them from YAML or TOML."
+    lines += ["", more]
     return "\n".join(lines)
 
 

@@ -136,24 +136,42 @@ class OptimConfig:
     """Images in a batch. Under torchrun, each process has batches of this size."""
     accumulate: int = 1
     """Number of batches whose gradients are added up for one step."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer: AdamW, or SGD with momentum 0.9."""
+    optimizer: str = "adamw"
+    """Optimizer: adamw, sgd with momentum 0.9, or another one of timm, such as lion or muon."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     """Schedule of the learning rate."""
+    warmup_epochs: float | None = None
+    """Epochs in which the learning rate rises. By default a fifth of them with one_cycle, and none with
+    cosine."""
     lr: float = 3e-4
     """Highest learning rate of the head."""
     backbone_lr: float = 1e-4
     """Highest learning rate of the backbone, with --finetune or --finetune-from."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer of the backbone, as a share of the next one's. 1 gives all the same."""
+    freeze_epochs: int = 0
+    """Epochs at the start in which the head alone is trained, with --finetune or --finetune-from."""
     weight_decay: float = 0.01
     """Weight decay of the optimizer."""
     clip_grad: float = 0.0
     """Largest norm of all gradients together. 0 sets no limit."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of classes in the cross entropy. balanced makes them inverse to the number of training
+    images."""
+    balanced_sampling: bool = False
+    """Draw the images of an epoch so that all classes come equally often. Some then come several times."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     mixup: float = 0.0
     """Mix pairs of images with a share from Beta(mixup, mixup). 0 turns it off."""
     cutmix: float = 0.0
     """Paste patches between images, their area from Beta(cutmix, cutmix). 0 turns it off."""
+    rand_augment: int = 0
+    """Magnitude of RandAugment, from 1 to 30: two random operations on each image. 0 turns it off."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation, as a share. 0 turns it off."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of an image is erased."""
     ema: float = 0.0
     """Decay of a running average of the weights. The average is tested and saved. 0 turns it off."""
     patience: int = 0
@@ -191,6 +209,18 @@ class RunConfig:
     """Compile the training step with torch.compile."""
 
 
+def check_optimizer(name: str) -> None:
+    """Raise a `TrainError` if there is no optimizer `name`, or if it needs more than a plain step."""
+    if name in ("adamw", "sgd"):
+        return
+    from timm.optim import list_optimizers  # here, because it takes time that most commands do not need
+
+    # These need other packages, or second derivatives.
+    known = [str(one) for one in list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian"])]
+    if name not in known:
+        raise TrainError(f"--optimizer must be one of {', '.join(known)}; got {name}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
@@ -211,6 +241,8 @@ class TrainConfig:
             ("--resize", self.data.resize, self.data.image_size or 16, _LARGEST + 1),
             ("--workers", self.data.workers, 0, infinity),
             ("--patience", optim.patience, 0, infinity),
+            ("--warmup-epochs", optim.warmup_epochs, 0, infinity),
+            ("--freeze-epochs", optim.freeze_epochs, 0, infinity),
             ("--save-every", self.run.save_every, 0, infinity),
             ("--lr", optim.lr, 0, infinity),
             ("--backbone-lr", optim.backbone_lr, 0, infinity),
@@ -220,22 +252,52 @@ class TrainConfig:
             ("--cutmix", optim.cutmix, 0, infinity),
             ("--guidance-weight", optim.guidance_weight, 0, infinity),
             ("--label-smoothing", optim.label_smoothing, 0, 1),
+            ("--rand-augment", optim.rand_augment, 0, 31),
+            ("--color-jitter", optim.color_jitter, 0, 1),
+            ("--random-erasing", optim.random_erasing, 0, 1),
             ("--ema", optim.ema, 0, 1),
             ("--seed", optim.seed, -(2**63), 2**63),
         ):
             if value is not None and not (least <= value < below):
                 ending = "or more" if below == infinity else f"or more and below {below}"
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
-        if self.backbone.finetune and self.backbone.finetune_from is not None:
+        self._check_trained_backbone()
+        if optim.balanced_sampling and optim.class_weights == "balanced":
             raise TrainError(
-                f"--finetune trains the whole backbone, and --finetune-from {self.backbone.finetune_from} "
-                "a part of it; leave out one of them; with --recipe paper, --no-finetune leaves out the first"
+                "--balanced-sampling and --class-weights balanced both favour rare classes; leave out one"
             )
-        if optim.cutmix and not self.backbone.finetune:
+        check_optimizer(optim.optimizer)
+        for name, value, what in (
+            ("--cutmix", optim.cutmix, "pastes patches of images"),
+            ("--rand-augment", optim.rand_augment, "changes images"),
+            ("--color-jitter", optim.color_jitter, "changes images"),
+            ("--random-erasing", optim.random_erasing, "changes images"),
+        ):
+            if value and not self.backbone.finetune:
+                raise TrainError(
+                    f"{name} {what}, but the maps of a frozen backbone, or of its frozen first layers, are "
+                    f"computed earlier; use --finetune or --mixup; got {name} {value}"
+                )
+
+    def _check_trained_backbone(self) -> None:
+        backbone, optim = self.backbone, self.optim
+        if backbone.finetune and backbone.finetune_from is not None:
             raise TrainError(
-                "--cutmix pastes patches of images, but the maps of a frozen backbone are computed earlier; "
-                f"use --mixup or --finetune; got --cutmix {optim.cutmix}"
+                f"--finetune trains the whole backbone, and --finetune-from {backbone.finetune_from} a part "
+                "of it; leave out one of them; with --recipe paper, --no-finetune leaves out the first"
             )
+        if not 0 < optim.layer_decay <= 1:
+            raise TrainError(f"--layer-decay must be above 0 and at most 1; got {optim.layer_decay}")
+        if optim.warmup_epochs is not None and optim.warmup_epochs >= optim.epochs:
+            raise TrainError(
+                f"--warmup-epochs must be below --epochs {optim.epochs}; got {optim.warmup_epochs:g}"
+            )
+        for name, value, without in (
+            ("--layer-decay", optim.layer_decay, 1),
+            ("--freeze-epochs", optim.freeze_epochs, 0),
+        ):
+            if value != without and not backbone.finetune and backbone.finetune_from is None:
+                raise TrainError(f"{name} {value:g} needs a trained backbone: --finetune or --finetune-from")
 
     def values(self) -> dict[str, Any]:
         """Every option by its own name, without the sections."""

@@ -25,13 +25,21 @@ class Order:
 
     With a `seed`, rows are shuffled and the last partial batch is left out. The order depends only on seed
     and epoch, so a run can continue in the middle of an epoch. Every process of `world` gets its own batches.
-    Without a seed, process p gets the rows r with r % world.size == p.
+    With `weights` (N,), rows are drawn by their weights instead, with replacement. Without a seed, process p
+    gets the rows r with r % world.size == p.
 
     Raises:
         TrainError: rows are shuffled, and they do not suffice for one batch in every process.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int | None, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int | None,
+        world: World = ALONE,
+        weights: Tensor | None = None,
+    ) -> None:
         if seed is not None and count < batch_size * world.size:
             raise TrainError(
                 f"--batch-size must be at most {count // world.size} for {count} training images on "
@@ -41,6 +49,7 @@ class Order:
         self.batch_size = batch_size
         self.seed = seed
         self.world = world
+        self.weights = weights
 
     def __len__(self) -> int:
         if self.seed is None:
@@ -53,7 +62,10 @@ class Order:
             rows = torch.arange(self.world.rank, self.count, self.world.size)
             return list(rows.split(self.batch_size))
         generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
-        rows = torch.randperm(self.count, generator=generator)
+        if self.weights is None:
+            rows = torch.randperm(self.count, generator=generator)
+        else:
+            rows = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
         return list(rows.split(self.batch_size))[self.world.rank :: self.world.size][: len(self)]
 
 
@@ -93,6 +105,7 @@ class MapBatches:
         device: torch.device,
         shuffle_seed: int | None = None,
         world: World = ALONE,
+        weights: Tensor | None = None,
     ) -> None:
         if device.type == "cuda" and maps.nbytes < _RESIDENT_SHARE * _free_memory(device):
             maps = maps.to(device)
@@ -100,7 +113,7 @@ class MapBatches:
         self._rows = maps.permute(0, 2, 3, 1) if maps.ndim == 4 else maps
         self._labels = labels.to(maps.device)
         self._device = device
-        self.order = Order(len(labels), batch_size, shuffle_seed, world)
+        self.order = Order(len(labels), batch_size, shuffle_seed, world, weights)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -126,7 +139,8 @@ class ImageBatches:
     """Batches of images (N, 3, size, size) in channels-last memory, decoded as they are needed.
 
     With `shuffle_seed` they are shuffled in every epoch, and the last partial batch is left out. Random
-    augmentation of an image depends on seed, epoch and row, and not on the number of workers.
+    augmentation of an image depends on seed, epoch and row, and not on the number of workers. Of rows that
+    are drawn several times it depends on their places in the epoch too.
     """
 
     def __init__(
@@ -137,8 +151,9 @@ class ImageBatches:
         workers: int,
         shuffle_seed: int | None = None,
         world: World = ALONE,
+        weights: Tensor | None = None,
     ) -> None:
-        self.order = Order(len(images), batch_size, shuffle_seed, world)
+        self.order = Order(len(images), batch_size, shuffle_seed, world, weights)
         self._images = _Seeded(images, shuffle_seed)
         self._device = device
         self._sampler = _EpochSampler(self.order)
@@ -167,7 +182,7 @@ class ImageBatches:
             raise TrainError(last.removeprefix(f"{_ERROR}: ")) from error
 
     def example(self) -> tuple[Tensor, Tensor]:
-        items = [self._images[0, row] for row in range(self.order.batch_size)]
+        items = [self._images[0, row, 0] for row in range(self.order.batch_size)]
         images, labels = zip(*items, strict=True)
         return self._on_device(torch.stack(images), torch.tensor(labels))
 
@@ -180,18 +195,18 @@ class ImageBatches:
 
 
 class _Seeded(Dataset[tuple[Tensor, int]]):
-    """`images[epoch, row]`. With a seed, the random state depends only on (seed, epoch, row)."""
+    """`images[epoch, row, place]`. With a seed, the random state depends on these and on nothing else."""
 
     def __init__(self, images: ImageFiles, seed: int | None) -> None:
         self._images = images
         self._seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, row = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
+        epoch, row, place = key
         if self._seed is None:
             return self._images[row]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(self._seed, epoch, row))
+            torch.manual_seed(_seed(self._seed, epoch, row, *([place] if place else [])))
             return self._images[row]
 
 
@@ -204,9 +219,16 @@ class _EpochSampler:
     def __len__(self) -> int:
         return len(self._order) - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for rows in self._order.batches(self.number)[self.start :]:
-            yield [(self.number, row) for row in rows.tolist()]
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        """Epoch, row and place of each image. The place is 0 if a row is drawn once."""
+        order = self._order
+        for index, rows in enumerate(order.batches(self.number)):
+            first = (index * order.world.size + order.world.rank) * order.batch_size
+            if index >= self.start:
+                yield [
+                    (self.number, row, 0 if order.weights is None else first + place)
+                    for place, row in enumerate(rows.tolist())
+                ]
 
 
 _ERROR = f"{TrainError.__module__}.{TrainError.__qualname__}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ggam_fast import GGAMHead, GGAMOutput
+from ggam_fast import GGAMHead, GGAMLoss, GGAMOutput
 from ggam_fast.functional import fused_ggam_loss
 from ggam_fast.training.config.options import HeadConfig
 from ggam_fast.training.data.mixing import hard
@@ -52,7 +52,8 @@ def head_and_features(trained: Trained, inputs: Tensor) -> tuple[GGAMHead, Tenso
 class GuidedLoss(nn.Module):
     """The loss of a batch, and (loss, guidance loss, accuracy) without a graph.
 
-    Inputs are those of the trained module, maps or images. The fused loss is computed in a module's forward,
+    Inputs are those of the trained module, maps or images. `class_weights` (K,) weigh the cross entropy of
+    each class, as in `torch.nn.CrossEntropyLoss`. The fused loss is computed in a module's forward,
     because torch.compile and DistributedDataParallel wrap modules. DistributedDataParallel averages only
     gradients of what its own forward computes.
     """
@@ -64,19 +65,29 @@ class GuidedLoss(nn.Module):
         label_smoothing: float,
         device: torch.device,
         dtype: torch.dtype,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.trained = trained
         self._weights = {"guidance_weight": guidance_weight, "label_smoothing": label_smoothing}
+        # The fused loss knows no weights of classes.
+        self._weighted = None
+        if class_weights is not None:
+            self._weighted = GGAMLoss(guidance_weight, label_smoothing, weight=class_weights).to(device)
         self._device = device
         self._dtype = dtype
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self._device, self._dtype):
             head, features = head_and_features(self.trained, inputs)
-            loss, out = fused_ggam_loss(head, features, targets, **self._weights)
+            if self._weighted is None:
+                loss, out = fused_ggam_loss(head, features, targets, **self._weights)
+            else:
+                out = head(features, targets)
+                loss = self._weighted(out, targets)
+            assert out.guidance_loss is not None
         accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
-        return loss, torch.stack([loss.detach(), out.guidance_loss, accuracy])
+        return loss, torch.stack([loss.detach(), out.guidance_loss.detach(), accuracy])
 
 
 def create_head(backbone: Backbone, num_classes: int, options: HeadConfig) -> GGAMHead:

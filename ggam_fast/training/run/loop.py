@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
@@ -19,9 +20,10 @@ from ggam_fast.training.data.batches import Batches
 from ggam_fast.training.data.mixing import Mix
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.model.batch_statistics import estimated, settled
-from ggam_fast.training.model.classifier import GuidedLoss, Trained
+from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss, LastClassifier, Trained
 from ggam_fast.training.run.history import exhausted
 from ggam_fast.training.run.log import RunLog
+from ggam_fast.training.run.optimizer import Groups, create_optimizer, create_schedule
 from ggam_fast.training.run.resume_state import random_state, set_random_state
 from ggam_fast.training.show.console import Bar, Report, parts_of_loss
 from ggam_fast.training.system.compiling import compile_or_eager
@@ -32,22 +34,18 @@ logger = logging.getLogger(__name__)
 
 # Reading a number waits for the device, so the loop does not do it in every step.
 _READ_EVERY = 10
-_WARM_UP = 0.2
-_MOMENTUM = 0.9
 _NUMBERS = ("loss", "guidance", "accuracy")
 # Batches from which the statistics of batch norm are estimated again.
 _ESTIMATED_FROM = 50
-
-Groups = list[dict[str, Any]]
 
 
 class Trainer:
     """Trains `trained`, on maps or on images, as `optim` says.
 
     `groups`: the parameter groups, each with its highest learning rate `lr`. `num_classes`: number of
-    classes, for mixed targets. `steps`: number of optimizer steps so far. `history`: the numbers of every
-    finished epoch. `load_state_dict` continues bit for bit from a `state_dict` that was taken between two
-    steps.
+    classes, for mixed targets. `class_weights` (K,): weights in the cross entropy. `steps`: number of
+    optimizer steps so far. `history`: the numbers of every finished epoch. `load_state_dict` continues bit
+    for bit from a `state_dict` that was taken between two steps.
     """
 
     def __init__(
@@ -62,9 +60,10 @@ class Trainer:
         compile: bool = False,
         world: World = ALONE,
         check: Callable[[], None] = lambda: None,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.trained = trained
-        self.optimizer = _optimizer(groups, optim)
+        self.optimizer = create_optimizer(groups, optim)
         self.steps = 0
         self.history: list[dict[str, float]] = []
         self._optim = optim
@@ -73,6 +72,7 @@ class Trainer:
         self._compile = compile
         self._world = world
         self._check = check
+        self._class_weights = class_weights
         self._mix = Mix(num_classes, optim.mixup, optim.cutmix)
         # The scaler is on only for float16 on a GPU.
         self._scaler = torch.amp.GradScaler(
@@ -89,6 +89,22 @@ class Trainer:
         self._pending: dict[str, Any] | None = None
         self._train: Batches | None = None
         self._estimated: dict[str, tuple[int, nn.Module]] = {}
+
+    @property
+    def _has_backbone(self) -> bool:
+        return not isinstance(self.trained, GGAMHead)
+
+    @property
+    def _head_alone(self) -> bool:
+        """Whether the backbone is still frozen in the present epoch."""
+        return self._has_backbone and self._epoch <= self._optim.freeze_epochs
+
+    def _prepare(self) -> None:
+        """Set what is trained in the present epoch, and its mode."""
+        self.trained.train()
+        if not isinstance(self.trained, GGAMHead):
+            self.trained.backbone.requires_grad_(not self._head_alone)
+            self.trained.backbone.train(not self._head_alone)
 
     @property
     def averages(self) -> bool:
@@ -114,15 +130,38 @@ class Trainer:
             return module
         length = len(self._train)
         batches = (self._epoch - 1) * length + self._batch
-        if settled(module, batches):
+        frozen = self._optim.freeze_epochs * length if self._has_backbone else 0
+        if batches <= frozen:
+            return self._with_head_statistics(kind, module, batches)
+        if settled(module, batches - frozen):
             return module
         known = self._estimated.get(kind)
         if known is None or known[0] != batches:
-            # No training epoch has the number 0.
-            chosen = self._train.epoch(0, max(0, length - _ESTIMATED_FROM))
             with autocast(self._device, self._dtype):
-                known = self._estimated[kind] = batches, estimated(module, chosen, self._world)
+                known = batches, estimated(module, self._chosen(), self._world)
+            self._estimated[kind] = known
         return known[1]
+
+    def _with_head_statistics(self, kind: str, module: nn.Module, batches: int) -> nn.Module:
+        """The same while the head alone is trained. The backbone keeps its own statistics."""
+        whole = cast(GGAMClassifier | LastClassifier, module)
+        if settled(whole.head, batches):
+            return module
+        known = self._estimated.get(kind)
+        if known is None or known[0] != batches:
+            whole = copy.deepcopy(whole)
+            backbone = whole.backbone.eval()
+            features = ((backbone(inputs), labels) for inputs, labels in self._chosen())
+            with autocast(self._device, self._dtype):
+                whole.head = cast(GGAMHead, estimated(whole.head, features, self._world))
+            known = self._estimated[kind] = batches, whole
+        return known[1]
+
+    def _chosen(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches from which statistics are estimated."""
+        assert self._train is not None
+        # No training epoch has the number 0.
+        return self._train.epoch(0, max(0, len(self._train) - _ESTIMATED_FROM))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -191,9 +230,10 @@ class Trainer:
         """
         epochs, accumulate = self._optim.epochs, self._optim.accumulate
         self._train = train
-        self._schedule = _schedule(
-            self.optimizer, self._optim, (epochs - self._first) * -(-len(train) // accumulate)
+        self._schedule = create_schedule(
+            self.optimizer, self._optim, epochs - self._first, -(-len(train) // accumulate)
         )
+        head_alone = self._head_alone
         loss_of = self._step_function(train, report)
         if self._pending is not None:
             # The schedule must be made before this, because making it sets the rates of the first step.
@@ -208,6 +248,9 @@ class Trainer:
         quiet = Report.silent() if report is None else report
         with quiet.bar("training", epochs * len(train), (self._epoch - 1) * len(train) + self._batch) as bar:
             while self._epoch <= epochs and not self._exhausted():
+                if head_alone != self._head_alone:
+                    head_alone = self._head_alone
+                    loss_of = self._step_function(train, report)
                 numbers = self._run_epoch(train, loss_of, log, bar, save, save_every)
                 if not math.isfinite(numbers["loss"]):
                     raise TrainError(
@@ -254,7 +297,7 @@ class Trainer:
         save: Callable[[], object],
         save_every: int,
     ) -> dict[str, float]:
-        self.trained.train()
+        self._prepare()
         unread = images = 0
         began = read_at = time.monotonic()
         means: dict[str, float] = {}
@@ -328,16 +371,21 @@ class Trainer:
     def _step_function(
         self, train: Batches, report: Report | None
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`GuidedLoss` of the trained module, compiled if the options say so."""
+        """`GuidedLoss` of what is trained in the present epoch, compiled if the options say so."""
+        self._prepare()
         optim = self._optim
         step = GuidedLoss(
-            self.trained, optim.guidance_weight, optim.label_smoothing, self._device, self._dtype
+            self.trained,
+            optim.guidance_weight,
+            optim.label_smoothing,
+            self._device,
+            self._dtype,
+            self._class_weights,
         )
         if not self._compile:
             return self._world.wrap(step, self._device)
         if report is not None:
             logger.info("compiling the training step")
-        self.trained.train()
         with torch.random.fork_rng():
             inputs, targets = self._mix(*train.example())
 
@@ -346,37 +394,6 @@ class Trainer:
 
         # The compiler does not trace DistributedDataParallel, so it gets the module inside.
         return self._world.wrap(compile_or_eager(step, step, probe), self._device)
-
-
-def parameter_groups(trained: Trained, optim: OptimConfig) -> Groups:
-    """Parameter groups: the head at `lr` and what is trained of the backbone at `backbone_lr`."""
-    if isinstance(trained, GGAMHead):
-        return [{"params": list(trained.parameters()), "lr": optim.lr}]
-    return [
-        {"params": list(trained.head.parameters()), "lr": optim.lr},
-        {"params": list(trained.backbone.parameters()), "lr": optim.backbone_lr},
-    ]
-
-
-def _optimizer(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
-    if optim.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=optim.weight_decay, fused=True)
-    return torch.optim.AdamW(groups, weight_decay=optim.weight_decay, fused=True)
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if optim.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        total_steps=steps,
-        # OneCycleLR divides by zero if the warm-up is exactly one step.
-        pct_start=_WARM_UP + 1e-6 * (steps * _WARM_UP == 1),
-        cycle_momentum=False,
-    )
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ggam_fast.training.config.options import DataConfig, TrainConfig
+from ggam_fast.training.config.options import DataConfig, OptimConfig, TrainConfig
+from ggam_fast.training.data.balance import class_weights, row_weights
 from ggam_fast.training.data.batches import Batches, ImageBatches, MapBatches
 from ggam_fast.training.data.image_set import ImageFiles, ImageSet, eval_transform, train_transform, workers
 from ggam_fast.training.data.readers import read_images
@@ -129,6 +131,13 @@ def take_weights(model: GGAMClassifier, classes: tuple[str, ...], config: TrainC
     return hashlib.sha256(weights_file(run).read_bytes()).hexdigest()
 
 
+def loss_weights(images: ImageSet, optim: OptimConfig) -> Tensor | None:
+    """Weights (K,) of the classes in the cross entropy, None if all are the same."""
+    if optim.class_weights == "none":
+        return None
+    return class_weights(images.labels[images.splits["train"]], len(images.classes))
+
+
 def image_batches(
     images: ImageSet,
     model: GGAMClassifier,
@@ -138,22 +147,26 @@ def image_batches(
 ) -> dict[str, Batches]:
     """Batches of decoded images for every split. The training split is augmented and shuffled."""
     look = model.backbone.preprocessing
+    names = ("rand_augment", "color_jitter", "random_erasing")
+    augmentation: dict[str, Any] = {name: getattr(config.optim, name) for name in names}
     if config.data.resize is None:
         size, mean, std, _ = look
-        crops = train_transform(images, size, mean, std)
+        crops = train_transform(images, size, mean, std, **augmentation)
     else:
-        crops = train_transform(images, *look)
+        crops = train_transform(images, *look, **augmentation)
     batches: dict[str, Batches] = {}
     for split, rows in images.splits.items():
         train = split == "train"
         transform = crops if train else eval_transform(*look)
+        files = ImageFiles(images, split, transform)
         batches[split] = ImageBatches(
-            ImageFiles(images, split, transform),
+            files,
             min(config.optim.batch_size, len(rows)),
             device,
             workers(config.data, device),
             config.optim.seed if train else None,
             world,
+            row_weights(files.labels) if train and config.optim.balanced_sampling else None,
         )
     return batches
 
@@ -203,6 +216,9 @@ def map_batches(
             device,
             config.optim.seed if split == "train" else None,
             world,
+            row_weights(datasets[split].labels)
+            if split == "train" and config.optim.balanced_sampling
+            else None,
         )
         for split, file in files.items()
     }

@@ -23,13 +23,15 @@ from ggam_fast.training.run.artifacts import CURVES, GALLERY, METRICS, OPTIONS, 
 from ggam_fast.training.run.history import best_epoch, best_text
 from ggam_fast.training.run.log import RunLog
 from ggam_fast.training.run.loggers import check_loggers
-from ggam_fast.training.run.loop import Trainer, evaluate, parameter_groups
+from ggam_fast.training.run.loop import Trainer, evaluate
+from ggam_fast.training.run.optimizer import parameter_groups
 from ggam_fast.training.run.prepare import (
     check_images,
     create_classifier,
     divided,
     image_batches,
     load_images,
+    loss_weights,
     map_batches,
     take_weights,
 )
@@ -102,7 +104,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
     with run_folder(config.run, images.name, world) as out, InterruptGuard() as interrupt:
         trainer = Trainer(
             trained,
-            parameter_groups(trained, config.optim),
+            parameter_groups(trained, config.optim, model.backbone.model),
             config.optim,
             len(images.classes),
             device,
@@ -110,6 +112,7 @@ def _train(config: TrainConfig, report: Report, world: World) -> Outcome:
             compile=config.run.compile,
             world=world,
             check=interrupt.check,
+            class_weights=loss_weights(images, config.optim),
         )
         description = model_file.describe(model, images, config)
         description["init_from"] = taken

@@ -117,6 +117,36 @@ def test_batches_of_all_processes_larger_than_the_split_are_refused():
         Order(16, 9, 0, World(1, 2))
 
 
+def test_rows_are_drawn_by_their_weights():
+    weights = torch.tensor([1.0] * 90 + [9.0] * 10)
+    whole = Order(100, 5, 3, weights=weights)
+    rows = torch.cat([row for epoch in range(1, 21) for row in whole.batches(epoch)])
+    assert len(rows) == 20 * 100
+    assert 0.45 < (rows >= 90).float().mean() < 0.55
+    assert torch.cat(whole.batches(1)).equal(torch.cat(Order(100, 5, 3, weights=weights).batches(1)))
+    assert not torch.cat(whole.batches(1)).equal(torch.cat(whole.batches(2)))
+    shares = [Order(100, 5, 3, World(rank, 2), weights).batches(1) for rank in (0, 1)]
+    assert torch.cat([row for pair in zip(*shares, strict=True) for row in pair]).equal(
+        torch.cat(whole.batches(1))
+    )
+
+
+def test_a_row_that_is_drawn_twice_is_augmented_in_two_ways(images):
+    noisy = replace_transform(images, lambda image: torch.rand(3, 4, 4))
+    weights = torch.zeros(len(images))
+    weights[:2] = 1
+
+    def drawn(workers, start=0):
+        return torch.cat(
+            [x for x, _ in ImageBatches(noisy, 8, CPU, workers, 1, weights=weights).epoch(1, start)]
+        )
+
+    first = drawn(0)
+    assert len(first.flatten(1).unique(dim=0)) == len(first) == 48
+    assert drawn(1).equal(first)
+    assert drawn(0, start=2).equal(first[16:])
+
+
 @pytest.mark.parametrize("seed", [None, 3])
 def test_processes_share_the_rows_of_an_epoch(seed):
     parts = [Order(24, 4, seed, World(rank, 3)).batches(5) for rank in range(3)]
@@ -129,14 +159,14 @@ def test_augmentation_is_that_of_seed_epoch_and_row():
         def __getitem__(self, row):
             return torch.rand(4), row
 
-    def drawn(seed, epoch, row):
-        return _Seeded(Noise(), seed)[epoch, row][0]
+    def drawn(seed, epoch, row, place=0):
+        return _Seeded(Noise(), seed)[epoch, row, place][0]
 
     before = torch.get_rng_state()
     first = drawn(0, 1, 2)
     assert torch.get_rng_state().equal(before)
     assert drawn(0, 1, 2).equal(first)
-    assert not any(drawn(*other).equal(first) for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)))
+    assert not any(drawn(*other).equal(first) for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 1, 2, 7)))
 
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGTERM from the parent"])

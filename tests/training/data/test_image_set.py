@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ggam_fast.training.data.image_set import ImageFiles, eval_transform, read_image
+from ggam_fast.training.data.image_set import ImageFiles, eval_transform, read_image, train_transform
 from ggam_fast.training.data.readers import folder
 from ggam_fast.training.data.scan import scan
 from ggam_fast.training.errors import TrainError
@@ -43,6 +43,39 @@ def test_transform_resizes_the_shorter_side_and_crops_the_centre(photos):
     assert tensor.shape == (3, 32, 32)
     assert tensor.abs().max() <= 1
     assert tensor[0].mean() > tensor[1].mean() + 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({}, 0.0),
+        ({"random_erasing": 0.9}, 0.6),
+        ({"color_jitter": 0.4}, 0.99),
+        ({"rand_augment": 9}, 0.6),
+        ({"rand_augment": 9, "color_jitter": 0.4, "random_erasing": 0.9}, 0.99),
+    ],
+    ids=str,
+)
+def test_augmentation_changes_training_images(photos, options, changed):
+    images = replace(folder.read(photos, photos), flips=((),))
+    image = read_image(photos / "red" / "0.png").resize((48, 48))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def drawn(seed, **options):
+        torch.manual_seed(seed)
+        return train_transform(images, 32, mean, std, 48, **options)(image)
+
+    different = []
+    for seed in range(30):
+        plain, found = drawn(seed), drawn(seed, **options)
+        assert found.shape == (3, 32, 32)
+        assert found.dtype == torch.float32
+        assert found.equal(drawn(seed, **options))
+        different.append(not found.equal(plain))
+        if options.keys() == {"random_erasing"} and different[-1]:
+            assert (found[found != plain] == 0).all()  # the mean colour
+    assert sum(different) / 30 >= changed
+    assert any(different) == bool(options)
 
 
 def test_flips_come_after_all_plain_images(photos):

@@ -40,3 +40,21 @@ def test_a_step_is_that_of_the_loss_in_two_parts(targets, whole, detach):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
     for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("targets", ["labels", "mixed"])
+def test_classes_are_weighted_in_the_cross_entropy_alone(targets):
+    import ggam_fast
+    from ggam_fast.training.model.classifier import GuidedLoss
+
+    torch.manual_seed(0)
+    head = ggam_fast.GGAMHead(8, 3, hidden_size=0, rd_channels=4, cam_norm="standardized")
+    features, labels = torch.randn(6, 8, 2, 2).relu(), torch.arange(6) % 3
+    target = torch.rand(6, 3).softmax(1) if targets == "mixed" else labels
+    weights = torch.tensor([0.5, 1.0, 4.0])
+    loss, numbers = GuidedLoss(head, 0.5, 0.1, torch.device("cpu"), torch.float32, weights)(features, target)
+    out = head(features, target)
+    entropy = torch.nn.functional.cross_entropy(out.logits, target, weights, label_smoothing=0.1)
+    torch.testing.assert_close(loss, entropy + 0.5 * out.guidance_loss)
+    assert numbers[1].item() == pytest.approx(out.guidance_loss.item())
+    assert not numbers.requires_grad

@@ -10,26 +10,15 @@ from timm.utils.model_ema import ModelEmaV3
 
 from ggam_fast.training import load_checkpoint
 from ggam_fast.training.config.options import OptimConfig
+from ggam_fast.training.data.balance import class_weights, row_weights
+from ggam_fast.training.data.batches import MapBatches
 from ggam_fast.training.errors import TrainError
 from ggam_fast.training.model.batch_statistics import settled
-from ggam_fast.training.run.loop import Trainer, _schedule
+from ggam_fast.training.run.loop import Trainer
 from ggam_fast.training.run.prepare import image_batches, load_images
 from ggam_fast.training.run.train import train
+from tests.training.run.stopped import Stopped, stop_after
 from tests.training.runs import numbers, said, with_
-
-
-def test_cosine_falls_from_the_highest_rate_to_nothing():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.5)
-    schedule = _schedule(optimizer, OptimConfig(schedule="cosine"), 10)
-    rates = []
-    for _ in range(10):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[0] == 0.5
-    assert rates == sorted(rates, reverse=True)
-    assert schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
 def fitted(head, batches, **options) -> Trainer:
@@ -41,18 +30,16 @@ def fitted(head, batches, **options) -> Trainer:
 
 @pytest.fixture
 def maps():
-    from ggam_fast.training.data.batches import MapBatches
-
     features = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(16) % 3
     return lambda size: MapBatches(features, labels, size, torch.device("cpu"), shuffle_seed=0)
 
 
-def new_head(hidden_size=0):
+def new_head(hidden_size=0, classes=3):
     import ggam_fast
 
     torch.manual_seed(0)
-    return ggam_fast.GGAMHead(8, 3, hidden_size=hidden_size, rd_channels=4)
+    return ggam_fast.GGAMHead(8, classes, hidden_size=hidden_size, rd_channels=4)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(maps):
@@ -145,6 +132,47 @@ def test_averaged_and_last_weights_are_compared(tiny_config, report, elsewhere, 
     assert "a lower --ema than 0.999 may help" in said(report)
 
 
+@pytest.mark.parametrize("how", ["plain", "class weights", "balanced sampling"])
+def test_a_rare_class_counts_as_much_as_a_frequent_one(how):
+    """Of images that look all the same, a classifier learns how often each class counts."""
+    labels = torch.tensor([0] * 14 + [1] * 2)
+    features = torch.ones(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    device, head = torch.device("cpu"), new_head(classes=2)
+    rows = row_weights(labels) if how == "balanced sampling" else None
+    classes = class_weights(labels, 2) if how == "class weights" else None
+    optim = OptimConfig(epochs=60, lr=0.1, weight_decay=0, guidance_weight=0)
+    groups = [{"params": list(head.parameters()), "lr": 0.1}]
+    fit = Trainer(head, groups, optim, 2, device, class_weights=classes)
+    fit.run(MapBatches(features, labels, 16, device, shuffle_seed=0, weights=rows), None)
+    rare = head.eval()(features[:1]).softmax(1)[0, 1].item()
+    assert rare == pytest.approx(1 / 8 if how == "plain" else 1 / 2, abs=0.1)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_options_for_rare_classes_reach_the_loop(tiny_config, report, monkeypatch, photos, finetune):
+    for index in range(3, 10):
+        (photos / "red" / f"{index}.png").unlink()
+    seen = []
+
+    def stop(trainer, batches, *_, **__):
+        seen.append((trainer, batches))
+        raise Stopped
+
+    monkeypatch.setattr(Trainer, "run", stop)
+    tuned = replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=finetune))
+    for options in {"class_weights": "balanced"}, {"balanced_sampling": True}:
+        config = with_(replace(tuned, run=replace(tuned.run, overwrite=True)), **options)
+        with pytest.raises(Stopped):
+            train(config, report)
+    (weighted, shuffled), (plain, drawn) = seen
+    images = load_images(tiny_config.data)
+    counts = images.labels[images.splits["train"]].bincount()
+    assert (weighted._class_weights * counts).allclose(torch.full((3,), counts.sum() / 3))
+    assert plain._class_weights is shuffled.order.weights is None
+    assert len(drawn.order.weights) == counts.sum() * (1 if finetune else len(images.flips))
+    assert drawn.order.weights.sum().item() == pytest.approx(3)
+
+
 def test_gradients_are_clipped(maps):
     before = new_head()
     fit = fitted(new_head(), maps(16), clip_grad=1e-3)
@@ -152,18 +180,6 @@ def test_gradients_are_clipped(maps):
         [(a - b).flatten() for a, b in zip(fit.trained.parameters(), before.parameters(), strict=True)]
     )
     assert moved.norm().item() == pytest.approx(0.1 * 1e-3, rel=0.05)
-
-
-@pytest.mark.parametrize("steps", range(1, 12))
-def test_one_cycle_of_any_length(steps):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    schedule = _schedule(optimizer, OptimConfig(), steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert 0 < min(rates) <= max(rates) <= 0.1
 
 
 @pytest.mark.slow
@@ -193,3 +209,35 @@ def test_diverged_run_is_an_error(tiny_config, report):
     with pytest.raises(TrainError, match=r"training loss of epoch \d is (nan|inf)"):
         train(replace(tiny_config, optim=replace(tiny_config.optim, lr=1e30)), report)
     assert not (tiny_config.run.out / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("tuned", [{"finetune": True}, {"finetune_from": "layer4"}])
+def test_the_head_is_trained_alone_at_first(tiny_config, report, elsewhere, monkeypatch, tuned):
+    config = replace(tiny_config, backbone=replace(tiny_config.backbone, **tuned))
+    config = with_(config, freeze_epochs=2, lr=3e-3, ema=0.9)
+    states = []
+    run_epoch = Trainer._run_epoch
+
+    def recorded(trainer, *arguments):
+        before = copy.deepcopy(trainer.trained.backbone.state_dict())
+        found = run_epoch(trainer, *arguments)
+        after = trainer.trained.backbone.state_dict()
+        states.append(all(value.equal(before[name]) for name, value in after.items()))
+        with torch.no_grad():
+            tested = trainer.last.backbone.state_dict()
+        assert not states[-1] or all(value.equal(before[name]) for name, value in tested.items())
+        return found
+
+    monkeypatch.setattr(Trainer, "_run_epoch", recorded)
+    train(config, report)
+    assert states == [True, True, False, False]  # weights, and statistics of batch norm
+    whole = numbers(config.run.out)
+    stopped = elsewhere(config, "stopped")
+    for killed_after in (3, 3):  # in the frozen epochs and after them
+        with monkeypatch.context() as patch:
+            stop_after(patch, killed_after * (2 if "finetune_from" in tuned else 1) + 2)
+            with pytest.raises(Stopped):
+                train(stopped, report)
+        stopped = replace(stopped, run=replace(stopped.run, resume=stopped.run.out))
+    train(stopped, report)
+    assert numbers(stopped.run.out) == whole

@@ -8,6 +8,7 @@ import torch
 
 from ggam_fast.training import load_checkpoint
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.run import prepare
 from ggam_fast.training.run.prepare import create_classifier
 from ggam_fast.training.run.train import train
 from tests.training.runs import numbers, said, with_
@@ -95,6 +96,18 @@ def test_last_layers_are_trained_on_what_enters_them(tiny_config, report):
         found = load_checkpoint(tuned.run.out.with_name(name)).model.backbone.state_dict()
         moved = {k: (found[k] - before[k]).abs().max() for k in last if k.endswith("weight")}
         assert 0 <= max(moved.values()) < (1e-7 if name == "both" else 3e-4)
+
+
+def test_augmentation_of_images_reaches_the_run(tiny_config, report, monkeypatch):
+    seen = []
+    transform = prepare.train_transform
+    monkeypatch.setattr(
+        prepare, "train_transform", lambda *a, **options: seen.append(options) or transform(*a, **options)
+    )
+    options = {"rand_augment": 5, "color_jitter": 0.2, "random_erasing": 0.3}
+    config = with_(replace(tiny_config, backbone=replace(tiny_config.backbone, finetune=True)), **options)
+    assert train(with_(config, epochs=1), report).metrics is not None
+    assert seen == [options]
 
 
 def test_validation_split_is_followed(tiny_config, report, photos):

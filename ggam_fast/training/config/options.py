@@ -98,6 +98,11 @@ class HeadConfig:
     """Kullback-Leibler divergence of the guidance loss."""
     guidance_reduction: Literal["mean", "sum"] = "mean"
     """How the guidance losses of a batch become one number."""
+    position_guidance: Literal["none", "relu", "standardized_softmax"] = "none"
+    """Target of the spatial attention, made from the class activation map. Its loss KL(q, T) is added to the
+    others, times --position-weight. It needs spatial attention and --spatial-norm softmax."""
+    position_temperature: float = 1.0
+    """Divides the z-scores of the class activation map, with --position-guidance standardized_softmax."""
 
     @classmethod
     def from_preset(cls, name: Literal["paper", "release"]) -> HeadConfig:
@@ -153,6 +158,8 @@ class OptimConfig:
     loss."""
     guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
+    position_weight: float = 1.0
+    """Weight of the position loss, with --position-guidance."""
     seed: int = 0
     """Seed of initial weights, batches and augmentation."""
 
@@ -206,6 +213,7 @@ class TrainConfig:
             ("--mixup", optim.mixup, 0, infinity),
             ("--cutmix", optim.cutmix, 0, infinity),
             ("--guidance-weight", optim.guidance_weight, 0, infinity),
+            ("--position-weight", optim.position_weight, 0, infinity),
             ("--label-smoothing", optim.label_smoothing, 0, 1),
             ("--ema", optim.ema, 0, 1),
             ("--seed", optim.seed, -(2**63), 2**63),
@@ -213,11 +221,20 @@ class TrainConfig:
             if value is not None and not (least <= value < below):
                 ending = "or more" if below == infinity else f"or more and below {below}"
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
+        if optim.position_weight not in (0, OptimConfig.position_weight) and not self.guides_positions:
+            raise TrainError(
+                "--position-weight needs --position-guidance relu or standardized_softmax; got "
+                f"--position-weight {optim.position_weight:g}"
+            )
         if optim.cutmix and not self.backbone.finetune:
             raise TrainError(
                 "--cutmix pastes patches of images, but the maps of a frozen backbone are computed earlier; "
                 f"use --mixup or --finetune; got --cutmix {optim.cutmix}"
             )
+
+    @property
+    def guides_positions(self) -> bool:
+        return self.head.position_guidance != "none"
 
     def values(self) -> dict[str, Any]:
         """Every option by its own name, without the sections."""

@@ -28,6 +28,8 @@ class GGAMClassifier(nn.Module):
 class GuidedLoss(nn.Module):
     """The loss of a batch, and (loss, guidance loss, accuracy) without a graph.
 
+    If the head guides positions, the position loss is a fourth number.
+
     Inputs are maps for a head and images for a classifier. The fused loss is computed in a module's forward,
     because torch.compile and DistributedDataParallel wrap modules. DistributedDataParallel averages only
     gradients of what its own forward computes.
@@ -40,10 +42,13 @@ class GuidedLoss(nn.Module):
         label_smoothing: float,
         device: torch.device,
         dtype: torch.dtype,
+        position_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.trained = trained
         self._weights = {"guidance_weight": guidance_weight, "label_smoothing": label_smoothing}
+        if guides_positions(trained):
+            self._weights["position_weight"] = position_weight
         self._device = device
         self._dtype = dtype
 
@@ -56,7 +61,16 @@ class GuidedLoss(nn.Module):
                 head, features = trained, inputs
             loss, out = fused_ggam_loss(head, features, targets, **self._weights)
         accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
-        return loss, torch.stack([loss.detach(), out.guidance_loss, accuracy])
+        numbers = [loss.detach(), out.guidance_loss, accuracy]
+        if out.position_loss is not None:
+            numbers.append(out.position_loss)
+        return loss, torch.stack(numbers)
+
+
+def guides_positions(trained: nn.Module) -> bool:
+    """Whether the head, or the head of the classifier, guides positions."""
+    head = trained.head if isinstance(trained, GGAMClassifier) else trained
+    return isinstance(head, GGAMHead) and head.position_guidance != "none"
 
 
 def create_head(backbone: Backbone, num_classes: int, options: HeadConfig) -> GGAMHead:

@@ -15,6 +15,7 @@ from ggam_fast.training.system.files import write_atomically
 _LOSSES = (
     ("cross_entropy", "training, cross entropy", BLUE, "-"),
     ("guidance", "training, lambda x guidance", ORANGE, ":"),
+    ("positions", "training, weighted position loss", GREEN, ":"),
     ("val_loss", "validation, cross entropy", VERMILION, "-"),
     ("val_loss_last", "validation, last weights", GREEN, "--"),
 )
@@ -26,7 +27,11 @@ _ACCURACIES = (
 
 
 def draw_curves(
-    path: Path, history: Sequence[Mapping[str, float]], best: int, guidance_weight: float
+    path: Path,
+    history: Sequence[Mapping[str, float]],
+    best: int,
+    guidance_weight: float,
+    position_weight: float = 0.0,
 ) -> Path:
     """Draw the numbers of every epoch into a PNG file. A grey line marks the epoch with index `best`.
 
@@ -35,8 +40,9 @@ def draw_curves(
     """
     figure = new_figure(10, 3.8)
     losses, accuracies = figure.subplots(1, 2)
-    _panel(losses, history, _LOSSES, best, guidance_weight)
-    _panel(accuracies, history, _ACCURACIES, best, 1.0)
+    weights = {"guidance": guidance_weight, "positions": position_weight}
+    _panel(losses, history, _LOSSES, best, weights)
+    _panel(accuracies, history, _ACCURACIES, best, {})
     losses.set_ylabel("loss")
     losses.set_ylim(bottom=0)
     accuracies.set_ylabel("accuracy")
@@ -50,13 +56,13 @@ def _panel(
     history: Sequence[Mapping[str, float]],
     curves: Sequence[tuple[str, str, str, str]],
     best: int,
-    guidance_weight: float,
+    weights: Mapping[str, float],
 ) -> None:
     for name, label, colour, style in curves:
         # Epochs of older versions lack some numbers.
         points = [(epoch["epoch"], epoch[name]) for epoch in history if name in epoch]
-        if name == "guidance":
-            points = [(epoch, guidance_weight * value) for epoch, value in points] if guidance_weight else []
+        weight = weights.get(name, 1.0)
+        points = [(epoch, weight * value) for epoch, value in points] if weight else []
         if points:
             epochs, values = zip(*points, strict=True)
             marker = "o" if len(history) < 30 else None

@@ -16,6 +16,8 @@ from tests.training.runs import with_
         ({"label_smoothing": -0.1}, "--label-smoothing"),
         ({"accumulate": 0}, "--accumulate"),
         ({"cutmix": 1.0}, "--cutmix pastes patches of images"),
+        ({"position_weight": -1.0}, "--position-weight must be 0 or more; got -1.0"),
+        ({"position_weight": 3.0}, "--position-weight needs --position-guidance relu"),
     ],
 )
 def test_options_out_of_range(tiny_config, options, words):

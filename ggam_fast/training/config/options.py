@@ -108,6 +108,11 @@ class HeadConfig:
     """Kullback-Leibler divergence of the guidance loss."""
     guidance_reduction: Literal["mean", "sum"] = "mean"
     """How the guidance losses of a batch become one number."""
+    position_guidance: Literal["none", "relu", "standardized_softmax"] = "none"
+    """Target of the spatial attention, made from the class activation map. Its loss KL(q, T) is added to the
+    others, times --position-weight. It needs spatial attention and --spatial-norm softmax."""
+    position_temperature: float = 1.0
+    """Divides the z-scores of the class activation map, with --position-guidance standardized_softmax."""
 
     @classmethod
     def from_preset(cls, name: Literal["paper", "release"]) -> HeadConfig:
@@ -181,6 +186,8 @@ class OptimConfig:
     loss."""
     guidance_weight: float = 1e-3
     """Lambda: the loss is cross entropy + lambda * guidance."""
+    position_weight: float = 1.0
+    """Weight of the position loss, with --position-guidance."""
     seed: int = 0
     """Seed of initial weights, batches and augmentation."""
 
@@ -251,6 +258,7 @@ class TrainConfig:
             ("--mixup", optim.mixup, 0, infinity),
             ("--cutmix", optim.cutmix, 0, infinity),
             ("--guidance-weight", optim.guidance_weight, 0, infinity),
+            ("--position-weight", optim.position_weight, 0, infinity),
             ("--label-smoothing", optim.label_smoothing, 0, 1),
             ("--rand-augment", optim.rand_augment, 0, 31),
             ("--color-jitter", optim.color_jitter, 0, 1),
@@ -262,6 +270,11 @@ class TrainConfig:
                 ending = "or more" if below == infinity else f"or more and below {below}"
                 raise TrainError(f"{name} must be {least} {ending}; got {value}")
         self._check_trained_backbone()
+        if optim.position_weight not in (0, OptimConfig.position_weight) and not self.guides_positions:
+            raise TrainError(
+                "--position-weight needs --position-guidance relu or standardized_softmax; got "
+                f"--position-weight {optim.position_weight:g}"
+            )
         if optim.balanced_sampling and optim.class_weights == "balanced":
             raise TrainError(
                 "--balanced-sampling and --class-weights balanced both favour rare classes; leave out one"
@@ -298,6 +311,10 @@ class TrainConfig:
         ):
             if value != without and not backbone.finetune and backbone.finetune_from is None:
                 raise TrainError(f"{name} {value:g} needs a trained backbone: --finetune or --finetune-from")
+
+    @property
+    def guides_positions(self) -> bool:
+        return self.head.position_guidance != "none"
 
     def values(self) -> dict[str, Any]:
         """Every option by its own name, without the sections."""

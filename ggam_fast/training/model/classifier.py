@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,8 @@ def head_and_features(trained: Trained, inputs: Tensor) -> tuple[GGAMHead, Tenso
 class GuidedLoss(nn.Module):
     """The loss of a batch, and (loss, guidance loss, accuracy) without a graph.
 
+    If the head guides positions, the position loss is a fourth number.
+
     Inputs are those of the trained module, maps or images. `class_weights` (K,) weigh the cross entropy of
     each class, as in `torch.nn.CrossEntropyLoss`. The fused loss is computed in a module's forward,
     because torch.compile and DistributedDataParallel wrap modules. DistributedDataParallel averages only
@@ -66,14 +70,20 @@ class GuidedLoss(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         class_weights: Tensor | None = None,
+        position_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.trained = trained
-        self._weights = {"guidance_weight": guidance_weight, "label_smoothing": label_smoothing}
+        self._weights: dict[str, Any] = {
+            "guidance_weight": guidance_weight,
+            "label_smoothing": label_smoothing,
+        }
+        if guides_positions(trained):
+            self._weights["position_weight"] = position_weight
         # The fused loss knows no weights of classes.
         self._weighted = None
         if class_weights is not None:
-            self._weighted = GGAMLoss(guidance_weight, label_smoothing, weight=class_weights).to(device)
+            self._weighted = GGAMLoss(**self._weights, weight=class_weights).to(device)
         self._device = device
         self._dtype = dtype
 
@@ -85,9 +95,17 @@ class GuidedLoss(nn.Module):
             else:
                 out = head(features, targets)
                 loss = self._weighted(out, targets)
-            assert out.guidance_loss is not None
         accuracy = (out.logits.argmax(1) == hard(targets)).float().mean()
-        return loss, torch.stack([loss.detach(), out.guidance_loss.detach(), accuracy])
+        numbers = [loss.detach(), out.guidance_loss.detach(), accuracy]
+        if out.position_loss is not None:
+            numbers.append(out.position_loss.detach())
+        return loss, torch.stack(numbers)
+
+
+def guides_positions(trained: Trained) -> bool:
+    """Whether the head guides positions."""
+    head = trained if isinstance(trained, GGAMHead) else trained.head
+    return head.position_guidance != "none"
 
 
 def create_head(backbone: Backbone, num_classes: int, options: HeadConfig) -> GGAMHead:

@@ -132,8 +132,9 @@ class RunArtifacts:
         """Draw the learning curves of the finished epochs, if there are any."""
         history = self._trainer.history
         if self._world.is_main and history:
-            weight = self._description["optim"]["guidance_weight"]
-            draw_curves(self._out / CURVES, history, best_epoch(history, self._best_by), weight)
+            optim = self._description["optim"]
+            weights = optim["guidance_weight"], optim.get("position_weight", 0.0)
+            draw_curves(self._out / CURVES, history, best_epoch(history, self._best_by), *weights)
 
     def save_result(self) -> Path:
         self._save(model_file.WEIGHTS)

@@ -20,7 +20,13 @@ from ggam_fast.training.data.batches import Batches
 from ggam_fast.training.data.mixing import Mix
 from ggam_fast.training.errors import Interrupted, TrainError
 from ggam_fast.training.model.batch_statistics import estimated, settled
-from ggam_fast.training.model.classifier import GGAMClassifier, GuidedLoss, LastClassifier, Trained
+from ggam_fast.training.model.classifier import (
+    GGAMClassifier,
+    GuidedLoss,
+    LastClassifier,
+    Trained,
+    guides_positions,
+)
 from ggam_fast.training.run.history import exhausted
 from ggam_fast.training.run.log import RunLog
 from ggam_fast.training.run.optimizer import Groups, create_optimizer, create_schedule
@@ -85,7 +91,8 @@ class Trainer:
         self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         self._epoch, self._batch = 1, 0
         self._first = 0  # finished epochs when the present schedule began
-        self._sums = torch.zeros(len(_NUMBERS), device=device)
+        self._numbers = (*_NUMBERS, "positions") if guides_positions(trained) else _NUMBERS
+        self._sums = torch.zeros(len(self._numbers), device=device)
         self._pending: dict[str, Any] | None = None
         self._train: Batches | None = None
         self._estimated: dict[str, tuple[int, nn.Module]] = {}
@@ -105,6 +112,11 @@ class Trainer:
         if not isinstance(self.trained, GGAMHead):
             self.trained.backbone.requires_grad_(not self._head_alone)
             self.trained.backbone.train(not self._head_alone)
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Those of the guidance and of the position loss."""
+        return self._optim.guidance_weight, self._optim.position_weight
 
     @property
     def averages(self) -> bool:
@@ -265,7 +277,7 @@ class Trainer:
                 self.history.append({"epoch": self._epoch, **numbers})
                 if log is not None:
                     log.numbers("epoch", self.steps, self.history[-1])
-                quiet.epoch(self.history[-1], epochs, self._optim.guidance_weight)
+                quiet.epoch(self.history[-1], epochs, self._weights)
                 self._epoch, self._batch = self._epoch + 1, 0
                 self._sums.zero_()
                 save()
@@ -321,10 +333,10 @@ class Trainer:
                     save()
             if unread == _READ_EVERY or last:
                 totals = torch.stack(self._world.gather(self._sums.cpu())).mean(0) / self._batch
-                means = dict(zip(_NUMBERS, totals.tolist(), strict=True))
-                means["cross_entropy"] = max(
-                    0.0, means["loss"] - self._optim.guidance_weight * means["guidance"]
-                )
+                means = dict(zip(self._numbers, totals.tolist(), strict=True))
+                guided = self._optim.guidance_weight * means["guidance"]
+                guided += self._optim.position_weight * means.get("positions", 0.0)
+                means["cross_entropy"] = max(0.0, means["loss"] - guided)
                 now = time.monotonic()
                 speed = unread * len(labels) * self._world.size / (now - read_at)
                 if log is not None:
@@ -332,7 +344,7 @@ class Trainer:
                     log.numbers("train", self.steps, {**means, "lr": rate, "images_per_second": speed})
                 bar.advance(
                     unread,
-                    f"{parts_of_loss(means, self._optim.guidance_weight)}"
+                    f"{parts_of_loss(means, *self._weights)}"
                     f"  training accuracy {means['accuracy']:.3f}  {speed:.0f} images/s",
                     f"epoch {self._epoch}/{self._optim.epochs}",
                 )
@@ -381,6 +393,7 @@ class Trainer:
             self._device,
             self._dtype,
             self._class_weights,
+            optim.position_weight,
         )
         if not self._compile:
             return self._world.wrap(step, self._device)

@@ -21,11 +21,14 @@ _LINES = ((BLUE, "-"), (VERMILION, "--"), (GREEN, ":"))
 
 
 def learning_curves(
-    history: Sequence[Mapping[str, float]], best: int, guidance_weight: float
+    history: Sequence[Mapping[str, float]], best: int, weights: Mapping[str, float]
 ) -> tuple[Figure, Figure]:
-    """The losses and the accuracies of every epoch. A grey line marks the epoch with index `best`."""
+    """The losses and the accuracies of every epoch. A grey line marks the epoch with index `best`.
+
+    `weights`: those of the guidance and of the position loss.
+    """
     losses, accuracies = _chart(), _chart()
-    loss_panel(losses, history, best, guidance_weight)
+    loss_panel(losses, history, best, weights)
     accuracy_panel(accuracies, history, best)
     return losses.figure, accuracies.figure  # type: ignore[return-value]
 

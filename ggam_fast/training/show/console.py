@@ -57,15 +57,14 @@ class Bar:
             )
 
 
-def parts_of_loss(numbers: Mapping[str, float], guidance_weight: float) -> str:
-    """The training loss as the sum that it is: cross entropy + lambda * guidance."""
-    entropy, guidance = numbers["cross_entropy"], numbers["guidance"]
-    if not guidance_weight:
-        return f"loss: cross entropy {entropy:.4g}"
-    return (
-        f"loss {numbers['loss']:.4g} = cross entropy {entropy:.4g}"
-        f" + guidance {guidance_weight * guidance:.4g} ({guidance_weight:g} x {guidance:.4g})"
-    )
+def parts_of_loss(numbers: Mapping[str, float], guidance_weight: float, position_weight: float = 0.0) -> str:
+    """The training loss as the sum that it is: cross entropy + lambda * guidance, and the position loss."""
+    entropy = f"cross entropy {numbers['cross_entropy']:.4g}"
+    rest = ""
+    for name, weight in (("guidance", guidance_weight), ("positions", position_weight)):
+        if weight and name in numbers:
+            rest += f" + {name} {weight * numbers[name]:.4g} ({weight:g} x {numbers[name]:.4g})"
+    return f"loss {numbers['loss']:.4g} = {entropy}{rest}" if rest else f"loss: {entropy}"
 
 
 class Report:
@@ -101,7 +100,7 @@ class Report:
     def note(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
-    def epoch(self, numbers: dict[str, float], epochs: int, guidance_weight: float) -> None:
+    def epoch(self, numbers: dict[str, float], epochs: int, weights: tuple[float, float]) -> None:
         val = ""
         if "val_accuracy" in numbers:
             val = f"  validation loss {numbers['val_loss']:.4g}  validation accuracy"
@@ -109,7 +108,7 @@ class Report:
         if "val_accuracy_last" in numbers:
             val += f" (averaged weights; last weights {numbers['val_accuracy_last']:.3f})"
         self.note(
-            f"epoch {numbers['epoch']}/{epochs}  {parts_of_loss(numbers, guidance_weight)}"
+            f"epoch {numbers['epoch']}/{epochs}  {parts_of_loss(numbers, *weights)}"
             f"  training accuracy {numbers['accuracy']:.3f}{val}"
             f"  {numbers['images_per_second']:.0f} images/s"
         )

@@ -15,6 +15,7 @@ from ggam_fast.training.system.files import write_atomically
 _LOSSES = (
     ("cross_entropy", "training, cross entropy", BLUE, "-"),
     ("guidance", "training, lambda x guidance", ORANGE, ":"),
+    ("positions", "training, weighted position loss", GREEN, ":"),
     ("val_loss", "validation, cross entropy", VERMILION, "-"),
     ("val_loss_last", "validation, last weights", GREEN, "--"),
 )
@@ -26,7 +27,11 @@ _ACCURACIES = (
 
 
 def draw_curves(
-    path: Path, history: Sequence[Mapping[str, float]], best: int, guidance_weight: float
+    path: Path,
+    history: Sequence[Mapping[str, float]],
+    best: int,
+    guidance_weight: float,
+    position_weight: float = 0.0,
 ) -> Path:
     """Draw the numbers of every epoch into a PNG file. A grey line marks the epoch with index `best`.
 
@@ -35,22 +40,25 @@ def draw_curves(
     """
     figure = new_figure(10, 3.8)
     losses, accuracies = figure.subplots(1, 2)
-    loss_panel(losses, history, best, guidance_weight)
+    weights = {"guidance": guidance_weight, "positions": position_weight}
+    loss_panel(losses, history, best, weights)
     accuracy_panel(accuracies, history, best)
     write_atomically(path, lambda part: figure.savefig(part))
     return path
 
 
-def loss_panel(axes: Axes, history: Sequence[Mapping[str, float]], best: int, guidance_weight: float) -> None:
-    """Draw the losses of every epoch."""
-    _panel(axes, history, _LOSSES, best, guidance_weight)
+def loss_panel(
+    axes: Axes, history: Sequence[Mapping[str, float]], best: int, weights: Mapping[str, float]
+) -> None:
+    """Draw the losses of every epoch, those in `weights` times their weight."""
+    _panel(axes, history, _LOSSES, best, weights)
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
 
 
 def accuracy_panel(axes: Axes, history: Sequence[Mapping[str, float]], best: int) -> None:
     """Draw the accuracies of every epoch."""
-    _panel(axes, history, _ACCURACIES, best, 1.0)
+    _panel(axes, history, _ACCURACIES, best, {})
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1.02)
 
@@ -60,13 +68,13 @@ def _panel(
     history: Sequence[Mapping[str, float]],
     curves: Sequence[tuple[str, str, str, str]],
     best: int,
-    guidance_weight: float,
+    weights: Mapping[str, float],
 ) -> None:
     for name, label, colour, style in curves:
         # Epochs of older versions lack some numbers.
         points = [(epoch["epoch"], epoch[name]) for epoch in history if name in epoch]
-        if name == "guidance":
-            points = [(epoch, guidance_weight * value) for epoch, value in points] if guidance_weight else []
+        weight = weights.get(name, 1.0)
+        points = [(epoch, weight * value) for epoch, value in points] if weight else []
         if points:
             epochs, values = zip(*points, strict=True)
             marker = "o" if len(history) < 30 else None

@@ -95,7 +95,8 @@ def page(
     `seen`: every evaluated image. `worst`, `others`: pictures of the worst errors and of other images.
     """
     found, classes = results["classification"], results["classes"]
-    weight = results["run"]["optim"]["guidance_weight"]
+    optim = results["run"]["optim"]
+    weights = {"guidance": optim["guidance_weight"], "positions": optim.get("position_weight", 0.0)}
     faithful = results["faithfulness"]
     pictures = [
         [(example.row, seen[example.row], _panels(example, seen)) for example in some]
@@ -109,7 +110,7 @@ def page(
         found=found,
         tiles=_tiles(found),
         resamples=RESAMPLES,
-        training=None if training is None else [svg(one) for one in learning_curves(*training, weight)],
+        training=None if training is None else [svg(one) for one in learning_curves(*training, weights)],
         best=None if training is None else training.history[training.best]["epoch"],
         reliability=svg(reliability_diagram(found["reliability"])),
         localisation=localisation_rows(results["localisation"]) if results["localisation"] else None,

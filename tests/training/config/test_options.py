@@ -30,6 +30,8 @@ from tests.training.runs import with_
         ({"random_erasing": 0.2}, "--random-erasing changes images"),
         ({"balanced_sampling": True, "class_weights": "balanced"}, "leave out one"),
         ({"optimizer": "nonesuch"}, "--optimizer must be one of .*lion, .*muon.*; got nonesuch"),
+        ({"position_weight": -1.0}, "--position-weight must be 0 or more; got -1.0"),
+        ({"position_weight": 3.0}, "--position-weight needs --position-guidance relu"),
     ],
 )
 def test_options_out_of_range(tiny_config, options, words):

@@ -58,3 +58,34 @@ def test_classes_are_weighted_in_the_cross_entropy_alone(targets):
     torch.testing.assert_close(loss, entropy + 0.5 * out.guidance_loss)
     assert numbers[1].item() == pytest.approx(out.guidance_loss.item())
     assert not numbers.requires_grad
+
+
+def test_the_position_loss_is_a_fourth_number():
+    import ggam_fast
+    from ggam_fast.training.model.classifier import GuidedLoss
+
+    head = ggam_fast.GGAMHead(16, 3, hidden_size=0, position_guidance="relu")
+    features, labels = torch.randn(6, 16, 2, 2).relu(), torch.arange(6) % 3
+    loss, numbers = GuidedLoss(head, 0.5, 0.0, torch.device("cpu"), torch.float32, position_weight=3.0)(
+        features, labels
+    )
+    out = head(features, labels)
+    torch.testing.assert_close(numbers[3], out.position_loss.detach())
+    torch.testing.assert_close(loss, ggam_fast.GGAMLoss(0.5, position_weight=3.0)(out, labels))
+
+
+def test_the_default_guidance_has_one_order_with_the_cross_entropy():
+    import ggam_fast
+    from ggam_fast.training.config.options import HeadConfig, OptimConfig
+
+    head = ggam_fast.GGAMHead(2048, 200, **HeadConfig().keywords())
+    labels = torch.randint(200, (32,))
+    out = head(torch.randn(32, 2048, 7, 7).relu(), labels)
+    entropy = torch.nn.functional.cross_entropy(out.logits, labels)
+    guidance = OptimConfig().guidance_weight * out.guidance_loss
+    of_entropy, of_guidance = (
+        torch.autograd.grad(part, head.fc2.weight, retain_graph=True)[0].norm()
+        for part in (entropy, guidance)
+    )
+    assert 0.1 < float((guidance / entropy).detach()) < 10
+    assert float(of_guidance / of_entropy) <= 3

@@ -44,7 +44,7 @@ def test_faithfulness_of_each_map():
 
 def test_curves_of_the_training_are_two_figures():
     history = [{"epoch": n, "cross_entropy": 1 / n, "guidance": 2.0, "accuracy": 0.5} for n in (1, 2)]
-    losses, accuracies = learning_curves(history, 1, 0.5)
+    losses, accuracies = learning_curves(history, 1, {"guidance": 0.5})
     assert lines(losses.axes[0])["training, cross entropy"] == [[1, 2], [1, 0.5]]
     assert lines(losses.axes[0])["training, lambda x guidance"] == [[1, 2], [1, 1]]
     assert lines(accuracies.axes[0])["training"] == [[1, 2], [0.5, 0.5]]

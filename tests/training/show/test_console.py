@@ -41,10 +41,14 @@ def test_the_table_names_the_class_that_is_most_often_confused(report):
 def test_the_loss_is_shown_as_the_sum_that_it_is(report):
     numbers = {"epoch": 1, "loss": 2.127, "cross_entropy": 0.04, "guidance": 2087.0, "accuracy": 0.9}
     numbers |= {"images_per_second": 800.0}
-    report.epoch(numbers, 6, 1e-3)
-    report.epoch({**numbers, "loss": 0.04, "val_loss": 0.1, "val_accuracy": 0.8}, 6, 0.0)
-    report.epoch({**numbers, "val_loss": 0.1, "val_accuracy": 0.8, "val_accuracy_last": 0.7}, 6, 1e-3)
-    first, second, third = said(report).splitlines()
+    report.epoch(numbers, 6, (1e-3, 1.0))
+    report.epoch({**numbers, "loss": 0.04, "val_loss": 0.1, "val_accuracy": 0.8}, 6, (0.0, 1.0))
+    report.epoch({**numbers, "val_loss": 0.1, "val_accuracy": 0.8, "val_accuracy_last": 0.7}, 6, (1e-3, 1.0))
+    report.epoch({**numbers, "loss": 3.627, "positions": 0.5}, 6, (1e-3, 3.0))
+    first, second, third, fourth = said(report).splitlines()
+    assert (
+        "loss 3.627 = cross entropy 0.04 + guidance 2.087 (0.001 x 2087) + positions 1.5 (3 x 0.5)" in fourth
+    )
     assert first == (
         "epoch 1/6  loss 2.127 = cross entropy 0.04 + guidance 2.087 (0.001 x 2087)"
         "  training accuracy 0.900  800 images/s"

@@ -49,6 +49,11 @@ def test_all_numbers_of_all_epochs(drawn):
     assert losses["best epoch"][0] == accuracies["best epoch"][0] == [2, 2]
 
 
+def test_the_position_loss_is_weighted(drawn):
+    losses, _ = drawn([{"epoch": 1, **EPOCH, "positions": 0.5}], 0, 0.0, 3.0)
+    assert losses["training, weighted position loss"] == ([1], [1.5])
+
+
 def test_one_epoch_without_validation_or_guidance(drawn):
     losses, accuracies = drawn([{"epoch": 1, **EPOCH}], 0, 0.0)
     assert losses.keys() == {"training, cross entropy", "best epoch"}

@@ -74,7 +74,7 @@ def products(new: Callable[..., Tensor]) -> None:
 
 def long_rows(new: Callable[..., Tensor]) -> None:
     """Maps of more positions than a tile."""
-    a, s, t, total = new(2, 3, 1030), new(2, 3), new(2, 1030), new(2)
+    a, s, t, total = new(2, 3, 4100), new(2, 3), new(2, 4100), new(2)
     for norm in ("softmax", "sum", "sigmoid"):
         TRITON.spatial_attention(a, s, norm, 7)
         TRITON.spatial_attention_grad(a, s, 1.0, t, t, total, norm)

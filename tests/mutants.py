@@ -3,6 +3,7 @@
     python -m tests.mutants --list                  the number of mutants of each file
     python -m tests.mutants --minutes 30 --seed 1   a random sample, as many as fit
     python -m tests.mutants kernels/guidance.py     the mutants of one file
+    python -m tests.mutants --known --minutes 2     a sample of those that tests noticed before
 
 Mutants are chosen by rule, never by hand: a comparison or an arithmetic operator, a sign, a constant or an
 index, a term, a mask's two values, `and` for `or`, a dropped `not`, a dropped cast, two swapped arguments.
@@ -10,6 +11,9 @@ Docstrings, annotations, assertions and errors are left alone.  The tests of a m
 copy of the checkout until one fails.  A mutant that lives is printed: either a test is missing, or the change
 means nothing.  Changes that mean nothing are listed in tests/survivors.py with the reason.  Only a survivor
 that is not listed makes the exit status 1.
+
+tests/killed.tsv has the mutants that tests noticed so far, and `--record` adds to it.  With `--known` only
+these are drawn.  If one of them lives, a test has become weaker.
 """
 
 import argparse
@@ -35,6 +39,7 @@ from typing import NamedTuple
 from tests.survivors import SURVIVORS
 
 ROOT = Path(__file__).resolve().parent.parent
+KILLED = ROOT / "tests" / "killed.tsv"  # file, line before, line after
 _PARITY = "tests/head/test_parity.py"
 _TRITON, _KERNELS, _MEASURE = "tests/backends/triton", "tests/kernels", "tests/training/measure"
 # The quickest first: a mutant is done with at the first test that fails.
@@ -179,11 +184,20 @@ def _parses(source: bytes) -> bool:
     return True
 
 
-def sample(files: Sequence[str], seed: str) -> list[Mutant]:
-    """All mutants of the files in an order that depends on the seed alone."""
-    every = [m for file in files for m in mutants(file, (ROOT / file).read_bytes())]
+def sample(files: Sequence[str], seed: str, known: bool = False) -> list[Mutant]:
+    """All mutants of the files, or the known ones, in an order that depends on the seed alone."""
+    sources = {file: (ROOT / file).read_bytes() for file in files}
+    every = [m for file in files for m in mutants(file, sources[file])]
+    if known:
+        noticed = set(KILLED.read_text().splitlines())
+        every = [m for m in every if row(m, sources[m.file]) in noticed]
     random.Random(seed).shuffle(every)
     return every
+
+
+def row(mutant: Mutant, source: bytes) -> str:
+    """The mutant's row in `KILLED`."""
+    return "\t".join((mutant.file, *lines(mutant, source)))
 
 
 def lines(mutant: Mutant, source: bytes) -> tuple[str, str]:
@@ -213,8 +227,11 @@ def outcome(mutant: Mutant, checkout: Path, timeout: float) -> str:
             os.killpg(run.pid or 0, signal.SIGKILL)
             run.join()
             return "timeout"
-        # 5: no test ran
-        return "LIVES" if run.exitcode in (0, 5) else "killed"
+        if run.exitcode in (4, 5):
+            raise RuntimeError(
+                f"pytest ran none of {', '.join(TESTS[mutant.file])}: exit status {run.exitcode}"
+            )
+        return "killed" if run.exitcode else "LIVES"
     finally:
         path.write_bytes(source)
 
@@ -228,6 +245,7 @@ def _test(checkout: Path, tests: Sequence[str]) -> None:
     sys.path.insert(0, str(checkout))
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
+    os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ.update(
         PYTHONPATH=str(checkout), PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
     )
@@ -249,6 +267,11 @@ def _import_what_no_mutant_changes() -> None:
     gc.freeze()
 
 
+def add_known(added: str) -> None:
+    rows = {*KILLED.read_text().splitlines(), added}
+    KILLED.write_text("".join(f"{one}\n" for one in sorted(rows)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="files to change (default: all)")
@@ -256,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after this time")
     parser.add_argument("--seed", default="0", help="which mutants come first, such as a commit's hash")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the tests of one mutant")
+    parser.add_argument("--known", action="store_true", help="only mutants that tests noticed before")
+    parser.add_argument("--record", action="store_true", help="add those that tests notice to the known ones")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a line for each mutant")
     chosen = parser.parse_args(arguments)
     files = chosen.files or list(TESTS)
@@ -275,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A time stamp would not tell two mutants of one second apart.
         by_content = py_compile.PycInvalidationMode.CHECKED_HASH
         compileall.compile_dir(checkout, quiet=2, invalidation_mode=by_content)
-        for mutant in sample(files, chosen.seed):
+        for mutant in sample(files, chosen.seed, chosen.known):
             if time.monotonic() - began > 60 * chosen.minutes:
                 break
             known = explained(mutant, (ROOT / mutant.file).read_bytes())
@@ -284,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             survivors += word == "LIVES"
             tried += 1
             print(f"{word:7} {mutant.file}:{mutant.line}: {mutant.rule}: {mutant.text!r}", flush=True)
+            if chosen.record and word == "killed":
+                add_known(row(mutant, (ROOT / mutant.file).read_bytes()))
             record = {**mutant._asdict(), "outcome": word, "seconds": round(time.monotonic() - start, 1)}
             if chosen.json:
                 with chosen.json.open("a") as log:

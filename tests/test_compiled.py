@@ -460,18 +460,14 @@ def test_targets_that_are_not_dense(soft: bool, form: str, device: torch.device)
 @needs_cpu
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_labels_out_of_range(form: str, backend: str, compiler: str, device: torch.device) -> None:
-    x = data(device)
-    for ignore_index, good, wrong in ((None, 0, (-1, K, -100)), (-100, -100, (-1, K))):
-        if compiler == "inductor" and ignore_index is not None:
-            continue  # slow, and the same assertion
-        head = make(device, backend=backend, ignore_index=ignore_index, hidden_size=0)
-        step = torch.compile(step_of(head, form), fullgraph=True, backend=compiler)
-        assert step(x, torch.tensor([0, 1, good, 2]))[0].isfinite()
-        for label in wrong:
-            with pytest.raises(RuntimeError, match=r"target must be in|index out of bounds"):
-                step(x, torch.tensor([0, 1, label, 2]))
+def test_labels_out_of_range(form: str, backend: str, device: torch.device) -> None:
+    """In what Inductor writes; tests/test_labels.py has the other forms."""
+    head, x = make(device, backend=backend, hidden_size=0), data(device)
+    step = torch.compile(step_of(head, form), fullgraph=True)
+    assert step(x, torch.tensor([0, 1, 0, 2]))[0].isfinite()
+    for label in (-1, K, -100):
+        with pytest.raises(RuntimeError, match=r"target must be in|index out of bounds"):
+            step(x, torch.tensor([0, 1, label, 2]))
 
 
 @pytest.mark.parametrize("form", FORMS)

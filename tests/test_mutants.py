@@ -80,3 +80,15 @@ def test_outcomes(code: str, expected: str, tmp_path: Path, monkeypatch: pytest.
     mutant = mutants.Mutant("code.py", 1, 0, 15, code, "all")
     assert mutants.outcome(mutant, tmp_path, 3.0 if expected == "timeout" else 60.0) == expected
     assert (tmp_path / "code.py").read_text() == "smaller = 1 > 2"
+
+
+def test_known_mutants_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = "ggam_fast/norm.py"
+    first, second = mutants.mutants(file, (ROOT / file).read_bytes())[:2]
+    monkeypatch.setattr(mutants, "KILLED", tmp_path / "killed.tsv")
+    mutants.KILLED.write_text("another/file.py\ta\tb\n")
+    for _ in range(2):
+        mutants.add_known(mutants.row(second, (ROOT / file).read_bytes()))
+    assert len(mutants.KILLED.read_text().splitlines()) == 2
+    assert second in mutants.sample([file], "a", known=True)
+    assert first not in mutants.sample([file], "a", known=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ggam_fast.backends.torch import Backend, CamTerms, rows_times, rows_times_by_sum, softmax_grad
+from ggam_fast.backends.torch import Backend, CamTerms, rows_times, rows_times_by_sum, scaled, softmax_grad
 from ggam_fast.layer import BATCH_NORM, Layer
 
 
@@ -86,6 +86,7 @@ def test_guided_loss_leaves_ignored_images_out(mean: bool, device: torch.device)
     torch.testing.assert_close(found.guidance, expected.guidance)
     for name in ("cam_weights", "channel", "losses", "grad_logits"):
         torch.testing.assert_close(getattr(found, name)[rest], getattr(expected, name))
+    torch.testing.assert_close(found.channel, logits.softmax(1))
     assert found.losses[1] == 0
     assert not found.grad_logits[1].any()
 
@@ -112,3 +113,12 @@ def test_da_has_memory_of_its_own_for_each_element(channels_last: bool, device: 
     da = Backend().features_grad(a, "avg", first, None, None, None, s, None)
     torch.testing.assert_close(da, (first / 4)[:, :, None].expand(2, 3, 4))
     assert 0 not in da.stride()
+
+
+def test_each_tensor_is_scaled_whatever_its_size(device: torch.device) -> None:
+    scale = torch.tensor(3.0, device=device)
+    given = [torch.ones(n, device=device) * n for n in (1 << 16, (1 << 16) + 1, 100_000, 2, 140_000)]
+    found = scaled([given[0], None, *given[1:]], scale)
+    assert found.pop(1) is None
+    for x, y in zip(given, found, strict=True):
+        assert torch.equal(y, 3 * x)

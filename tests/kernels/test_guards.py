@@ -72,6 +72,14 @@ def products(new: Callable[..., Tensor]) -> None:
         TRITON.layer_grads([(y, x), (odd, y)], b[0])
 
 
+def long_rows(new: Callable[..., Tensor]) -> None:
+    """Maps of more positions than a tile."""
+    a, s, t, total = new(2, 3, 4100), new(2, 3), new(2, 4100), new(2)
+    for norm in ("softmax", "sum", "sigmoid"):
+        TRITON.spatial_attention(a, s, norm, 7)
+        TRITON.spatial_attention_grad(a, s, 1.0, t, t, total, norm)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_bands(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     banded = BandedTorch()
@@ -80,11 +88,12 @@ def test_bands(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
         a = a.transpose(1, 2).contiguous().transpose(1, 2)
     monkeypatch.setattr(every_kernel, "torch", banded)
     monkeypatch.setattr(every_kernel, "launch_products", lambda s, new: products(new))
-    monkeypatch.setattr(every_kernel, "CLASSES", (7, 2500))
+    monkeypatch.setattr(every_kernel, "CLASSES", (7, 4100))
     monkeypatch.setattr(every_kernel, "ODD_WIDTH", 3)
     with traced() as trace:
         monkeypatch.setattr(launch, "torch", banded)
         every_kernel.launch_all(banded.banded(a), random=True)
+        long_rows(banded.rand)
     assert len(banded.tensors) > 500
     assert len(banded.outside(trace.loads)) == 0
     assert len(banded.outside(trace.stores)) == 0

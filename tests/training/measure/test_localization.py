@@ -170,3 +170,12 @@ def test_pointing_game_of_a_data_set_allows_15_pixels():
     maps = torch.cat([heat((5, 0, 1.0), size=(40, 40)), heat((4, 0, 1.0), size=(40, 40))])
     rows = loc.measured(maps, Placed(areas, None, None))
     assert rows["pointing_15px"].tolist() == [True, False]
+
+
+def test_parts_of_a_data_set_are_hit_within_a_tenth():
+    parts = torch.tensor([[[8.0, 0.0, 1.0]]])
+    maps = heat((0, 0, 1.0), size=(40, 80))
+    assert loc.measured(maps, Placed(None, None, parts))["parts"].tolist() == [True]  # of the picture
+    for side, hit in ((80, True), (79, False)):  # of the box
+        box = torch.tensor([[0.0, 0.0, side, 10.0]])
+        assert loc.measured(maps, Placed(None, box, parts), 2)["parts"].tolist() == [hit]

@@ -37,6 +37,7 @@ from ggam_fast.training.show.page import Example, Seen, Training, page, write_ht
 from ggam_fast.training.system.devices import device_name, resolve_device
 from ggam_fast.training.system.files import writable_folder, write_atomically
 from ggam_fast.training.system.versions import versions
+from ggam_fast.training.use.mirrored import with_mirrored
 from ggam_fast.training.use.open_run import check_splits, open_run, run_images, weights_name
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ class EvaluateConfig:
     weights: Literal["last", "best"] = "last"
     """Classifier of the run. best is that of the best epoch, as --best-by of the training chose
     it."""
+    tta: Literal["none", "flip"] = "none"
+    """flip averages the probabilities of each image and of its mirror image, for the classification measures
+    alone."""
     out: Path | None = None
     """Folder for evaluation.json and evaluation.html. The default is the run's own folder."""
     faithfulness: int = 32
@@ -103,9 +107,13 @@ class EvaluateConfig:
 
 
 class Looked(NamedTuple):
-    """Results of a pass over a split: logits (N, K), labels (N,), maps (N, h, w) by name, localisation."""
+    """Results of a pass over a split: logits (N, K), labels (N,), maps (N, h, w) by name, localisation.
+
+    `averaged` (N, K) are the logits that --tta asks for. Without it they are `logits`.
+    """
 
     logits: Tensor
+    averaged: Tensor
     labels: Tensor
     maps: dict[str, Tensor]
     localisation: dict[str, dict[str, float]]
@@ -163,7 +171,7 @@ def evaluated(
             "--faithfulness and --insertion-steps ask for"
         )
     looked = look(model, images, config, device, report)
-    metrics = classification_metrics(looked.logits, looked.labels)
+    metrics = classification_metrics(looked.averaged, looked.labels)
     report.table(metrics, images.classes, config.split)
     results: dict[str, Any] = {
         "run": {
@@ -171,11 +179,12 @@ def evaluated(
             "finetune_from": checkpoint.description.get("finetune_from"),  # older checkpoints have none
         },
         "weights": weights_name(config.run, config.weights),
+        "tta": config.tta,
         "data": images.name,
         "notes": images.notes,
         "split": config.split,
         "classes": images.classes,
-        "classification": {**metrics.as_dict(), **more_metrics(looked.logits, looked.labels)},
+        "classification": {**metrics.as_dict(), **more_metrics(looked.averaged, looked.labels)},
         "localisation": looked.localisation,
         "localised_against": against(images),
         "thresholds": config.thresholds,
@@ -228,6 +237,7 @@ def look(
     reading = workers(DataConfig(workers=config.workers), device)
     batches = ImageBatches(files, config.batch_size, device, reading)
     logits: list[Tensor] = []
+    averaged: list[Tensor] = []
     labels: list[Tensor] = []
     maps: dict[str, list[Tensor]] = {}
     tally = Tally((side, side), config.thresholds)
@@ -247,6 +257,9 @@ def look(
             if of_label.attention is not None:
                 heats[ATTENTION] = of_label.attention
             logits.append(of_label.logits.cpu())
+            if config.tta == "flip":
+                mirrored = model(inputs.flip(-1)).float().cpu()
+                averaged.append(with_mirrored(logits[-1], mirrored))
             labels.append(target.cpu())
             for name, heat in heats.items():
                 maps.setdefault(name, []).append(heat.cpu())
@@ -259,7 +272,8 @@ def look(
     if covered is not None:
         localisation[UNIFORM] = {"energy": covered}
     joined = {name: torch.cat(parts) for name, parts in maps.items()}
-    return Looked(torch.cat(logits), torch.cat(labels), joined, localisation)
+    plain = torch.cat(logits)
+    return Looked(plain, torch.cat(averaged) if averaged else plain, torch.cat(labels), joined, localisation)
 
 
 def more_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from ggam_fast.training.show.console import Report
 from ggam_fast.training.system.devices import device_name, resolve_device
 from ggam_fast.training.system.files import locked, writable_folder, write_atomically
 from ggam_fast.training.system.interrupts import InterruptGuard
+from ggam_fast.training.use.mirrored import with_mirrored
 from ggam_fast.training.use.open_run import open_run, weights_file
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class PredictConfig:
     """Write the probability of every class too."""
     weights: Literal["last", "best"] = "last"
     """Classifier of the run. best is that of the best epoch, as --best-by of the training chose it."""
+    tta: Literal["none", "flip"] = "none"
+    """flip averages the probabilities of each image and of its mirror image. It takes twice the time."""
     batch_size: int = 32
     """Images in a batch."""
     workers: int | None = None
@@ -129,7 +132,7 @@ def predict(config: PredictConfig, report: Report) -> Path | None:
             with rows, report.bar("images", count, rows.count) as bar:
                 for batch in _batches(config, checkpoint, device, rows.count):
                     interrupt.check()
-                    rows.add(batch, _probabilities(checkpoint, batch.images, device))
+                    rows.add(batch, _probabilities(checkpoint, batch.images, device, config.tta))
                     bar.advance(len(batch.paths))
         except Interrupted:
             logger.info(f"interrupted after {rows.count} of {count} images; the same command goes on")
@@ -245,13 +248,15 @@ def _batches(
 
 
 @torch.no_grad()
-def _probabilities(checkpoint: Checkpoint, images: Tensor, device: torch.device) -> Tensor:
+def _probabilities(checkpoint: Checkpoint, images: Tensor, device: torch.device, tta: str) -> Tensor:
     """(n, K) float32 on the CPU."""
     if not len(images):
         return torch.empty(0, len(checkpoint.classes))
     batch = images.to(device).contiguous(memory_format=torch.channels_last)
     logits = checkpoint.model(batch)
     assert isinstance(logits, Tensor)
+    if tta == "flip":
+        logits = with_mirrored(logits, checkpoint.model(batch.flip(-1)))
     return logits.float().softmax(1).cpu()
 
 
@@ -282,6 +287,7 @@ class Rows:
             "probabilities": config.probabilities,
             "batch_size": config.batch_size,
             "enlarge": config.enlarge,
+            "tta": config.tta,
         }
         held = self._stopped(config)
         # Names of files may be no UTF-8. They are written with the bytes that they have.

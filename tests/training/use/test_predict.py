@@ -38,6 +38,18 @@ def config(trained, photos, tmp_path):
     return made
 
 
+def test_probabilities_of_an_image_and_its_mirror_image_are_averaged(config, trained, photos, report):
+    path = predict(config(probabilities=True, tta="flip"), report)
+    model, classes, _ = load_checkpoint(trained)
+    look = eval_transform(*model.backbone.preprocessing)
+    inputs = torch.stack([look(read_image(file)) for file in sorted(photos.rglob("*.png"))])
+    with torch.no_grad():
+        plain, mirrored = model(inputs).softmax(1), model(inputs.flip(-1)).softmax(1)
+    found = torch.tensor([[float(row[f"p({name})"]) for name in classes] for row in table(path)])
+    torch.testing.assert_close(found, (plain + mirrored) / 2, atol=1e-5, rtol=1e-4)
+    assert not found.allclose(plain, atol=1e-4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_are_what_the_classifier_computes(config, trained, photos, report, workers):
     path = predict(config(top_k=2, probabilities=True, workers=workers), report)

@@ -241,7 +241,7 @@ def fused_ggam_loss(
     features: Tensor,
     target: Tensor,
     *,
-    guidance_weight: float = 0.1,
+    guidance_weight: float = 1e-3,
     label_smoothing: float = 0.0,
     position_weight: float | None = None,
 ) -> FusedLoss:

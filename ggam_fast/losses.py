@@ -50,8 +50,11 @@ class GGAMLoss(nn.Module):
     """CE(logits, target) + guidance_weight * L_GGAM + position_weight * L of positions.
 
     Args:
-        guidance_weight: lambda >= 0. Versions of the authors' README use 0.2 to 3, with RELEASE's
-            softmax(beta). The scale of L depends on `cam_norm` and on C, so choose a weight for yours.
+        guidance_weight: lambda >= 0. The scale of L depends on `cam_norm`, `divergence` and C. The default
+            suits the head's own: for a fresh head of 2048 channels, lambda L has one order with the cross
+            entropy, and so has its gradient on `fc2`. Two distributions ("standardized_softmax" with
+            "reverse") need about 0.1. presets.RELEASE trains with 1.0, versions of the authors' README with
+            0.2 to 3.
         label_smoothing: as in `torch.nn.CrossEntropyLoss`, in [0, 1].
         ignore_index: images with this label have no loss and do not count in the mean. Give the head the
             same value.
@@ -80,7 +83,7 @@ class GGAMLoss(nn.Module):
 
     def __init__(
         self,
-        guidance_weight: float = 0.1,
+        guidance_weight: float = 1e-3,
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,
         *,

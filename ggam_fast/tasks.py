@@ -42,7 +42,7 @@ class GGAMTask(ClassificationTask):
 
     Examples:
         >>> model = ggam_fast.create_model("resnet18", 10)
-        >>> task = ggam_fast.GGAMTask(model, criterion_kwargs={"smoothing": 0.1}, guidance_weight=0.1)
+        >>> task = ggam_fast.GGAMTask(model, criterion_kwargs={"smoothing": 0.1}, guidance_weight=1e-3)
         >>> task(images, target)["loss"].backward()
     """
 
@@ -51,7 +51,7 @@ class GGAMTask(ClassificationTask):
         model: nn.Module,
         criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        guidance_weight: float = 0.1,
+        guidance_weight: float = 1e-3,
         position_weight: float | None = None,
         **options: Any,
     ) -> None:

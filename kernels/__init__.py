@@ -16,7 +16,7 @@ t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in byt
 | softmax          | S = softmax (e) over channels, and its backward             | small     | small  |
 | cross_entropy    | per image and mean, its gradient, the class score's         | small     | small  |
 | guidance         | beta, S, the guidance loss and its gradient, the whole loss | small     | small  |
-| position_guidance| a target q of T, and KL(q, T)                               | small     | small  |
+| position_guidance| a target q of T, KL(q, T), and dU with q's part             | small     | small  |
 | features_grad    | dA = x t/L + s dU + dg/L, an outer-product sum              | 0 (|G|)   | |A|    |
 | max_pool         | argmax_l t_l A_cl, and A at that position                   | |A|       | small  |
 | position_scatter | out_l = sum over c with index_c = l of x_c                  | small     | small  |
@@ -24,8 +24,8 @@ t spatial weights (L); G a gradient with A's shape.  |A| is the size of A in byt
 | grad_cam_means   | mean_l G t, sum_l G A, sum_c G A in one pass                | |A| + |G| | small  |
 | plan             | tiles, by measurement                                       |           |        |
 
-Guidance of positions adds one launch to a guided step: position_guidance, between the gradients' channel_sum
-and spatial_norm.
+With guidance of positions, position_guidance takes the place of the gradients' spatial_norm.  A step then has
+no launch and no read of A more.
 
 A guided step with average pooling and the default classifier has 27 launches:
 

@@ -240,7 +240,7 @@ LOSS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: GGAMLoss(reduction="none"),
         ValueError,
-        r'reduction="none" needs guidance_weight=0.*guidance_weight=0.1.*functional.guidance_loss',
+        r'reduction="none" needs guidance_weight=0.*guidance_weight=0.001.*functional.guidance_loss',
     ),
     (lambda: GGAMLoss()("logits", LABELS), TypeError, r"out must be .*GGAMOutput.*; got str"),
     (lambda: GGAMLoss()(torch.rand(N), LABELS), ValueError, r"out must be .*\(N, K\).*; got shape \(2,\)"),

@@ -311,3 +311,17 @@ def test_guidance_of_each_image(device: torch.device) -> None:
     each = guidance_loss(out.channel_attention, out.cam_weights, reduction="none")
     assert each.shape == (N,)
     torch.testing.assert_close(each.mean(), out.guidance_loss)
+
+
+def test_the_default_weights_keep_one_order(device: torch.device) -> None:
+    """A fresh default head of a ResNet-50: guidance and positions beside the cross entropy, and on fc2."""
+    head = GGAMHead(2048, 200, position_guidance="relu", device=device)
+    x, target = torch.randn(32, 2048, 7, 7, device=device).relu(), torch.randint(200, (32,), device=device)
+    out = head(x, target)
+    criterion = GGAMLoss(return_parts=True)
+    _, entropy, guidance, positions = criterion(out, target)
+    (of_entropy,) = torch.autograd.grad(entropy, head.fc2.weight, retain_graph=True)
+    for part in (criterion.guidance_weight * guidance, positions):
+        (of_part,) = torch.autograd.grad(part, head.fc2.weight, retain_graph=True)
+        assert 0.1 < float(part.detach() / entropy.detach()) < 10
+        assert float(of_part.norm() / of_entropy.norm()) <= 3

@@ -92,6 +92,7 @@ def launch_positions(a: Tensor, s: Tensor, t: Tensor, total: Tensor) -> None:
         for grads in ([s], [s, s]):
             stages.guided_attention_backward(a, grads, 1.0, *rest, terms, 1.0)
         stages.guided_spatial_attention_grad(a, s, 1.0, *rest, terms)
+        stages.position_guidance(t, terms)
     for share, scale in ((total, total[0]), (total, None), (None, None)):
         pull = PositionPull(t, share, 1.0, scale)
         stages.attention_backward(a, [s], 1.0, None, *rest, pull)

@@ -162,9 +162,12 @@ def test_passes_of_a_training_step(step: str, layout: str) -> None:
     [({}, 5), ({"cam_at": "attended"}, 6), ({"attention": "spatial"}, 4), ({"pool_type": "max"}, 5)],
 )
 def test_passes_of_a_fused_step(options: dict[str, Any], reads: int) -> None:
-    """Guidance of positions reads A no more than a step without it, but for one pass "attended"."""
+    """Guidance of positions reads A no more than a step without it, but for one pass "attended".
+
+    Where dT is in hand as a sum over channels, it has no launch more either.
+    """
     target = torch.tensor([0, 3, 5])
-    found = []
+    found, launches = [], []
     for guidance in ("none", "relu"):
         given: dict[str, Any] = {**options, "position_guidance": guidance}
         head = GGAMHead(24, 6, hidden_size=0, rd_channels=6, backend="triton", **given)
@@ -172,6 +175,8 @@ def test_passes_of_a_fused_step(options: dict[str, Any], reads: int) -> None:
         with traced() as trace:
             fused_ggam_loss(head, x, target).loss.backward()
         found.append(round(np.median(counts(trace.loads, x.detach()))))
+        launches.append(trace.launches)
+    assert (launches[0] == launches[1]) == (options in ({}, {"attention": "spatial"}))
     assert found == [reads - (options.get("cam_at") == "attended"), reads]
 
 

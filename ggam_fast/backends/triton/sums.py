@@ -213,7 +213,7 @@ def position_guidance(
     """q and KL(q, T) of each image for dT = sum_p partials (N, P, L)."""
     q, losses, works = Empty(log_t.shape), Empty(log_t.shape[:1]), []
     if not thread.faked and log_t.shape[0]:
-        parts = partials.contiguous().unsqueeze(1)
+        parts = partials.contiguous()
         works = [_guide(parts, kind, temperature, log_t, share, q, losses)]
     return tuple(launch_all(log_t, [q, losses], works))  # type: ignore[return-value]
 
@@ -264,8 +264,7 @@ def guided_spatial_attention_grad(
         partials = _partials(features, 1)
         works = [
             _channel_sums(features, [v.contiguous()], partials),
-            _normalise_grads(partials, scale, None, t, total, norm, [out]),
-            _guide(partials, kind, temperature, log_t, share, q, losses),
+            _guided_grads(partials, scale, t, [out], (kind, temperature, log_t, share), 0.0, q, losses),
         ]
     return tuple(launch_all(features, [out, q, losses], works))  # type: ignore[return-value]
 
@@ -344,12 +343,13 @@ def guided_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`attention_backward`, q and KL(q, T) of each image by the dT of v; q pulls the dU of v_1."""
     guide = (kind, temperature, log_t, share)
-    pull = (None, share, weight, None)
-    found = _attention_backward(features, v, v_1, scale, None, t, total, norm, pull, guide)
+    found = _attention_backward(
+        features, v, v_1, scale, None, t, total, norm, (None, None, weight, None), guide
+    )
     return found  # type: ignore[return-value]
 
 
-_Pull = tuple[Tensor | Empty | None, Tensor | None, float, Tensor | None]
+_Pull = tuple[Tensor | None, Tensor | None, float, Tensor | None]
 
 
 def _attention_backward(
@@ -377,13 +377,13 @@ def _attention_backward(
         if v_1 is not None:
             vs, grads, sums = [*vs, v_1.contiguous()], [du, du_1], [ds, ds_1]
         partials = _partials(features, len(vs))
-        works = [_channel_sums(features, vs, partials)]
-        if guide is not None:
-            works.append(_guide(partials, *guide, q, losses))
-            if v_1 is not None:
-                pull = (q, *pull[1:])
-        works += [
-            _normalise_grads(partials, scale, extra, t, total, norm, grads, pull),
+        if guide is None:
+            normalised = _normalise_grads(partials, scale, extra, t, total, norm, grads, pull)
+        else:
+            normalised = _guided_grads(partials, scale, t, grads, guide, pull[2], q, losses)
+        works = [
+            _channel_sums(features, vs, partials),
+            normalised,
             _spatial_sums(features, grads, 1.0, sums),
         ]
     made = [du, ds, du_1, ds_1] if guide is None else [du, ds, du_1, ds_1, q, losses]
@@ -468,8 +468,7 @@ def _normalise_grads(
     if target is None:
         pulls: tuple[Any, ...] = (None, None, None, None)
     else:
-        target = target if isinstance(target, Empty) else target.contiguous()
-        pulls = (target, None if share is None else share.contiguous(), weight_scale, weight)
+        pulls = (target.contiguous(), None if share is None else share.contiguous(), weight_scale, weight)
     arguments = (partials, extra, t.contiguous(), total.contiguous(), *_two(grads), *pulls, scale, parts)
     return Work(spatial_norm_kernels.spatial_norm_grad_kernel, batch * rows, arguments, {
         "R": rows, "NORM": norm, "L": positions, "BLOCK_L": block_l, "num_warps": num_warps, **FP_FUSION,
@@ -477,7 +476,7 @@ def _normalise_grads(
 
 
 def _guide(
-    partials: Tensor | Empty,
+    partials: Tensor,
     kind: int,
     temperature: float,
     log_t: Tensor,
@@ -485,13 +484,40 @@ def _guide(
     target: Empty,
     losses: Empty,
 ) -> Work:
-    """q and KL(q, T) from the first dT in parts (N, R, P, L)."""
-    batch, rows, parts, positions = partials.shape
+    """q and KL(q, T) from dT in parts (N, P, L)."""
+    batch, parts, positions = partials.shape
     block_l, num_warps = plan.norm_block(positions)
     share = None if share is None else share.contiguous()
     arguments = (partials, log_t.contiguous(), share, target, losses, temperature, parts)
     return Work(position_guidance_kernels.position_guidance_kernel, batch, arguments, {
-        "R": rows, "SOFTMAX": kind == 1, "L": positions, "BLOCK_L": block_l, "num_warps": num_warps,
+        "L": positions, "SOFTMAX": kind == 1, "BLOCK_L": block_l, "num_warps": num_warps, **FP_FUSION,
+    })  # fmt: skip
+
+
+def _guided_grads(
+    partials: Empty,
+    scale: float,
+    t: Tensor,
+    grads: Sequence[Empty],
+    guide: tuple[int, float, Tensor, Tensor | None],
+    weight: float,
+    target: Empty,
+    losses: Empty,
+) -> Work:
+    """dU of a softmax for each of the R dT, in parts (N, R, P, L); q and KL(q, T) from the first one.
+
+    q pulls a second dU.
+    """
+    batch, rows, parts, positions = partials.shape
+    kind, temperature, log_t, share = guide
+    block_l, num_warps = plan.norm_block(positions)
+    share = None if share is None else share.contiguous()
+    arguments = (
+        partials, log_t.contiguous(), t.contiguous(), share, *_two(grads), target, losses, scale, weight,
+        temperature, parts,
+    )  # fmt: skip
+    return Work(position_guidance_kernels.guided_norm_grad_kernel, batch * rows, arguments, {
+        "L": positions, "R": rows, "SOFTMAX": kind == 1, "BLOCK_L": block_l, "num_warps": num_warps,
         **FP_FUSION,
     })  # fmt: skip
 

@@ -43,7 +43,7 @@ WRITES = ("hadamard", "features_grad")
 SMALL = {
     "spatial_norm", "spatial_norm_grad", "position_scatter", "product", "layer_grads", "batch_norm",
     "batch_norm_grad", "softmax", "softmax_grad", "cross_entropy", "cross_entropy_grad", "guidance",
-    "position_guidance",
+    "position_guidance", "guided_norm_grad",
 }  # fmt: skip
 
 

@@ -29,10 +29,10 @@ class ImageSet:
     """Image files, their labels and the rows of each split.
 
     `files`: N paths. `labels`: (N,) int64 in [0, len(classes)). `splits`: row numbers (int64) of "train",
-    "test" and, if there is one, "val". `flips`: mirrorings that do not change the label, as sets of axes.
-    `notes`: lines that a user must know. `banner`: height in pixels of the strip that is cut off at the
-    bottom of every image. `annotations` refer to the image without that strip. `draw`: draws
-    the splits from files and labels, if the data set does not fix them.
+    "test" and, if there is one, "val". A set for tests alone has only "test". `flips`: mirrorings that do not
+    change the label, as sets of axes. `notes`: lines that a user must know. `banner`: height in pixels of the
+    strip that is cut off at the bottom of every image. `annotations` refer to the image without that strip.
+    `draw`: draws the splits from files and labels, if the data set does not fix them.
     """
 
     name: str
@@ -125,6 +125,8 @@ class ImageSet:
             raise TrainError(f"{self.name} needs images in every split; its {empty[0]} split has none")
         if len(self.classes) < 2:
             raise TrainError(f"{self.name} needs two or more classes; it has only {self.classes[0]}")
+        if "train" not in self.splits:  # a set for tests alone
+            return
         missing = set(range(len(self.classes))) - set(self.labels[self.splits["train"]].tolist())
         if missing:
             names = ", ".join(self.classes[index] for index in sorted(missing))

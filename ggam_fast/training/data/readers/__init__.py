@@ -119,3 +119,8 @@ def _read(name: str, root: Path | None, cache: Path, split_by: Path | None) -> t
     if split_by is not None:
         return table.read(root, split_by)
     return READERS[name].read(root, cache), None
+
+
+def read_shifted(name: str, root: Path | None, cache: Path) -> ImageSet | None:
+    """Test images of the same classes in surroundings of another kind than the training images, if any."""
+    return birds.read_on_wallpapers(root, cache) if name == "birds" and root is not None else None

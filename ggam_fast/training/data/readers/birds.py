@@ -5,7 +5,7 @@ not how well it knows a species. The set is useful for its exact masks, which co
 the cut-outs. They show whether attention and Grad-CAM lie on the bird.
 
 The birds are from Debian's tuxpaint-stamps-default (GPL-2), the backgrounds from mate-backgrounds (GPL-2+).
-No background is in two splits.
+No background is in two splits. `read_on_wallpapers` puts the same birds on backgrounds of another kind.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 STAMPS = Path("usr/share/tuxpaint/stamps/animals/birds")  # its folder cartoon/ is left out
 BACKGROUNDS = Path("usr/share/backgrounds/mate/nature")
+WALLPAPERS = (
+    "abstract/Elephants.jpg", "abstract/Flow.png", "abstract/Gulp.png", "desktop/Float-into-MATE.png",
+    "desktop/Stripes.png", "desktop/Ubuntu-Mate-Cold-no-logo.png", "desktop/Ubuntu-Mate-Warm-no-logo.png",
+)  # fmt: skip
+"""Wallpapers that were painted or drawn, in the folder beside the photographs."""
 
 SPLIT_OF_BACKGROUND = {
     "train": ("Aqua", "Dune", "FreshFlower", "GreenMeadow", "LadyBird", "Wood"),
@@ -65,22 +70,60 @@ class _Scene(NamedTuple):
 
 def read(root: Path, cache: Path) -> ImageSet:
     """The set made from the two packages unpacked into `root`. The first call composes it into `cache`."""
-    birds = [path for path in _pictures(root / STAMPS, "*.png") if path.stem not in _LEFT_OUT]
+    _birds(root)
     places = {path.stem: path for path in _pictures(root / BACKGROUNDS, "*.jpg")}
-    missing = [name for names in SPLIT_OF_BACKGROUND.values() for name in names if name not in places]
-    if not birds:
-        raise TrainError(f"--root {root} has no *.png in {STAMPS}; unpack tuxpaint-stamps-default there")
+    for name in (name for names in SPLIT_OF_BACKGROUND.values() for name in names):
+        if name not in places:
+            raise TrainError(
+                f"--root {root} has no {name}.jpg in {BACKGROUNDS}; unpack mate-backgrounds there"
+            )
+    return _set(
+        root,
+        cache,
+        places,
+        SCENES,
+        SPLIT_OF_BACKGROUND,
+        (
+            "birds-on-backgrounds: each class is one photograph on many backgrounds, and no background is in "
+            "two splits. The set measures how well a known bird is found in a new scene",
+            "birds from tuxpaint-stamps-default (GPL-2), backgrounds from mate-backgrounds (GPL-2+)",
+        ),
+    )
+
+
+def read_on_wallpapers(root: Path, cache: Path) -> ImageSet:
+    """The same birds on wallpapers that were painted or drawn, all in the test split.
+
+    A model that was trained on `read` has seen no background of this kind.
+    """
+    folder = root / BACKGROUNDS.parent
+    missing = [name for name in WALLPAPERS if not (folder / name).is_file()]
     if missing:
         raise TrainError(
-            f"--root {root} has no {missing[0]}.jpg in {BACKGROUNDS}; unpack mate-backgrounds there"
+            f"--root {root} has no {missing[0]} in {BACKGROUNDS.parent}; unpack mate-backgrounds there"
         )
+    places = {Path(name).stem: folder / name for name in WALLPAPERS}
+    note = "the birds of birds-on-backgrounds on wallpapers that were painted or drawn"
+    return _set(root, cache, places, {"test": SCENES["test"]}, {"test": tuple(places)}, (note,))
+
+
+def _set(
+    root: Path,
+    cache: Path,
+    places: dict[str, Path],
+    count_of: dict[str, int],
+    places_of: dict[str, tuple[str, ...]],
+    notes: tuple[str, ...],
+) -> ImageSet:
+    """Every bird in `count_of` scenes of each split, on the backgrounds `places_of` that split."""
+    birds = _birds(root)
     scenes = [
         _Scene(split, bird, index)
-        for split, count in SCENES.items()
+        for split, count in count_of.items()
         for bird in birds
         for index in range(count)
     ]
-    folder = _composed(cache, scenes, places)
+    folder = _composed(cache, scenes, places, count_of, places_of)
 
     def mask(row: int) -> Tensor:
         with Image.open(scenes[row].path(folder, ".mask.png")) as image:
@@ -92,15 +135,18 @@ def read(root: Path, cache: Path) -> ImageSet:
         files=tuple(scene.path(folder, ".jpg") for scene in scenes),
         labels=torch.tensor([birds.index(scene.bird) for scene in scenes]),
         classes=tuple(bird.stem for bird in birds),
-        splits={split: torch.from_numpy(np.flatnonzero(splits == split)) for split in SCENES},
+        splits={split: torch.from_numpy(np.flatnonzero(splits == split)) for split in count_of},
         flips=((), (-1,)),
-        notes=(
-            "birds-on-backgrounds: each class is one photograph on many backgrounds, and no background is in "
-            "two splits. The set measures how well a known bird is found in a new scene",
-            "birds from tuxpaint-stamps-default (GPL-2), backgrounds from mate-backgrounds (GPL-2+)",
-        ),
+        notes=notes,
         annotations=Annotations(boxes=_boxes(folder), masks=mask),
     )
+
+
+def _birds(root: Path) -> list[Path]:
+    birds = [path for path in _pictures(root / STAMPS, "*.png") if path.stem not in _LEFT_OUT]
+    if not birds:
+        raise TrainError(f"--root {root} has no *.png in {STAMPS}; unpack tuxpaint-stamps-default there")
+    return birds
 
 
 def _pictures(folder: Path, pattern: str) -> list[Path]:
@@ -114,11 +160,17 @@ def _boxes(folder: Path) -> Tensor:
     return torch.tensor(json.loads((folder / _BOXES).read_text()), dtype=torch.float32)
 
 
-def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Path:
+def _composed(
+    cache: Path,
+    scenes: list[_Scene],
+    places: dict[str, Path],
+    count_of: dict[str, int],
+    places_of: dict[str, tuple[str, ...]],
+) -> Path:
     """The folder of the composed images. It is made whole or not at all."""
     inputs = [(path.name, path.stat().st_size) for path in sorted({scene.bird for scene in scenes})]
     inputs += [(path.name, path.stat().st_size) for path in places.values()]
-    key = json.dumps([_RECIPE, SIZE, SCENES, SPLIT_OF_BACKGROUND, inputs])
+    key = json.dumps([_RECIPE, SIZE, count_of, places_of, inputs])
     folder = cache / f"birds-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     if folder.is_dir() and problem(folder) is None:
         return folder
@@ -131,7 +183,9 @@ def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Pat
             if folder.is_dir():
                 logger.warning(f"composed images in {folder} are damaged and will be made again: {wrong}")
             remove_dead_parts(cache)
-            store_folder(folder, lambda part: _compose_all(part, scenes, places), {"kind": "birds"})
+            store_folder(
+                folder, lambda part: _compose_all(part, scenes, places, places_of), {"kind": "birds"}
+            )
     except OSError as error:
         if problem(folder) is None:  # without locks, another process was faster
             return folder
@@ -139,13 +193,18 @@ def _composed(cache: Path, scenes: list[_Scene], places: dict[str, Path]) -> Pat
     return folder
 
 
-def _compose_all(folder: Path, scenes: list[_Scene], places: dict[str, Path]) -> None:
+def _compose_all(
+    folder: Path,
+    scenes: list[_Scene],
+    places: dict[str, Path],
+    places_of: dict[str, tuple[str, ...]],
+) -> None:
     cut_outs = {bird: _cut_out(bird) for bird in {scene.bird for scene in scenes}}
     pictures = {name: read_image(path) for name, path in places.items()}
     boxes = []
     for number, scene in enumerate(scenes):
         rng = np.random.default_rng([_RECIPE, number])
-        place = pictures[str(rng.choice(SPLIT_OF_BACKGROUND[scene.split]))]
+        place = pictures[str(rng.choice(places_of[scene.split]))]
         image, mask = compose(cut_outs[scene.bird], place, rng)
         path = scene.path(folder, ".jpg")
         path.parent.mkdir(parents=True, exist_ok=True)

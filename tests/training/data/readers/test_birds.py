@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ggam_fast.training.data.annotations import box_of
 from ggam_fast.training.data.readers import birds, read_images
@@ -87,3 +88,20 @@ class TestBirds:
         (root / birds.BACKGROUNDS / "Storm.jpg").unlink()
         with pytest.raises(TrainError, match=r"Storm\.jpg .* mate-backgrounds"):
             read_images("birds", root, tmp_path)
+
+    def test_wallpapers_are_backgrounds_of_another_kind(self, images, tmp_path):
+        root = tmp_path / "root"
+        with pytest.raises(TrainError, match=r"no abstract/Elephants\.jpg in usr/share/backgrounds/mate;"):
+            birds.read_on_wallpapers(root, tmp_path / "cache")
+        for number, name in enumerate(birds.WALLPAPERS):
+            path = root / birds.BACKGROUNDS.parent / name
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (400, 300), (0, 200 + number, 250)).save(path)
+        found = birds.read_on_wallpapers(root, tmp_path / "cache")
+        assert found.classes == images.classes
+        assert set(found.splits) == {"test"}
+        assert len(found.files) == len(images.splits["test"])
+        assert not set(found.files) & set(images.files)
+        pixel = np.array(found.read(0))[0, 0].astype(int)
+        assert pixel[2] > 180  # the wallpapers' blue, which no photograph here has
+        assert found.annotations.masks(0).any()

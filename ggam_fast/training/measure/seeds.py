@@ -41,6 +41,19 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     return Difference(mean, width, float(stats.ttest_1samp(found, 0.0).pvalue), len(found))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: p for each comparison so that any false finding among them has that probability.
+
+    Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979).
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
 def _half_width(values: Sequence[float]) -> float:
     n = len(values)
     return float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5

@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from ggam_fast.training.measure.seeds import estimate, paired
+from ggam_fast.training.measure.seeds import estimate, holm, paired
 
 OURS, THEIRS = {0: 0.71, 1: 0.74, 2: 0.75, 9: 0.1}, {2: 0.72, 1: 0.70, 0: 0.70, 7: 0.9}
 
@@ -25,3 +25,9 @@ def test_a_difference_is_of_common_seeds():
     assert found.mean - found.half_width == pytest.approx(expected.confidence_interval(0.95).low)
     assert paired(OURS, {9: 0.2}) is None
     assert paired({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})[:3] == (0.0, 0.0, 1.0)
+
+
+def test_holms_correction():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,4 +1,4 @@
-"""One cell of an ablation: train a head, test it, and measure its localisation and its beta."""
+"""One cell of an ablation: train a head, test it, and measure its localisation, S, T and beta."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from ggam_fast.guidance import kl_guidance, log_cam_norm
+from ggam_fast import GGAMHead
+from ggam_fast.training.ablation.controls import ControlLoss
+from ggam_fast.training.ablation.mechanism import statistics_of
 from ggam_fast.training.config.options import TrainConfig
 from ggam_fast.training.data.batches import Batches
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
 from ggam_fast.training.errors import TrainError
+from ggam_fast.training.measure.calibration import calibration_error
 from ggam_fast.training.measure.classification import classification_metrics
 from ggam_fast.training.measure.geometry import Placed, object_share, placed
 from ggam_fast.training.measure.localization import Tally, centred
@@ -28,6 +32,7 @@ from ggam_fast.training.run.optimizer import parameter_groups
 from ggam_fast.training.system.devices import autocast
 from ggam_fast.training.system.versions import versions
 
+_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "majority")
 _CHUNK = 64
 _PICTURES = 6
 
@@ -95,9 +100,15 @@ class CellData:
 
 
 def run_cell(
-    config: TrainConfig, data: CellData, batches: dict[str, Batches], check: Callable[[], None]
+    config: TrainConfig,
+    data: CellData,
+    batches: dict[str, Batches],
+    check: Callable[[], None],
+    control: str = "",
 ) -> dict[str, Any]:
     """Train a head, or the last layers too, on cached maps. Measure it, and return numbers in JSON's types.
+
+    With `control` T is guided by that map, see `controls`.
 
     Raises:
         Interrupted: `check` raised it.
@@ -111,7 +122,10 @@ def run_cell(
     except (ValueError, TypeError) as error:
         raise TrainError(str(error)) from error
     trained: Trained = head if data.last is None else LastClassifier(copy.deepcopy(data.last), head)
-    before = beta_statistics(trained, batches["val"])
+    before = statistics_of(trained, batches["val"])
+    loss = None
+    if control:
+        loss = ControlLoss(trained, control, config.optim.guidance_weight, device, dtype)
     trainer = Trainer(
         trained,
         parameter_groups(trained, config.optim),
@@ -121,23 +135,28 @@ def run_cell(
         dtype=dtype,
         compile=config.run.compile,
         check=check,
+        loss=loss,
     )
     trained_from = time.monotonic()
     epochs = trainer.run(batches["train"], batches["val"])
     trained_for = time.monotonic() - trained_from
     trained = cast(Trained, trainer.result).eval()
+    # A control's head had another one in training. Maps are compared at the same place.
+    (trained if isinstance(trained, GGAMHead) else trained.head).cam_at = "features"
     results: dict[str, Any] = {"epochs": epochs}
-    for split in ("val", "test"):
+    for split in ("val", "test", *(("shifted",) if "shifted" in batches else ())):
         logits, labels = evaluate(trained, batches[split], device, dtype, check=check)
         metrics = classification_metrics(logits, labels)
         results[split] = {
-            name: getattr(metrics, name) for name in ("accuracy", "balanced_accuracy", "macro_f1", "majority")
+            **{name: getattr(metrics, name) for name in _METRICS},
+            "nll": cross_entropy(logits, labels).item(),
+            "calibration_error": calibration_error(logits, labels),
         }
     grad_cam, attention = _test_maps(trained, data, batches["test"])
     if data.annotations:
         maps = {"grad_cam": grad_cam} | ({} if attention is None else {"attention": attention})
         results["localisation"] = data.localised(maps) | data.chance
-    results["beta"] = {"before": before, "after": beta_statistics(trained, batches["val"])}
+    results["mechanism"] = {"before": before, "after": statistics_of(trained, batches["val"])}
     results["pictures"] = {
         "rows": data.pictures,
         "grad_cam": _plain(grad_cam[data.pictures]),
@@ -160,50 +179,6 @@ def _test_maps(trained: Trained, data: CellData, batches: Batches) -> tuple[Tens
         if found.attention is not None:
             attentions.append(found.attention.cpu())
     return torch.cat(cams), torch.cat(attentions) if attentions else None
-
-
-@torch.no_grad()
-def beta_statistics(trained: Trained, batches: Batches) -> dict[str, float]:
-    """Statistics of beta over channels, as means over all images of a split.
-
-    `median`, `p90`: median and 90 % quantile of |beta|. `spread`: standard deviation of b~ divided by its
-    mean. `guidance`: the loss for one image. `floor`: the least loss that any S can reach for this b~. With
-    Q = sum_c b~_c, the minimum lies at S = b~ / Q. There the symmetric loss is (Q - 1) log(Q) / 2, and the
-    forward loss is -log Q. `correlation`: correlation of log S and beta over channels, 0 if S is uniform.
-    """
-    training = trained.training
-    trained.eval()
-    sums: dict[str, float] = {}
-    count = 0
-    for inputs, labels in batches.epoch(0):
-        head, features = head_and_features(trained, inputs)
-        out = head(features, labels)
-        beta = out.cam_weights.double()
-        log_b = log_cam_norm(beta, head.cam_norm, head.cam_temperature)
-        b = log_b.exp()
-        total = b.sum(1)
-        log_s = out.channel_attention.clamp_min(torch.finfo(torch.float32).tiny).double().log()
-        found = {
-            "median": beta.abs().median(1).values,
-            "p90": beta.abs().quantile(0.9, dim=1),
-            "spread": b.std(1, correction=0) / b.mean(1),
-            "guidance": kl_guidance(log_s, beta, head.cam_norm, head.cam_temperature, head.divergence),
-            "floor": -total.log() if head.divergence == "forward" else (total - 1) * total.log() / 2,
-            "correlation": _correlation(log_s, beta),
-        }
-        for name, values in found.items():
-            sums[name] = sums.get(name, 0.0) + values.sum().item()
-        count += len(labels)
-    trained.train(training)
-    return {name: value / count for name, value in sums.items()}
-
-
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation over the last dimension. It is 0 where `a` or `b` is constant."""
-    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    scale = a.norm(dim=1) * b.norm(dim=1)
-    constant = (a.abs().amax(1) < 1e-9) | (scale == 0)
-    return torch.where(constant, 0.0, (a * b).sum(1) / scale.clamp_min(1e-300))
 
 
 def _plain(maps: Tensor) -> list[Sequence[Any]]:

@@ -3,120 +3,111 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ggam_fast.training.ablation.group import Group
 from ggam_fast.training.data.image_set import ImageSet, eval_transform
-from ggam_fast.training.show.figures import BLUE, GREEN, VERMILION, new_figure, show_heat, show_image
+from ggam_fast.training.show.figures import BLUE, VERMILION, new_figure, show_heat, show_image
 from ggam_fast.training.show.lettering import fitted
 from ggam_fast.training.system.files import write_atomically
 
 _PLAIN, _GUIDED = BLUE, VERMILION
-_STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"))
+_MARKERS = "os^Dv"
+_COLOURS = colormaps["tab10"]
 
 
 def draw_table(path: Path, rows: Sequence[Group]) -> bool:
-    """Draw test accuracy, one line of points per row.
+    """Draw test accuracy and negative log likelihood, one line of points per row.
 
-    A second panel has the pointing game of Grad-CAM, if it was measured.
+    If localisation was measured, two more panels have the pointing games of attention and of Grad-CAM.
     """
-    panels: list[tuple[str, tuple[str, ...]]] = [("test accuracy, %", ("test", "accuracy"))]
-    if rows[0].values("localisation", "grad_cam", "pointing"):
-        panels.append(("pointing game of Grad-CAM, %", ("localisation", "grad_cam", "pointing")))
-    figure = new_figure(4.6 * len(panels) + 1.6, 0.42 * len(rows) + 1.1)
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    panels: list[tuple[str, float, tuple[str, ...]]] = [
+        ("test accuracy, %", 100, ("test", "accuracy")),
+        ("negative log likelihood, nats", 1, ("test", "nll")),
+        ("pointing game of attention, %", 100, ("localisation", "attention", "pointing")),
+        ("pointing game of Grad-CAM, %", 100, ("localisation", "grad_cam", "pointing")),
+    ]
+    panels = [panel for panel in panels if any(row.values(*panel[2]) for row in rows)]
+    figure = new_figure(3.1 * len(panels) + 2.4, 0.34 * len(rows) + 1.2)
+    axes_of = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, factor, keys) in zip(axes_of, panels, strict=True):
         for place, row in enumerate(rows):
-            values = 100 * np.array(row.values(*keys))
-            colour = _GUIDED if row.weight else _PLAIN
+            values = factor * np.array(row.values(*keys))
+            if not len(values):
+                continue
+            colour = _PLAIN if row.guidance == "none" else _GUIDED
             axes.plot(values, np.full(len(values), place), "o", color=colour, alpha=0.55, markersize=5)
-            axes.plot(values.mean(), place, "|", color=colour, markersize=18, markeredgewidth=2.5)
-        axes.set_yticks(range(len(rows)), [row.label for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.plot(values.mean(), place, "|", color=colour, markersize=14, markeredgewidth=2.5)
         axes.set_xlabel(title)
         _plain(axes, "x")
+    axes_of[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    axes_of[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle("each point is a seed, the bar is their mean", fontsize=9)
     return _save(figure, path)
 
 
-def draw_sweep(path: Path, groups: Sequence[Group], norms: Sequence[str]) -> bool:
-    """Draw accuracy against lambda: a line for each norm of beta, and a band for no guidance."""
-    both = [group for group in groups if group.attention == "channel_spatial"]
-    if not any(group.weight for group in both):
+def draw_choice(path: Path, tried: Sequence[Group]) -> bool:
+    """Draw validation accuracy and negative log likelihood against lambda, a line for each guidance."""
+    lines: dict[str, list[Group]] = {}
+    for group in tried:
+        if group.weight:
+            lines.setdefault(group.label, []).append(group)
+    if not lines:
         return False
-    figure = new_figure(10, 3.6)
-    for axes, split in zip(figure.subplots(1, 2, sharey=True), ("val", "test"), strict=True):
-        for group in both:
-            if not group.weight:
-                values = 100 * np.array(group.values(split, "accuracy"))
-                spread = values.std(ddof=1) if len(values) > 1 else 0.0
-                axes.axhspan(values.mean() - spread, values.mean() + spread, color="0.88", zorder=0)
-                axes.axhline(values.mean(), color="0.45", linewidth=1.2, label="no guidance")
-        for index, (norm, (colour, marker)) in enumerate(zip(norms, _STYLES, strict=False)):
-            line = sorted((g for g in both if g.weight and g.cam_norm == norm), key=lambda g: g.weight)
-            if not line:
-                continue
-            # Side by side, so that points of different norms do not hide each other.
-            x = np.array([group.weight for group in line]) * 1.13 ** (index - 1)
-            y = [100 * statistics.mean(group.values(split, "accuracy")) for group in line]
-            axes.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=6, label=norm)
-            for at, group in zip(x, line, strict=True):
-                values = 100 * np.array(group.values(split, "accuracy"))
-                axes.plot(np.full(len(values), at), values, marker, color=colour, alpha=0.35, markersize=3.5)
+    figure = new_figure(10, 3.8)
+    panels = (("validation accuracy, %", 100, "accuracy"), ("validation log likelihood, negative", 1, "nll"))
+    colours = [_COLOURS(index % 10) for index in range(len(lines))]
+    for axes, (title, factor, name) in zip(figure.subplots(1, 2), panels, strict=True):
+        for index, (label, groups) in enumerate(lines.items()):
+            groups = sorted(groups, key=lambda group: group.weight)
+            y = [factor * statistics.mean(group.values("val", name)) for group in groups]
+            marker = _MARKERS[index % len(_MARKERS)]
+            weights = [group.weight for group in groups]
+            axes.plot(weights, y, color=colours[index], linewidth=1.3, marker=marker, label=label)
         axes.set_xscale("log")
         axes.set_xlabel("lambda")
-        axes.set_title({"val": "validation", "test": "test"}[split], fontsize=11)
+        axes.set_ylabel(title)
         _plain(axes, "y")
-    figure.axes[0].set_ylabel("accuracy, %")
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return _save(figure, path)
 
 
-def draw_beta(
-    path: Path, groups: Sequence[Group], norms: Sequence[str], best: Mapping[str, float | None]
-) -> bool:
-    """Draw |beta|, the spread of b~ and the correlation of log S and beta, before and after training."""
-    chosen = [
-        group
-        for norm in norms
-        for group in groups
-        if (group.attention, group.cam_norm, group.weight) == ("channel_spatial", norm, best[norm])
-    ]
-    if not chosen:
+def draw_mechanism(path: Path, rows: Sequence[Group]) -> bool:
+    """Draw how S follows beta and T the class map, and their entropies, before and after training."""
+    rows = [row for row in rows if row.attention != "none"]
+    if not rows:
         return False
-    figure = new_figure(11, 3.4)
     panels = (
-        ("median |beta|", "median", "log"),
-        ("spread of b~ over channels", "spread", "log"),
-        ("correlation of log S and beta", "correlation", "linear"),
+        ("correlation of log S and beta", "s_beta"),
+        ("correlation of T and class map", "t_class_map"),
+        ("entropy of S, share of uniform", "s_entropy"),
+        ("entropy of T, share of uniform", "t_entropy"),
     )
-    for axes, (title, name, scale) in zip(figure.subplots(1, 3), panels, strict=True):
-        for place, group in enumerate(chosen):
-            for offset, when, colour in ((-0.12, "before", _PLAIN), (0.12, "after", _GUIDED)):
-                values = group.values("beta", when, name)
+    figure = new_figure(3.1 * len(panels) + 2.4, 0.34 * len(rows) + 1.3)
+    axes_of = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, name) in zip(axes_of, panels, strict=True):
+        for place, row in enumerate(rows):
+            for offset, when, colour, marker in (
+                (-0.15, "before", _PLAIN, "o"),
+                (0.15, "after", _GUIDED, "s"),
+            ):
+                values = row.values("mechanism", when, name)
                 label = f"{when} training" if not place else None
-                axes.plot(
-                    np.full(len(values), place + offset),
-                    values,
-                    "o" if when == "before" else "s",
-                    color=colour,
-                    alpha=0.7,
-                    label=label,
-                )
-        axes.set_yscale(scale)
-        axes.set_xticks(
-            range(len(chosen)), [f"{g.cam_norm}\nlambda {g.weight:g}" for g in chosen], fontsize=9
-        )
-        axes.set_xlim(-0.5, len(chosen) - 0.5)
-        axes.set_title(title, fontsize=11)
-        _plain(axes, "y")
-    figure.axes[0].legend(frameon=False, fontsize=9)
+                places = np.full(len(values), place + offset)
+                axes.plot(values, places, marker, color=colour, alpha=0.7, markersize=4, label=label)
+        axes.set_xlabel(title)
+        _plain(axes, "x")
+    axes_of[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    axes_of[0].set_ylim(len(rows) - 0.5, -0.5)
+    axes_of[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return _save(figure, path)
 
 

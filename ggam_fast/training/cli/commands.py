@@ -24,11 +24,11 @@ Config = TypeVar("Config")
 _EVERYDAY = {
     "train": (
         *("data", "root", "backbone", "finetune", "finetune_from", "preset", "attention", "recipe"),
-        *("epochs", "batch_size", "lr", "guidance_weight", "seed", "out", "resume"),
+        *("epochs", "lr", "guidance_weight", "seed", "out", "resume"),
     ),
     "ablate": (
-        *("data", "root", "out", "seeds", "guidance_weights", "cam_norms", "attentions", "backbone"),
-        *("finetune_from", "epochs", "batch_size", "lr", "backbone_lr", "thresholds", "pictures"),
+        *("data", "root", "out", "seeds", "choice_seeds", "attentions", "guidances", "guidance_weights"),
+        *("position_weights", "train_per_class", "backbone", "finetune_from", "epochs", "lr", "backbone_lr"),
     ),
 }
 # Options that may change when a run is resumed.
@@ -138,7 +138,7 @@ def explain(arguments: Sequence[str]) -> int:
 
 
 def ablate(arguments: Sequence[str]) -> int:
-    """Compare attentions, norms of beta and guidance weights over several seeds.
+    """Compare attentions and guidances over several seeds.
 
     It trains many heads on the cached maps of a frozen backbone, and writes a report. With
     --finetune-from, each head trains the last layers of the backbone too.
@@ -146,7 +146,7 @@ def ablate(arguments: Sequence[str]) -> int:
 
         ggam-fast ablate --out ablation-elpv --epochs 3
         ggam-fast ablate --finetune-from blocks.5 --out ablation-last-layers
-        ggam-fast ablate --data birds --root packages --out ablation-birds --seeds 0 1 2 3 4
+        ggam-fast ablate --data birds --root packages --out ablation-birds
     """
     from ggam_fast.training.ablation import study
     from ggam_fast.training.show.console import Report

@@ -73,6 +73,8 @@ def _line(name: str, kind: str, value: Any, doc: str) -> str:
     note = f" ({note})" if note else ""
     first = doc.split(". ")[0].split(";")[0].rstrip(".")
     left = f"  {_flag(name, value):20s} "
+    if isinstance(value, tuple) and len(left) + len(first) + len(note) > _WIDTH:
+        note = f" (default: {len(value)} values)"
     return left + textwrap.shorten(first, _WIDTH - len(left) - len(note), placeholder="...") + note
 
 

@@ -49,9 +49,10 @@ class Trainer:
     """Trains `trained`, on maps or on images, as `optim` says.
 
     `groups`: the parameter groups, each with its highest learning rate `lr`. `num_classes`: number of
-    classes, for mixed targets. `class_weights` (K,): weights in the cross entropy. `steps`: number of
-    optimizer steps so far. `history`: the numbers of every finished epoch. `load_state_dict` continues bit
-    for bit from a `state_dict` that was taken between two steps.
+    classes, for mixed targets. `class_weights` (K,): weights in the cross entropy. `loss`: a module with the
+    results of `GuidedLoss`, in its place. `steps`: number of optimizer steps so far. `history`: the numbers
+    of every finished epoch. `load_state_dict` continues bit for bit from a `state_dict` that was taken
+    between two steps.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Trainer:
         world: World = ALONE,
         check: Callable[[], None] = lambda: None,
         class_weights: Tensor | None = None,
+        loss: nn.Module | None = None,
     ) -> None:
         self.trained = trained
+        self._loss = loss
         self.optimizer = create_optimizer(groups, optim)
         self.steps = 0
         self.history: list[dict[str, float]] = []
@@ -386,7 +389,7 @@ class Trainer:
         """`GuidedLoss` of what is trained in the present epoch, compiled if the options say so."""
         self._prepare()
         optim = self._optim
-        step = GuidedLoss(
+        step = self._loss or GuidedLoss(
             self.trained,
             optim.guidance_weight,
             optim.label_smoothing,

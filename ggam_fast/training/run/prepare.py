@@ -205,7 +205,7 @@ def map_batches(
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         # If two runs need the same maps, the second waits for the first.
-        with locked(files["train"].path.with_suffix(".lock"), interrupt.check):
+        with locked(next(iter(files.values())).path.with_suffix(".lock"), interrupt.check):
             _fill(files, datasets, images, frozen, config, device, dtype, report, interrupt)
     world.barrier()
     return {

@@ -201,11 +201,16 @@ def row(mutant: Mutant, source: bytes) -> str:
 
 
 def lines(mutant: Mutant, source: bytes) -> tuple[str, str]:
-    """The mutant's lines before and after the change, with one space between words."""
+    """The mutant's lines before and after the change, with one space between words.
+
+    A line that has occurred before in the file is numbered, as in "return x [2]".
+    """
     begin = source.rfind(b"\n", 0, mutant.begin) + 1
     end = source.find(b"\n", mutant.end) % (len(source) + 1)
     changed = source[begin : mutant.begin] + mutant.text.encode() + source[mutant.end : end]
-    return " ".join(source[begin:end].decode().split()), " ".join(changed.decode().split())
+    before, after = (" ".join(text.decode().split()) for text in (source[begin:end], changed))
+    earlier = [" ".join(text.decode().split()) for text in source[:begin].splitlines()].count(before)
+    return before + f" [{earlier + 1}]" * (earlier > 0), after
 
 
 def explained(mutant: Mutant, source: bytes) -> bool:

@@ -1,7 +1,11 @@
 """Mutants that no test can notice, and why: for each file, the lines before and after the change.
 
+A line that occurs several times in a file is numbered from the second on.
+
 `python -m tests.mutants` does not run these.  A row that is no mutant any more fails tests/test_mutants.py.
 """
+
+# ruff: noqa: E501 (lines of code stand as they are)
 
 SURVIVORS: dict[str, dict[tuple[str, str], str]] = {
     "ggam_fast/autograd.py": {
@@ -23,12 +27,26 @@ SURVIVORS: dict[str, dict[tuple[str, str], str]] = {
             "return as_type(da.transpose(1, 2) if channels_last else da, features.dtype)",
             "return as_type(da.transpose(2, 1) if channels_last else da, features.dtype)",
         ): "The same two dimensions are exchanged.",
+        (
+            "counts = share if mean else (share > 0).to(share.dtype)",
+            "counts = share if mean else share > 0",
+        ): "Its product with a float is the same for 1 and True.",
     },
     "ggam_fast/classifier/rules.py": {
         (
             "slope = torch.ones_like(x[:1]) if gamma is None else gamma",
             "slope = torch.ones_like(x[:2]) if gamma is None else gamma",
         ): "x has no rows.",
+    },
+    "ggam_fast/closed_form.py": {
+        (
+            "t, weights, total = logits.new_ones((batch, positions)), logits.new_empty(0), logits.new_empty(0)",
+            "t, weights, total = logits.new_ones((batch, positions)), logits.new_empty(1), logits.new_empty(0)",
+        ): "Nothing reads what stands for no weights.",
+        (
+            "t, weights, total = logits.new_ones((batch, positions)), logits.new_empty(0), logits.new_empty(0)",
+            "t, weights, total = logits.new_ones((batch, positions)), logits.new_empty(0), logits.new_empty(1)",
+        ): "Nothing reads what stands for no total.",
     },
     "ggam_fast/guidance.py": {
         (
@@ -48,6 +66,10 @@ SURVIVORS: dict[str, dict[tuple[str, str], str]] = {
             "while start <= N:",
         ): "In the last pass everything is masked.",
         (
+            "while start < N: [2]",
+            "while start <= N:",
+        ): "In the last pass everything is masked.",
+        (
             "factor = tl.maximum(factor, momentum)",
             "factor = tl.maximum(momentum, factor)",
         ): "It is the maximum of the same two numbers.",
@@ -62,9 +84,13 @@ SURVIVORS: dict[str, dict[tuple[str, str], str]] = {
             "while start <= N:",
         ): "In the last pass everything is masked.",
         (
-            "if K > BLOCK_K:",
+            "if K > BLOCK_K: [3]",
             "if K >= BLOCK_K:",
         ): "With K = BLOCK_K the same values are loaded again.",
+        (
+            "total += weight * tl.load(guidance_ptr).to(tl.float32)",
+            "total += weight * tl.load(guidance_ptr)",
+        ): "The sum with a float32 is a float32 of the same value.",
     },
     "kernels/features_grad.py": {
         (
@@ -93,5 +119,9 @@ SURVIVORS: dict[str, dict[tuple[str, str], str]] = {
             "BLOCK_P: tl.constexpr = max(1, min(32, 2048 // BLOCK_L))",
             "BLOCK_P: tl.constexpr = max(2, min(32, 2048 // BLOCK_L))",
         ): "The parts are summed in another order.",
+        (
+            "t = tl.load(attention_ptr + l, mask=l < L, other=0.0) [4]",
+            "t = tl.load(attention_ptr + l, mask=l < L, other=1.0)",
+        ): "Positions past L are not stored.",
     },
 }

@@ -122,3 +122,12 @@ def test_each_tensor_is_scaled_whatever_its_size(device: torch.device) -> None:
     assert found.pop(1) is None
     for x, y in zip(given, found, strict=True):
         assert torch.equal(y, 3 * x)
+
+
+def test_the_gradient_where_one_image_counts(device: torch.device) -> None:
+    logits = torch.randn(3, 5, device=device)
+    found = Backend().cross_entropy(logits, torch.tensor([-1, 4, -1], device=device), 0.1, "label", -1)
+    alone = Backend().cross_entropy(logits[1:2], torch.tensor([4], device=device), 0.1, "label", None)
+    torch.testing.assert_close(found.losses[1:2], alone.losses)
+    torch.testing.assert_close(found.grad[1:2], alone.grad)
+    assert not found.grad[[0, 2]].any()

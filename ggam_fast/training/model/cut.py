@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from timm.layers import get_notrace_functions
@@ -66,31 +67,19 @@ def cut(backbone: Backbone, before: str) -> tuple[FirstLayers, LastLayers]:
     Raises:
         TrainError: there is no such module, or the backbone cannot be cut there.
     """
-    known = dict(backbone.model.named_modules())
+    training = backbone.training
+    backbone.eval()
     try:
-        if before not in known or not before:
-            raise _NoCut("there is no such module")
-        first, last = _cut(backbone, before)
+        first, last = _checked(backbone, before)
     except _NoCut as error:
         usable = ", ".join(_usable(backbone)) or "none"
         raise TrainError(
             f"--finetune-from {before} cannot be used, because {error}; modules of {backbone.name} that can "
             f"be used: {usable}"
         ) from error
-    size = backbone.image_size
-    device = next(backbone.parameters()).device
-    image = torch.linspace(-2, 2, 3 * size * size, device=device).view(1, 3, size, size)
-    training = backbone.training
-    with torch.no_grad():
-        whole = backbone.eval()(image)
-        entering = first.eval()(image)
-        same = whole.allclose(last.eval()(entering), rtol=1e-3, atol=1e-5, equal_nan=True)
-    for part in (backbone, first, last):
-        part.train(training)
-    if not same:
-        raise TrainError(f"--finetune-from {before}: the two parts of {backbone.name} differ from the whole")
-    first.map_shape = tuple(entering.shape[1:])
-    return first, last
+    finally:
+        backbone.train(training)
+    return first.train(training), last.train(training)
 
 
 def with_last(backbone: Backbone, last: LastLayers) -> Backbone:
@@ -121,6 +110,23 @@ class _Tracer(fx.Tracer):
         return not self._module.startswith(f"{module_qualified_name}.")
 
 
+def _checked(backbone: Backbone, before: str) -> tuple[FirstLayers, LastLayers]:
+    """The two parts, after they have shown that together they are the whole."""
+    if not before or before not in dict(backbone.model.named_modules()):
+        raise _NoCut("there is no such module")
+    first, last = _cut(backbone, before)
+    size = backbone.image_size
+    device = next(backbone.parameters()).device
+    images = torch.linspace(-2, 2, 2 * 3 * size * size, device=device).view(2, 3, size, size)
+    with torch.no_grad():
+        entering = first.eval()(images)
+        found, whole = last.eval()(entering), backbone(images)
+    if not whole.allclose(found, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise _NoCut("what follows does not give the same maps by itself")
+    first.map_shape = tuple(entering.shape[1:])
+    return first, last
+
+
 def _cut(backbone: Backbone, before: str) -> tuple[FirstLayers, LastLayers]:
     target = _INSIDE + before
     try:
@@ -138,16 +144,12 @@ def _cut(backbone: Backbone, before: str) -> tuple[FirstLayers, LastLayers]:
     output.args = (entering,)
     first = _tidy(backbone, first)
 
-    call = _call(last, target)
-    assert call is not None
-    entering = _entering(call)
-    (images,) = (node for node in last.graph.nodes if node.op == "placeholder")
-    with last.graph.inserting_before(images):
-        entering.replace_all_uses_with(last.graph.placeholder("maps"))
-    last.graph.eliminate_dead_code()
-    if images.users:
-        raise _NoCut("data pass it by, as inside a residual block")
-    last.graph.erase_node(images)
+    if not _enter_at(last, target):
+        # Sizes may be all that is taken from the images, and images have one size.
+        last = fx.GraphModule(backbone, copy.deepcopy(recorded))
+        _fix_sizes(last, backbone)
+        if not _enter_at(last, target):
+            raise _NoCut("data pass it by, as inside a residual block")
     last = _tidy(backbone, last)
     if not any(True for _ in last.parameters()):
         raise _NoCut("it has no weights, and nor does what follows")
@@ -158,6 +160,51 @@ def _call(module: fx.GraphModule, target: str) -> fx.Node | None:
     return next(
         (node for node in module.graph.nodes if (node.op, node.target) == ("call_module", target)), None
     )
+
+
+def _enter_at(last: fx.GraphModule, target: str) -> bool:
+    """Let what enters the module `target` be the input. Return whether the images are then not needed."""
+    call = _call(last, target)
+    assert call is not None
+    entering = _entering(call)
+    (images,) = (node for node in last.graph.nodes if node.op == "placeholder")
+    with last.graph.inserting_before(images):
+        entering.replace_all_uses_with(last.graph.placeholder("maps"))
+    last.graph.eliminate_dead_code()
+    if images.users:
+        return False
+    last.graph.erase_node(images)
+    return True
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a graph and keeps the whole numbers in it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, int):
+            self.found[n] = value
+        return value
+
+
+def _fix_sizes(module: fx.GraphModule, backbone: Backbone) -> None:
+    """Write the whole numbers in a graph that are the same for one image and for two as constants."""
+    side = backbone.image_size
+    runs = []
+    for count in (1, 2):
+        runs.append(_Sizes(module))
+        images = torch.zeros(count, 3, side, side, device=next(backbone.parameters()).device)
+        with torch.no_grad():
+            runs[-1].run(images)
+    one, two = (run.found for run in runs)
+    fixed = {node: value for node, value in one.items() if two[node] == value}
+    for node in module.graph.nodes:
+        node.args = fx.map_arg(node.args, lambda other: fixed.get(other, other))
+        node.kwargs = fx.map_arg(node.kwargs, lambda other: fixed.get(other, other))
 
 
 def _entering(call: fx.Node) -> fx.Node:

@@ -30,6 +30,7 @@ def backbone(name):
         ("vgg11", "features.8"),
         ("test_vit", "blocks.3"),
         ("test_maxvit", "stages.2"),
+        ("xcit_nano_12_p16_224", "blocks.9"),
         ("swin_tiny_patch4_window7_224", "layers.3"),
     ],
 )
@@ -108,3 +109,12 @@ def test_modules_that_cannot_be_used_are_named_with_those_that_can(name, before,
     usable = "bn1, layer1, layer2, layer3, layer4" if name == "test_resnet" else "bn1, conv2"
     assert f"modules of {name} that can be used: {usable}" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_modes_stay_as_they_were():
+    """Random parts of a network, such as dropped paths, are recorded as modules with a mode of their own."""
+    whole = backbone("test_vit")
+    for training in (True, False):
+        first, last = cut(whole.train(training), "blocks.3")
+        modules = [*whole.modules(), *first.layers.model.modules(), *last.layers.model.modules()]
+        assert {one.training for one in modules} == {training}

@@ -16,7 +16,7 @@ from ggam_fast.backends.torch import Backend
 from ggam_fast.differentiable import DifferentiableBackend
 
 needs_triton = pytest.mark.skipif(not checks.TRITON_AVAILABLE, reason="needs triton")
-OPERATORS = registry._TRACED.get("triton")
+_, OPERATORS = registry._BACKENDS.get("triton", (None, None))
 
 
 def test_backends_register_themselves() -> None:
@@ -89,9 +89,10 @@ def _compiled() -> Backend:
     [_in_vmap, _in_batched_gradients, _in_a_dispatch_mode, _in_a_fake_mode, _in_forward_mode, _compiled],
 )
 def test_operators_where_something_looks_into_operations(situation: Callable[[], Backend]) -> None:
-    assert registry._BACKENDS["triton"] is not registry._TRACED["triton"]
-    assert situation() is registry._TRACED["triton"]
-    assert _seen() is registry._BACKENDS["triton"]
+    backend, traced = registry._BACKENDS["triton"]
+    assert backend is not traced
+    assert situation() is traced
+    assert _seen() is backend
 
 
 @needs_triton
@@ -99,7 +100,7 @@ def test_a_recorder_sees_the_stages_themselves() -> None:
     from ggam_fast.backends.triton.launch import Recorder
 
     with Recorder():
-        assert _seen() is registry._BACKENDS["triton"]
+        assert _seen() is registry._BACKENDS["triton"][0]
 
 
 def test_autocast_is_off_inside(device: torch.device) -> None:

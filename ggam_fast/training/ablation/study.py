@@ -410,7 +410,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 def stored(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """The finished cell at `path`, if there is one.
 
-    An option that did not exist when it was trained counts as its default.
+    An option that did not exist when it was trained counts with the value that it stands for.
 
     Raises:
         TrainError: it has other options, or it cannot be read.
@@ -419,11 +419,9 @@ def stored(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        theirs = {**_plain(TrainConfig().values()), **found["options"]}
+        theirs = {**_plain(TrainConfig().values()), **BEFORE, **found["options"]}
     except (OSError, ValueError, KeyError) as error:
         raise TrainError(f"{path} is not a finished cell. Remove it") from error
-    # Cells of older versions lack the newer options.
-    theirs = {**TrainConfig().values(), **BEFORE, **theirs}
     for name, value in options.items():
         if name == "images" and theirs.get(name) != value:
             raise TrainError(f"--out holds cells of other images, such as {path.name}. Choose another folder")

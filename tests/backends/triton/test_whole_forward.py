@@ -39,7 +39,7 @@ def test_the_whole_forward(
     # Logits of some units: a softmax turns their errors, which grow with them, into relative ones.
     w1, b1, w2, b2 = (torch.randn(x, device=device) / x[-1] ** 0.5 for x in ((j, c), (j,), (c, j), (c,)))
     mlp, options = ChannelMLP(w1, b1, w2, b2), Options("channel_spatial", norm, pool_type, scale)
-    pooled, logits, t, mean, hidden, total, peak, index, multiplied, s = attend(S, a, mlp, options)
+    pooled, logits, t, _, mean, hidden, total, peak, index, multiplied, s = attend(S, a, mlp, options)
     kappa = 1 if scale == "printed" or norm == "sigmoid" else l
 
     exact = a.double()

@@ -30,11 +30,11 @@ class GGAMOutput(NamedTuple):
     cam_weights: Tensor
     """(N, C) beta, mean over positions of the class score's gradient, before `cam_norm`"""
     guidance_loss: Tensor
-    """() L_GGAM, non-negative for "symmetric" """
+    """() L_GGAM, non-negative for "symmetric"; (N,) for `guidance_reduction="none"` """
 
     @property
     def position_loss(self) -> Tensor | None:
-        """() L of positions, not negative; None if the head has no `position_guidance`.
+        """() or (N,) L of positions, not negative; None if the head has no `position_guidance`.
 
         It is not one of the five values, so `logits, s, t, beta, guidance = out` works for every head.
         """

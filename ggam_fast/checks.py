@@ -19,7 +19,7 @@ CamClass = Literal["label", "predicted"]
 CamNorm = Literal["sigmoid", "softmax", "standardized", "standardized_softmax"]
 Divergence = Literal["symmetric", "forward", "reverse"]
 PositionGuidance = Literal["none", "relu", "standardized_softmax"]
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "none"]
 InputFmt = Literal["NCHW", "NHWC", "NLC"]
 Backend = Literal["auto", "triton", "torch"]
 
@@ -55,7 +55,7 @@ def positive_int(argument: str, value: object, minimum: int = 1) -> int:
 
 
 def reduction(argument: str, value: str | None, divergence: str) -> str:
-    """Return "mean" or "sum".  None gives "sum" for divergence="forward", else "mean" (see `guidance`)."""
+    """Return one of `REDUCTION`.  None gives "sum" for divergence="forward", else "mean" (see `guidance`)."""
     if value is None:
         return "sum" if divergence == "forward" else "mean"
     return one_of(argument, value, REDUCTION)

@@ -43,10 +43,12 @@ def cross_entropy(
 
 
 def reduce_batch(per_image: Tensor, reduction: str, share: Tensor | None = None) -> Tensor:
-    """Sum or mean over the batch; 0 for an empty batch.
+    """Sum or mean over the batch, 0 for an empty batch; "none" keeps the losses of the images (N,).
 
-    With `share` (N,), the weights in `Entropy.share`, ignored images are left out.
+    With `share` (N,), the weights in `Entropy.share`, ignored images are left out, or have a loss of 0.
     """
+    if reduction == "none":
+        return per_image if share is None else torch.where(share > 0, per_image, 0.0)
     if share is not None:
         counted = torch.where(share > 0, per_image, 0.0)
         return counted.sum() if reduction == "sum" else (counted * share).sum()

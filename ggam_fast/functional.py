@@ -314,7 +314,7 @@ def guidance_loss(
     cam_norm: checks.CamNorm = "sigmoid",
     cam_temperature: float = 1.0,
     divergence: checks.Divergence = "symmetric",
-    reduction: checks.Reduction | Literal["none"] | None = None,
+    reduction: checks.Reduction | None = None,
 ) -> Tensor:
     """L_GGAM, the divergence of S from the normalised CAM weights (equations in `ggam_fast.guidance`).
 
@@ -330,12 +330,12 @@ def guidance_loss(
     checks.one_of("cam_norm", cam_norm, checks.CAM_NORM)
     checks.one_of("divergence", divergence, checks.DIVERGENCE)
     how = checks.reduction("reduction", None, divergence) if reduction is None else reduction
-    checks.one_of("reduction", how, (*checks.REDUCTION, "none"))
+    checks.one_of("reduction", how, checks.REDUCTION)
     s = channel_attention.to(precision.compute_dtype(channel_attention))
     log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log()
     temperature = checks.temperature(cam_temperature)
     per_image = guidance.kl_guidance(log_s, cam_weights.to(s.dtype), cam_norm, temperature, divergence)
-    return per_image if how == "none" else entropy.reduce_batch(per_image, how)
+    return entropy.reduce_batch(per_image, how)
 
 
 def position_loss(
@@ -376,7 +376,7 @@ def position_loss(
     if class_map is not None:
         q = guidance.position_target(q, position_guidance, temperature)
     per_image = guidance.kl_positions(q, t.clamp_min(torch.finfo(t.dtype).tiny).log())
-    return per_image if reduction == "none" else entropy.reduce_batch(per_image, reduction)
+    return entropy.reduce_batch(per_image, reduction)
 
 
 def cam(

@@ -72,7 +72,8 @@ class GGAMHead(GGAMHeadBase):
             KL(beta~, S). With cam_norm="standardized_softmax" it compares two distributions, has one order
             with the cross entropy, and has the gradient S - beta~ for the channel logits.
         guidance_reduction: "mean" or "sum" over the batch. None is the sum for "forward" and the mean for the
-            others, as in their sources.
+            others, as in their sources. "none" gives the guidance loss of each image (N,), and so the
+            position loss. It is slower, because its step is not recorded.
         position_guidance: guides T, beside the guidance of S and independent of it. "relu": by KL(q, T) with
             q = relu(dT) / sum(relu(dT)), uniform where that sum is 0, for the class activation map
             dT = d y / d T. "standardized_softmax": with q = softmax(zscore(dT) / position_temperature). Both
@@ -196,7 +197,7 @@ class GGAMHead(GGAMHeadBase):
                 s, per_image = log_s.exp(), kl_guidance(log_s, beta, *norm)
                 losses = [reduce_batch(per_image, self.guidance_reduction, share)]
                 if guided is not None:
-                    losses.append(step.position_loss(guided, attended, share))
+                    losses.append(step.position_loss(guided, attended, share, self.guidance_reduction))
         else:
             beta, s, *losses = step.cam_and_guidance(x, mlp, options, attended, v, share, backend, terms)
         t = attended.spatial.unflatten(1, spatial_shape)
@@ -234,7 +235,7 @@ class GGAMHead(GGAMHeadBase):
         of_positions = checks.position_weight(position_weight, self.position_guidance != "none") or 0.0
         self._check_request(target, pre_logits=False)
         shares = self.cam_detach and self.pool_type not in ("flatten", "") and torch.is_grad_enabled()
-        if not shares or forward_mode():
+        if not shares or self.guidance_reduction == "none" or forward_mode():
             return self._drop_in_loss(features, target, weight, smoothing, position_weight)
         terms, whole_features = self._loss_terms(weight, smoothing, of_positions), features
         if self.prefix_tokens:
@@ -321,6 +322,7 @@ class GGAMHead(GGAMHeadBase):
         return (
             type(self) is GGAMHead
             and self.cam_detach
+            and (target is None or self.guidance_reduction != "none")
             and not self._calls_mlp(mlp)
             and compiled.applies(x, mlp, options, layers, target)
         )
@@ -328,6 +330,8 @@ class GGAMHead(GGAMHeadBase):
     def _runs_whole(self, inputs: Inputs) -> bool:
         """Whether a step is one autograd node, which no tracer or transform looks into."""
         if inputs.backend != "triton" or inputs.layers is None or inputs.options.dense or looked_into():
+            return False
+        if inputs.terms is not None and inputs.terms.guidance_reduction == "none":
             return False
         return not any(layer.kind == DROPOUT and layer.training and layer.p for layer in inputs.layers)
 

@@ -25,7 +25,7 @@ class GGAMLossParts(NamedTuple):
     cross_entropy: Tensor
     """() its mean over the batch; (N,) for `reduction="none"`"""
     guidance: Tensor
-    """() the head's guidance loss, without its weight; 0 for plain logits"""
+    """() or (N,) the head's guidance loss, without its weight; 0 for plain logits"""
 
     @property
     def positions(self) -> Tensor:
@@ -61,8 +61,8 @@ class GGAMLoss(nn.Module):
         weight: weight of each class, float (K,), for the cross entropy alone, as in
             `torch.nn.CrossEntropyLoss`. The mean of int64 targets is over the labels' weights. The state
             dict holds it.
-        reduction: "mean", or "none" for the cross entropy of each image (N,). "none" needs
-            guidance_weight=0 and no position loss, because the head's are one number for the batch.
+        reduction: "mean", or "none" for the loss of each image (N,). With a guidance or position loss "none"
+            needs a head with `guidance_reduction="none"`. Other heads give one number for the batch.
         return_parts: True returns a `GGAMLossParts`, or for a head with `position_guidance` a
             `GGAMPositionLossParts`, which has a fourth part.
         strict: True raises an error where False warns, see below.
@@ -100,18 +100,6 @@ class GGAMLoss(nn.Module):
         self.weight: Tensor | None
         self.register_buffer("weight", checks.class_weights(weight))
         self.reduction = checks.one_of("reduction", reduction, ("mean", "none"))
-        if self.reduction == "none" and self.guidance_weight:
-            raise ValueError(
-                'reduction="none" needs guidance_weight=0, as the head\'s guidance is one number for the '
-                f"batch; got guidance_weight={guidance_weight!r}. For the guidance of each image call "
-                'functional.guidance_loss(out.channel_attention, out.cam_weights, reduction="none")'
-            )
-        if self.reduction == "none" and self.position_weight:
-            raise ValueError(
-                'reduction="none" needs position_weight=0, as the head\'s position loss is one number for '
-                f"the batch; got position_weight={position_weight!r}. For the loss of each image call "
-                'functional.position_loss(..., reduction="none")'
-            )
         self.return_parts, self.strict = bool(return_parts), bool(strict)
 
     def forward(
@@ -125,11 +113,9 @@ class GGAMLoss(nn.Module):
             position_weight = checks.position_weight(self.position_weight, positions is not None) or 0.0
         elif (self.guidance_weight or self.position_weight) and logits.requires_grad:
             self._without_guidance()
-        if positions is not None and position_weight and self.reduction == "none":
-            raise ValueError(
-                'reduction="none" needs position_weight=0 for a head with position_guidance, as its position '
-                "loss is one number for the batch"
-            )
+        if self.reduction == "none":
+            self._check_each("guidance", guidance, self.guidance_weight)
+            self._check_each("position", positions, position_weight)
         plain = self.weight is None and self.reduction == "mean" and not self.return_parts
         if plain and recorded is not None and not torch.compiler.is_compiling():
             replayed = recorded.loss(
@@ -148,15 +134,32 @@ class GGAMLoss(nn.Module):
             logits, target, self.label_smoothing, self.ignore_index, weight, self.reduction
         )
         loss = entropy
-        if guidance is not None and self.reduction == "mean":
-            loss = entropy + self.guidance_weight * guidance
-            if positions is not None:
-                loss = loss + position_weight * positions
+        if guidance is not None and (self.reduction == "mean" or guidance.dim()):
+            parts = [(self.guidance_weight, guidance)]
+            parts += [] if positions is None else [(position_weight, positions)]
+            for weight_of, part in parts:
+                # A head with `guidance_reduction="none"` gives a loss of 0 to ignored images.
+                if part.dim() and self.reduction == "mean":
+                    part = part.sum() / self._count(target)
+                loss = loss + weight_of * part
         if not self.return_parts:
             return loss
         if guidance is not None and positions is not None:
             return GGAMPositionLossParts(loss, entropy, guidance, positions)
         return GGAMLossParts(loss, entropy, logits.new_zeros(()) if guidance is None else guidance)
+
+    def _check_each(self, name: str, given: Tensor | None, weight: float) -> None:
+        if given is not None and weight and not given.dim():
+            raise ValueError(
+                f'reduction="none" needs {name}_weight=0, or a head with guidance_reduction="none", as the '
+                f"head's {name} loss is one number for the batch; got {name}_weight={weight!r}"
+            )
+
+    def _count(self, target: Tensor) -> Tensor | int:
+        """The number of images in the mean, at least 1."""
+        if self.ignore_index is None or target.is_floating_point():
+            return max(target.shape[0], 1)
+        return (target != self.ignore_index).sum().clamp(min=1)
 
     def _without_guidance(self) -> None:
         message = (

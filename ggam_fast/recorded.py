@@ -155,6 +155,8 @@ def _call(form: str, head: GGAMHeadBase, features: Tensor, target: Tensor | None
     found = _structure(head)
     if found is None or (target is not None and type(target) is not Tensor):
         return None
+    if target is not None and head.guidance_reduction == "none":
+        return None
     structure, parameters, buffers = found
     given = [features, *parameters, *buffers] if target is None else [features, target, *parameters, *buffers]
     if not _PLAIN.issuperset(map(type, given)):
@@ -600,6 +602,7 @@ def loss(
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or logits.dtype is not torch.float32
+        or (guidance is not None and guidance.dim())
         or checks.backend("auto", logits) != BACKEND
     ):
         return None

@@ -63,6 +63,8 @@ class GGAMHeadReference(GGAMHeadBase):
             if positions:
                 (class_map,) = torch.autograd.grad(y, t, retain_graph=keep_graph)
                 losses.append(self.guidance_of_positions(log_t[counts], class_map[counts].detach()))
+        if self.guidance_reduction == "none":
+            losses = [logits.new_zeros(len(counts)).masked_scatter(counts, each) for each in losses]
         out = output_of([logits, log_s.exp(), t.unflatten(1, spatial_shape), beta, *losses])
         return out if keep_graph else output_of(x.detach() for x in values_of(out))
 
@@ -115,10 +117,12 @@ class GGAMHeadReference(GGAMHeadBase):
         beta = beta / self.cam_temperature
         log_q = F.log_softmax(beta, 1) if "softmax" in self.cam_norm else F.logsigmoid(beta)
         s, q = log_s.exp(), log_q.exp()
-        forward = (s * (log_s - log_q)).sum()
-        backward = (q * (log_q - log_s)).sum()
-        loss = {"forward": forward, "reverse": backward}.get(self.divergence, (forward + backward) / 2)
-        return loss if self.guidance_reduction == "sum" else loss / max(beta.shape[0], 1)
+        forward = (s * (log_s - log_q)).sum(1)
+        backward = (q * (log_q - log_s)).sum(1)
+        losses = {"forward": forward, "reverse": backward}.get(self.divergence, (forward + backward) / 2)
+        if self.guidance_reduction == "none":
+            return losses
+        return losses.sum() if self.guidance_reduction == "sum" else losses.sum() / max(beta.shape[0], 1)
 
     def guidance_of_positions(self, log_t: Tensor, class_map: Tensor) -> Tensor:
         """KL(q, T) of log T and of the class activation map dT, both (N, L)."""
@@ -129,8 +133,8 @@ class GGAMHeadReference(GGAMHeadBase):
             q = torch.where(empty, 1 / q.shape[1], q / torch.where(empty, 1, total))
         else:
             q = (standardized(class_map) / self.position_temperature).softmax(1)
-        loss = (torch.xlogy(q, q) - q * log_t).sum()
-        return loss / max(q.shape[0], 1)
+        losses = (torch.xlogy(q, q) - q * log_t).sum(1)
+        return losses if self.guidance_reduction == "none" else losses.sum() / max(q.shape[0], 1)
 
 
 def standardized(x: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def cam_and_guidance(
             stages, features, mlp, options, attended, grad_pooled, terms.cam_at,
             terms.of_positions(options, attended, share),
         )  # fmt: skip
-        if not needs_graph:
+        if not needs_graph and terms.guidance_reduction != "none":
             found = stages.guided_loss(
                 logits, beta_terms, None, positions, *norm, 1.0, mean, share, None,
                 None if guided is None else guided.losses,
@@ -174,13 +174,19 @@ def cam_and_guidance(
     with full_precision(features):
         beta, s, per_image = Guidance.apply(logits, *beta_terms, positions, norm, backend)[:3]
         guidance = reduce_batch(per_image, terms.guidance_reduction, share)
-        rest = [] if guided is None else [position_loss(guided, attended, share)]
+        rest = [] if guided is None else [position_loss(guided, attended, share, terms.guidance_reduction)]
         return beta, s, guidance, *rest
 
 
-def position_loss(guided: PositionGuidance, attended: Attended, share: Tensor | None) -> Tensor:
-    """The mean of KL(q, T) over the images that count, with derivatives of every order for constant q."""
-    return reduce_batch(kl_positions(guided.target, attended.log_spatial), "mean", share)
+def position_loss(
+    guided: PositionGuidance, attended: Attended, share: Tensor | None, reduction: str = "mean"
+) -> Tensor:
+    """KL(q, T), with derivatives of every order for constant q.
+
+    It is the mean over the images that count, and (N,) if the guidance's `reduction` is "none".
+    """
+    per_image = kl_positions(guided.target, attended.log_spatial)
+    return reduce_batch(per_image, "none" if reduction == "none" else "mean", share)
 
 
 class Seen(NamedTuple):

@@ -30,9 +30,9 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"divergence must be one of 'symmetric', 'forward', 'reverse'; got 'js'",
     ),
     (
-        {"guidance_reduction": "none"},
+        {"guidance_reduction": "max"},
         ValueError,
-        r"guidance_reduction must be one of 'mean', 'sum'; got 'none'",
+        r"guidance_reduction must be one of 'mean', 'sum', 'none'; got 'max'",
     ),
     ({"input_fmt": "NCL"}, ValueError, r"input_fmt must be one of 'NCHW', 'NHWC', 'NLC'; got 'NCL'"),
     ({"prefix_tokens": -1}, ValueError, r"prefix_tokens must be at least 0; got -1"),
@@ -238,9 +238,9 @@ LOSS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: GGAMLoss(reduction="sum"), ValueError, r"reduction must be one of 'mean', 'none'; got 'sum'"),
     (
-        lambda: GGAMLoss(reduction="none"),
+        lambda: GGAMLoss(reduction="none")(GGAMHead(C, K)(torch.rand(N, C, 2, 2), LABELS), LABELS),
         ValueError,
-        r'reduction="none" needs guidance_weight=0.*guidance_weight=0.001.*functional.guidance_loss',
+        r'reduction="none" needs guidance_weight=0, or a head with guidance_reduction="none".*=0.001',
     ),
     (lambda: GGAMLoss()("logits", LABELS), TypeError, r"out must be .*GGAMOutput.*; got str"),
     (lambda: GGAMLoss()(torch.rand(N), LABELS), ValueError, r"out must be .*\(N, K\).*; got shape \(2,\)"),

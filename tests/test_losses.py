@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from ggam_fast import GGAMHead, GGAMLoss, GGAMLossParts, GGAMOutput, checks
-from ggam_fast.functional import guidance_loss
+from ggam_fast.functional import fused_ggam_loss, guidance_loss
 from ggam_fast.guidance import kl_guidance, log_cam_norm
+from ggam_fast.reference import GGAMHeadReference
 from tests.parity import OPTIONS, relative_error
 
 N, C, K = 3, 20, 5
@@ -305,12 +306,46 @@ def test_weights_that_leave_nothing_are_zero(device: torch.device) -> None:
 
 
 def test_guidance_of_each_image(device: torch.device) -> None:
-    """What `reduction="none"` names in its error is the head's guidance before its mean."""
-    head = GGAMHead(C, K, hidden_size=0, device=device)
-    out = head(torch.rand(N, C, 3, 3, device=device), torch.tensor([0, 4, 2], device=device))
-    each = guidance_loss(out.channel_attention, out.cam_weights, reduction="none")
-    assert each.shape == (N,)
-    torch.testing.assert_close(each.mean(), out.guidance_loss)
+    """A head with `guidance_reduction="none"` has the losses of the images, whose mean another head gives."""
+    features = torch.rand(N, C, 3, 3, device=device)
+    target = torch.tensor([0, -1, 2], device=device)
+    options: dict[str, Any] = {"hidden_size": 8, "position_guidance": "relu", "ignore_index": -1}
+    mean = GGAMHead(C, K, **options, device=device)
+    each = GGAMHead(C, K, **options, guidance_reduction="none", device=device)
+    exact = GGAMHeadReference(C, K, **options, guidance_reduction="none").double()
+    weights = {name: value for name, value in mean.state_dict().items() if name != "_extra_state"}
+    each.load_state_dict(weights)
+    exact.load_state_dict(weights)
+    found = {}
+    for name, head, reduction in (("mean", mean, "mean"), ("each", each, "none"), ("of each", each, "mean")):
+        x = features.clone().requires_grad_()
+        out = head(x, target)
+        criterion = GGAMLoss(0.3, 0.1, ignore_index=-1, reduction=reduction, position_weight=2.0)
+        loss = criterion(out, target)
+        if name == "each":
+            assert out.guidance_loss.shape == loss.shape == (N,)
+            assert out.position_loss is not None
+            assert not out.guidance_loss[1]
+            assert not loss[1]
+            direct = guidance_loss(out.channel_attention, out.cam_weights, reduction="none")
+            torch.testing.assert_close(out.guidance_loss[::2], direct[::2])
+            wanted = exact(features.double().cpu(), target.cpu())
+            for ours, theirs in (
+                (out.guidance_loss, wanted.guidance_loss),
+                (out.position_loss, wanted.position_loss),
+            ):
+                torch.testing.assert_close(ours.double().cpu(), theirs, atol=1e-5, rtol=1e-5)
+            loss = loss.sum() / 2  # of two images that count
+        found[name] = loss, *torch.autograd.grad(loss, [x, *head.parameters()])
+        with torch.no_grad():
+            assert head.eval()(x, target).guidance_loss.shape == out.guidance_loss.shape
+        head.train()
+    for name in ("each", "of each"):
+        for ours, theirs in zip(found[name], found["mean"], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    options = {"guidance_weight": 0.3, "label_smoothing": 0.1, "position_weight": 2.0}
+    fused, _ = fused_ggam_loss(each, features, target, **options)
+    torch.testing.assert_close(fused, found["mean"][0])
 
 
 def test_the_default_weights_keep_one_order(device: torch.device) -> None:

@@ -526,6 +526,14 @@ UNRECORDED: dict[str, Callable[[torch.device], GGAMHead]] = {
 }
 
 
+def test_guidance_of_each_image_is_not_recorded(device: torch.device, recordings: dict[Any, Any]) -> None:
+    head, (x, target) = make(device, guidance_reduction="none"), data(device)
+    for _ in range(2):
+        GGAMLoss(0.5, reduction="none")(head(x, target), target).sum().backward()
+        fused_ggam_loss(head, x, target)[0].backward()
+    assert made(recordings) == 0
+
+
 @pytest.mark.parametrize("case", UNRECORDED)
 def test_what_is_not_recorded(
     case: str,

@@ -63,7 +63,7 @@ def draw_choice(path: Path, tried: Sequence[Group]) -> bool:
     if not lines:
         return False
     figure = new_figure(10, 3.8)
-    panels = (("validation accuracy, %", 100, "accuracy"), ("validation log likelihood, negative", 1, "nll"))
+    panels = (("validation accuracy, %", 100, "accuracy"), ("val negative log likelihood, nats", 1, "nll"))
     colours = [_COLOURS(index % 10) for index in range(len(lines))]
     for axes, (title, factor, name) in zip(figure.subplots(1, 2), panels, strict=True):
         for index, (label, groups) in enumerate(lines.items()):

@@ -285,7 +285,9 @@ def _choice_table(tried: Sequence[Group]) -> str:
         for group in tried
         if group.weight
     ]
-    return _table(["attention and guidance", "lambda", "val accuracy", "val log likelihood, negative"], lines)
+    return _table(
+        ["attention and guidance", "lambda", "val accuracy", "val negative log likelihood, nats"], lines
+    )
 
 
 def _mechanism_table(rows: Sequence[Group]) -> str:

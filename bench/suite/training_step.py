@@ -109,7 +109,7 @@ class TrainingStep:
         with self.autocast():
             features = self.backbone(self.images)
             shape = tuple(features.shape[2:])
-            attended, log_s, _ = head.attend(features.flatten(2))
+            attended, log_s, *_ = head.attend(features.flatten(2))
             attended.register_hook(lambda gradient: seen.append(gradient))
             logits = head.classify(attended, shape)
         logits.max(1).values.sum().backward(retain_graph=True)

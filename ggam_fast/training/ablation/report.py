@@ -20,8 +20,8 @@ _SHOWN = 0.05
 _METHOD = """\
 A seed decides the initial weights and the order of the batches. All runs have the same splits and the same
 number of epochs. Numbers are the mean ± the standard deviation over seeds, in percent unless said otherwise.
-Lambda is the value with the best mean validation accuracy of the seeds {choice}. None of these seeds is in
-the table, and test images were not used to choose."""
+Where several values of lambda were given, it is the one with the best mean validation accuracy of the seeds
+{choice}. None of these seeds is in the table, and test images were not used to choose."""
 _COMPARED = """\
 A difference is taken between runs with the same seed. Its interval is the 95 % interval of Student's t. p is
 that of a paired t-test after Holm's correction over all {count} comparisons of this table. A difference is

@@ -80,7 +80,7 @@ def read(module: nn.Module) -> Layer:
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
-    """`getattr(module, name)`, without the microsecond that a module takes to find a parameter."""
+    """`getattr(module, name)`, without `nn.Module.__getattr__` for a parameter."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found  # FSDP keeps its views as plain attributes
 

@@ -243,9 +243,7 @@ def plan(config: AblateConfig, chosen: Callable[[str, str], float]) -> Iterator[
 
 def planned(config: AblateConfig) -> int:
     """The number of cells."""
-    study, pairs = config.study, config.pairs()
-    tried = sum(len(w) for _, guidance in pairs if len(w := config.weights(guidance)) > 1)
-    return tried * len(study.choice_seeds) + len(pairs) * len(study.seeds)
+    return sum(1 for _ in plan(config, lambda *_: 0.0))
 
 
 def chosen_weight(

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from ggam_fast.training.errors import TrainError
-from ggam_fast.training.measure.seeds import estimate, paired
+from ggam_fast.training.measure.seeds import estimate, holm, paired
 from ggam_fast.training.show.console import Report
 from ggam_fast.training.show.figures import BLUE, GREEN, ORANGE, VERMILION, new_figure
 from ggam_fast.training.system.files import write_atomically
@@ -153,17 +153,15 @@ def _differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Each other group minus the first one, in accuracy, over common seeds; p by Holm's correction."""
     first, *others = groups
     found = [(group, paired(group.by_seed("accuracy"), first.by_seed("accuracy"))) for group in others]
-    order = sorted((i for i, (_, d) in enumerate(found) if d is not None), key=lambda i: found[i][1].p)  # type: ignore[union-attr]
-    corrected: dict[int, float] = {}
-    largest = 0.0
-    for rank, i in enumerate(order):
-        difference = found[i][1]
-        assert difference is not None
-        largest = max(largest, min(1.0, (len(order) - rank) * difference.p))
-        corrected[i] = largest
+    corrected = iter(holm([d.p for _, d in found if d is not None]))
     return [
-        {"label": group.label, "minus": first.label, **(d._asdict() if d else {}), "holm": corrected.get(i)}
-        for i, (group, d) in enumerate(found)
+        {
+            "label": group.label,
+            "minus": first.label,
+            **({} if d is None else d._asdict()),
+            "holm": None if d is None else next(corrected),
+        }
+        for group, d in found
     ]
 
 
